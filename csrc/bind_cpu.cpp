@@ -1,0 +1,180 @@
+// The module _cpu: the CPU kernel and the table of segments. It links to Python and to nothing
+// else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+
+#include "step_cpu.h"
+#include "table.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace radam {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DTypeSet dtype_set(int param, int grad, int state) {
+  const DTypeSet dtypes = {static_cast<DType>(param), static_cast<DType>(grad),
+                           static_cast<DType>(state)};
+  for (int code : {param, grad, state}) {
+    if (code < 0 || code >= kDTypes) {
+      throw py::value_error("dtype code: expected 0 to 3, got " + std::to_string(code));
+    }
+  }
+  if (!supported(dtypes)) throw py::value_error("float64 goes with float64 only");
+  return dtypes;
+}
+
+// Python has checked the tensors; counts, pointers and alignment are cheap to check once more.
+void check(const Segment* segments, int64_t count, const DTypeSet& dtypes, int64_t scalars) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& s = segments[i];
+    const auto aligned = [&](const void* data, DType dtype) {
+      return data && reinterpret_cast<uintptr_t>(data) % kDTypeSizes[dtype] == 0;
+    };
+    const bool good =
+        s.numel >= 0 && s.scalars >= 0 && s.scalars < scalars &&
+        (s.numel == 0 || (aligned(s.param, dtypes.param) && aligned(s.grad, dtypes.grad) &&
+                          aligned(s.exp_avg, dtypes.state) && aligned(s.exp_avg_sq, dtypes.state)));
+    if (!good) {
+      throw py::value_error("segment " + std::to_string(i) + " of " + std::to_string(count) +
+                            ": numel " + std::to_string(s.numel) + ", scalars " +
+                            std::to_string(s.scalars) + " of " + std::to_string(scalars) +
+                            ", or a pointer that is null or not aligned to its element");
+    }
+  }
+}
+
+void step(uintptr_t segments, int64_t count, int param, int grad, int state, uintptr_t scalars,
+          int64_t scalars_count, int threads, int isa) {
+  const auto& sets = instruction_sets();
+  if (isa < 0 || isa >= static_cast<int>(sets.size())) {
+    throw py::value_error("isa: expected 0 to " + std::to_string(sets.size() - 1) + ", got " +
+                          std::to_string(isa));
+  }
+  const DTypeSet dtypes = dtype_set(param, grad, state);
+  check(pointer<const Segment>(segments), count, dtypes, scalars_count);
+  py::gil_scoped_release released;
+  step_cpu(pointer<const Segment>(segments), count, dtypes, pointer<const StepScalars>(scalars),
+           threads, sets[static_cast<size_t>(isa)]);
+}
+
+py::list list_of(const std::vector<Ref>& refs) {
+  py::list list(refs.size());
+  for (size_t i = 0; i < refs.size(); ++i) list[i] = py::handle(refs[i].get());
+  return list;
+}
+
+py::tuple tensors(const Bucket& bucket) {
+  return py::make_tuple(list_of(bucket.params), list_of(bucket.grads), list_of(bucket.exp_avgs),
+                        list_of(bucket.exp_avg_sqs));
+}
+
+py::object find_overlap(Table& table) {
+  const auto found = table.find_overlap();
+  if (!found) return py::none();
+  return py::make_tuple(found->owner, found->stream, found->other, found->other_stream);
+}
+
+py::list counts(const Table& table) {
+  py::list result;
+  for (const Count& count : table.counts()) result.append(py::make_tuple(count.group, count.step));
+  return result;
+}
+
+#define RADAM_NAME(name) #name,
+const std::vector<std::string> kScalarsFields = {RADAM_STEP_SCALARS(RADAM_NAME)};
+const std::vector<std::string> kSegmentFields = {RADAM_SEGMENT(RADAM_NAME)};
+#undef RADAM_NAME
+
+}  // namespace
+}  // namespace radam
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace radam;
+  m.doc() = "The CPU kernel of radam_kernels and its table of segments.";
+  m.attr("fingerprint") = RADAM_FINGERPRINT;
+  m.attr("dtypes") = std::vector<std::string>(kDTypeNames, kDTypeNames + kDTypes);
+  m.attr("step_scalars_fields") = kScalarsFields;
+  m.attr("segment_fields") = kSegmentFields;
+  std::vector<std::string> isas;
+  for (const InstructionSet& isa : instruction_sets()) isas.push_back(isa.name);
+  m.attr("instruction_sets") = isas;
+  m.def("threads_from", &threads_from, "Where threads come from: OpenMP or std::thread.");
+  m.def("tensors_read_by", &tensors_read_by, "How tensors are read: DLPack or Python.");
+  m.def("dtype_code", [](py::handle dtype) { return dtype_code(dtype.ptr()); });
+  m.def("is_dense", [](py::handle tensor) {
+    TensorInfo info;
+    return describe(tensor.ptr(), info) && is_dense(info);
+  });
+  m.def("supported", [](int param, int grad, int state) {
+    return param >= 0 && grad >= 0 && state >= 0 &&
+           supported(
+               {static_cast<DType>(param), static_cast<DType>(grad), static_cast<DType>(state)});
+  });
+  m.def("state_dtype", [](int param, int requested) {
+    return static_cast<int>(state_dtype(static_cast<DType>(param), requested));
+  });
+  m.def("step", &step, py::arg("segments"), py::arg("count"), py::arg("param"), py::arg("grad"),
+        py::arg("state"), py::arg("scalars"), py::arg("scalars_count"), py::arg("threads"),
+        py::arg("isa") = 0,
+        "Steps `count` segments at address `segments` (48-byte rows) with the StepScalars at "
+        "address `scalars`. Dtypes are codes; `isa` indexes instruction_sets.");
+
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const PythonError&) {  // Python's error indicator is set already
+    }
+  });
+
+  py::class_<Bucket>(m, "Bucket")
+      .def_property_readonly(
+          "device", [](const Bucket& b) { return py::make_tuple(b.device.type, b.device.index); })
+      .def_property_readonly("dtypes",
+                             [](const Bucket& b) {
+                               return py::make_tuple(static_cast<int>(b.dtypes.param),
+                                                     static_cast<int>(b.dtypes.grad),
+                                                     static_cast<int>(b.dtypes.state));
+                             })
+      .def_property_readonly(
+          "segments",
+          [](const Bucket& b) { return reinterpret_cast<uintptr_t>(b.segments.data()); })
+      .def_property_readonly("count", [](const Bucket& b) { return b.segments.size(); })
+      .def(
+          "scalars",
+          [](const Bucket& b) {
+            py::list rows;
+            for (const Segment& segment : b.segments) rows.append(segment.scalars);
+            return rows;
+          },
+          "The row of StepScalars that each segment obeys.")
+      .def("tensors", &tensors, "(params, grads, exp_avgs, exp_avg_sqs) of the segments.");
+
+  py::class_<Table>(m, "Table")
+      .def(py::init<>())
+      .def("collect",
+           [](Table& table, const py::list& groups, const py::dict& state) {
+             return py::reinterpret_steal<py::list>(
+                 table.collect(groups.ptr(), state.ptr()).release());
+           })
+      .def("add",
+           [](Table& table, py::handle param, py::handle grad, py::handle exp_avg,
+              py::handle exp_avg_sq, py::handle step, int64_t group, py::handle owner) {
+             table.add(param.ptr(), grad.ptr(), exp_avg.ptr(), exp_avg_sq.ptr(), step.ptr(), group,
+                       owner.ptr());
+           })
+      .def("find_overlap", &find_overlap)
+      .def("advance", &Table::advance)
+      .def("release", &Table::release)
+      .def("buckets", &Table::buckets, py::return_value_policy::reference_internal)
+      .def_property_readonly("counts", &counts)
+      .def_property_readonly("owners", [](const Table& table) { return list_of(table.owners()); });
+}

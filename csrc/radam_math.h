@@ -1,0 +1,63 @@
+// The RAdam update of one element, for the host and for the device: the only statement of it in
+// C++.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define RADAM_INLINE __host__ __device__ __forceinline__
+#else
+#define RADAM_INLINE inline __attribute__((always_inline))
+#endif
+
+// The scalars of a step, in the order of radam_kernels.schedule.StepScalars.
+#define RADAM_STEP_SCALARS(X) \
+  X(grad_scale)               \
+  X(weight_decay)             \
+  X(decay) X(one_minus_beta1) X(beta2) X(one_minus_beta2) X(eps) X(step_size) X(action)
+
+namespace radam {
+
+// What a step does; radam_kernels.schedule.Action explains the values.
+enum Action : int { kSkip = 0, kHold = 1, kMomentum = 2, kRectified = 3 };
+
+struct StepScalars {
+#define RADAM_FIELD(name) double name;
+  RADAM_STEP_SCALARS(RADAM_FIELD)
+#undef RADAM_FIELD
+};
+
+// StepScalars narrowed, once, to the type T the update computes in.
+template <typename T>
+struct Scalars {
+  T grad_scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size;
+
+  RADAM_INLINE explicit Scalars(const StepScalars& s)
+      : grad_scale(static_cast<T>(s.grad_scale)),
+        weight_decay(static_cast<T>(s.weight_decay)),
+        decay(static_cast<T>(s.decay)),
+        one_minus_beta1(static_cast<T>(s.one_minus_beta1)),
+        beta2(static_cast<T>(s.beta2)),
+        one_minus_beta2(static_cast<T>(s.one_minus_beta2)),
+        eps(static_cast<T>(s.eps)),
+        step_size(static_cast<T>(s.step_size)) {}
+};
+
+// p, m, v <- one RAdam step with gradient g. Every operation rounds once (build with no fused
+// multiply-add), so that every backend gives the same bits. `l2` says whether weight_decay is not
+// zero: adding 0 * p would turn an infinite p into NaN.
+template <typename T>
+RADAM_INLINE void radam_update(T& p, T g, T& m, T& v, const Scalars<T>& s, bool l2, Action action) {
+  g = g * s.grad_scale;
+  if (l2) g = g + s.weight_decay * p;
+  p = p * s.decay;
+  m = m + s.one_minus_beta1 * (g - m);
+  v = s.beta2 * v + s.one_minus_beta2 * (g * g);
+  if (action == kRectified) {
+    p = p - s.step_size * (m / (std::sqrt(v) + s.eps));
+  } else if (action == kMomentum) {
+    p = p - s.step_size * m;
+  }
+}
+
+}  // namespace radam

@@ -1,0 +1,108 @@
+// The CPU kernel: one range of one segment. Compiled once for each instruction set, under the name
+// in RADAM_ISA; nothing here may be shared between those objects, so all of it has internal
+// linkage.
+#include "step_cpu.h"
+
+#include <cstdint>
+
+#define RADAM_CONCAT_(a, b) a##b
+#define RADAM_CONCAT(a, b) RADAM_CONCAT_(a, b)
+
+namespace radam {
+namespace {
+
+// 16-bit streams pass through tiles of this many elements, which stay in the first-level cache.
+constexpr int64_t kTile = 512;
+
+template <typename T, bool kL2, Action kAction>
+void update(T* p, const T* g, T* m, T* v, int64_t n, const Scalars<T>& s) {
+  // No element depends on another: g may be p itself, and nothing else overlaps.
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    radam_update(p[i], g[i], m[i], v[i], s, kL2, kAction);
+  }
+}
+
+template <typename T>
+void update(T* p, const T* g, T* m, T* v, int64_t n, const Scalars<T>& s, Action action) {
+  const bool l2 = s.weight_decay != 0;
+  switch (action) {
+    case kSkip:
+      return;
+    case kHold:
+      return l2 ? update<T, true, kHold>(p, g, m, v, n, s)
+                : update<T, false, kHold>(p, g, m, v, n, s);
+    case kMomentum:
+      return l2 ? update<T, true, kMomentum>(p, g, m, v, n, s)
+                : update<T, false, kMomentum>(p, g, m, v, n, s);
+    case kRectified:
+      return l2 ? update<T, true, kRectified>(p, g, m, v, n, s)
+                : update<T, false, kRectified>(p, g, m, v, n, s);
+  }
+}
+
+template <typename From>
+void widen_tile(const void* data, int64_t begin, int64_t n, float* tile) {
+  const From* from = static_cast<const From*>(data) + begin;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) tile[i] = widen(from[i]);
+}
+
+template <typename To>
+void narrow_tile(const float* tile, int64_t begin, int64_t n, void* data) {
+  To* to = static_cast<To*>(data) + begin;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow<To>(tile[i]);
+}
+
+// Where n elements from `begin` can be read as float: in place, or widened into the tile.
+float* open(DType dtype, void* data, int64_t begin, int64_t n, float* tile) {
+  if (dtype == kFloat32) return static_cast<float*>(data) + begin;
+  if (dtype == kBFloat16) {
+    widen_tile<bfloat16>(data, begin, n, tile);
+  } else {
+    widen_tile<float16>(data, begin, n, tile);
+  }
+  return tile;
+}
+
+// Puts back what open() widened.
+void close(DType dtype, void* data, int64_t begin, int64_t n, const float* tile) {
+  if (dtype == kBFloat16) narrow_tile<bfloat16>(tile, begin, n, data);
+  if (dtype == kFloat16) narrow_tile<float16>(tile, begin, n, data);
+}
+
+}  // namespace
+
+void RADAM_CONCAT(step_range_, RADAM_ISA)(const Segment& segment, const DTypeSet& dtypes,
+                                          int64_t begin, int64_t end, const StepScalars& scalars) {
+  const Action action = static_cast<Action>(static_cast<int>(scalars.action));
+  if (dtypes.param == kFloat64) {
+    update(static_cast<double*>(segment.param) + begin,
+           static_cast<const double*>(segment.grad) + begin,
+           static_cast<double*>(segment.exp_avg) + begin,
+           static_cast<double*>(segment.exp_avg_sq) + begin, end - begin, Scalars<double>(scalars),
+           action);
+    return;
+  }
+  if (action == kSkip) return;
+  const Scalars<float> s(scalars);
+  const bool in_place =
+      dtypes.param == kFloat32 && dtypes.grad == kFloat32 && dtypes.state == kFloat32;
+  const int64_t step = in_place ? end - begin : kTile;
+  alignas(64) float tiles[4][kTile];
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t n = end - at < step ? end - at : step;
+    float* p = open(dtypes.param, segment.param, at, n, tiles[0]);
+    // open() only reads; the gradient is never written.
+    const float* g = open(dtypes.grad, const_cast<void*>(segment.grad), at, n, tiles[1]);
+    float* m = open(dtypes.state, segment.exp_avg, at, n, tiles[2]);
+    float* v = open(dtypes.state, segment.exp_avg_sq, at, n, tiles[3]);
+    update(p, g, m, v, n, s, action);
+    if (action != kHold) close(dtypes.param, segment.param, at, n, p);
+    close(dtypes.state, segment.exp_avg, at, n, m);
+    close(dtypes.state, segment.exp_avg_sq, at, n, v);
+  }
+}
+
+}  // namespace radam

@@ -1,0 +1,105 @@
+// The table of segments of one step, and the walk over an optimizer that fills it.
+#pragma once
+
+#include <deque>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tensor_info.h"
+
+namespace radam {
+
+// The segments of one device and dtype set: what one launch steps.
+struct Bucket {
+  Bucket(const Device& device, const DTypeSet& dtypes) : device(device), dtypes(dtypes) {}
+  Bucket(const Bucket&) = delete;
+
+  const Device device;
+  const DTypeSet dtypes;
+  std::vector<Segment> segments;
+  std::vector<int64_t> owners;  // of each segment: where in Table::owners()
+  // Held until release(): no memory of a segment can go away meanwhile.
+  std::vector<Ref> params, grads, exp_avgs, exp_avg_sqs;
+};
+
+// A step count that occurs in a group. Every distinct one wants StepScalars of its own.
+struct Count {
+  int64_t group;
+  double step;  // including this step
+};
+
+struct Overlap {
+  int64_t owner, other;              // where in Table::owners()
+  std::string stream, other_stream;  // "param", "grad", "exp_avg" or "exp_avg_sq"
+};
+
+class Table {
+ public:
+  // Empties the table, then adds every parameter of `groups` that has a gradient. Returns
+  // [(group index, parameter, gradient)] of those that cannot be stepped as they stand, among them
+  // those without state: Python sees to these and calls add().
+  Ref collect(PyObject* groups, PyObject* state);
+
+  // Adds one segment. `step` is a step tensor, which advance() will write, or the new count itself.
+  // `owner` is the parameter that the user knows. Raises ValueError with the reason where the
+  // tensors do not fit each other.
+  void add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* exp_avg_sq, PyObject* step,
+           int64_t group, PyObject* owner);
+
+  // The first pair of segments where memory that this step writes is written or read by another.
+  std::optional<Overlap> find_overlap();
+
+  // Writes the new step counts; call it once the update has been launched.
+  void advance();
+
+  // Lets go of every tensor.
+  void release();
+
+  std::vector<Bucket*> buckets();
+  const std::vector<Count>& counts() const { return counts_; }
+  const std::vector<Ref>& owners() const { return owners_; }
+
+ private:
+  struct Tensors {
+    PyObject *param, *grad, *exp_avg, *exp_avg_sq;
+  };
+  struct StepCell {
+    void* cell = nullptr;  // a float or a double inside a step tensor; null where there is none
+    bool is_double = false;
+    double next = 0;
+  };
+  struct Entry {
+    PyObject *param, *state;  // borrowed, and only compared until the walk finds them again
+    char *param_data, *exp_avg_data, *exp_avg_sq_data;
+  };
+  struct Interval {
+    const char *begin, *end;
+    int64_t owner;
+    const char* stream;
+  };
+
+  bool knows(PyObject* state);
+  bool collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype);
+  const char* refuse(const Tensors& tensors);
+  const char* read_step(PyObject* step, StepCell& cell);
+  void append(const Tensors& tensors, PyObject* step, const StepCell& cell, int64_t group,
+              PyObject* owner);
+  int64_t scalars_index(int64_t group, double step);
+  Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
+  bool written_unchanged();
+
+  TensorInfo param_, grad_, exp_avg_, exp_avg_sq_, step_;
+  std::vector<Entry> entries_;                                // one a parameter, in order
+  std::vector<std::pair<PyObject*, PyObject*>> known_state_;  // the state's items, in order
+  std::deque<Bucket> buckets_;
+  std::vector<Count> counts_;
+  std::vector<StepCell> cells_;
+  std::vector<Ref> steps_;
+  std::vector<Ref> owners_;
+  std::vector<Segment> verified_;  // the segments that written_ was made from
+  std::vector<Interval> written_;  // sorted, disjoint
+};
+
+}  // namespace radam

@@ -1,0 +1,176 @@
+// Since 2.10 or so, torch offers DLPack's C exchange API: a table of C functions, one of which
+// describes a tensor in some 50 ns. The structures below are that standard's binary interface
+// (DLPack 1.3). Older versions are asked through their Python attributes.
+#include "tensor_info.h"
+
+namespace radam {
+namespace {
+
+struct DLDataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+
+struct DLTensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  struct {
+    uint32_t major, minor;
+    void* older;
+  } header;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object_no_sync;
+  void* managed_tensor_to_py_object_no_sync;
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);
+};
+
+const DLPackExchangeAPI* find_exchange_api() {
+  const Ref torch = Ref::steal(PyImport_ImportModule("torch"));
+  const Ref tensor = attribute(torch.get(), "Tensor");
+  constexpr const char* kName = "dlpack_exchange_api";
+  PyObject* capsule = PyObject_GetAttrString(tensor.get(), "__dlpack_c_exchange_api__");
+  if (!capsule) PyErr_Clear();
+  if (!PyCapsule_IsValid(capsule, kName)) return nullptr;
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, kName));
+  return api->header.major == 1 ? api : nullptr;
+}
+
+const DLPackExchangeAPI* exchange_api() {
+  static const DLPackExchangeAPI* api = find_exchange_api();
+  return api;
+}
+
+int dtype_of(const DLDataType& type) {
+  constexpr uint8_t kFloat = 2, kBfloat = 4;
+  if (type.lanes != 1) return -1;
+  if (type.code == kFloat && type.bits == 32) return kFloat32;
+  if (type.code == kFloat && type.bits == 64) return kFloat64;
+  if (type.code == kFloat && type.bits == 16) return kFloat16;
+  if (type.code == kBfloat && type.bits == 16) return kBFloat16;
+  return -1;
+}
+
+int64_t count(const TensorInfo& info) {
+  int64_t numel = 1;
+  for (int i = 0; i < info.ndim; ++i) numel *= info.sizes[i];
+  return numel;
+}
+
+void describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorInfo& info) {
+  DLTensor t;
+  if (api.dltensor_from_py_object_no_sync(tensor, &t) != 0) throw PythonError();
+  info.data = static_cast<char*>(t.data) + t.byte_offset;
+  info.device = t.device;
+  info.dtype = dtype_of(t.dtype);
+  info.ndim = t.ndim;
+  info.sizes = t.shape;
+  info.strides = t.strides;
+  info.numel = count(info);
+}
+
+void describe_by_attributes(PyObject* tensor, TensorInfo& info) {
+  info.dtype = dtype_code(attribute(tensor, "dtype").get());
+  const Ref device = attribute(tensor, "device");
+  const Ref type = attribute(device.get(), "type"), index = attribute(device.get(), "index");
+  const bool cpu = PyUnicode_CompareWithASCIIString(type.get(), "cpu") == 0;
+  const bool cuda = PyUnicode_CompareWithASCIIString(type.get(), "cuda") == 0;
+  info.device.type = cpu ? kCPU : cuda ? kCUDA : -1;
+  info.device.index = index.get() == Py_None ? 0 : static_cast<int32_t>(to_int(index.get()));
+  const Ref sizes = attribute(tensor, "shape");
+  const Ref strides = Ref::steal(PyObject_CallMethod(tensor, "stride", nullptr));
+  info.ndim = static_cast<int32_t>(PyTuple_Size(sizes.get()));
+  if (info.ndim < 0) throw PythonError();
+  for (int i = 0; i < info.ndim; ++i) {
+    info.storage[i] = to_int(PyTuple_GetItem(sizes.get(), i));
+    info.storage[kMaxDims + i] = to_int(PyTuple_GetItem(strides.get(), i));
+  }
+  info.sizes = info.storage;
+  info.strides = info.storage + kMaxDims;
+  info.numel = count(info);
+  const Ref data = Ref::steal(PyObject_CallMethod(tensor, "data_ptr", nullptr));
+  info.data = static_cast<char*>(PyLong_AsVoidPtr(data.get()));
+  if (PyErr_Occurred()) throw PythonError();
+}
+
+}  // namespace
+
+int dtype_code(PyObject* torch_dtype) {
+  // Never released: static Python objects must not be destroyed after the interpreter.
+  static PyObject* const* dtypes = [] {
+    auto* found = new PyObject*[kDTypes];
+    const Ref torch = Ref::steal(PyImport_ImportModule("torch"));
+    for (int i = 0; i < kDTypes; ++i) found[i] = attribute(torch.get(), kDTypeNames[i]).release();
+    return found;
+  }();
+  for (int i = 0; i < kDTypes; ++i) {
+    if (dtypes[i] == torch_dtype) return i;
+  }
+  return -1;
+}
+
+bool describe(PyObject* tensor, TensorInfo& info) {
+  const DLPackExchangeAPI* api = exchange_api();
+  try {
+    if (api) {
+      describe_by_dlpack(*api, tensor, info);
+    } else {
+      describe_by_attributes(tensor, info);
+    }
+  } catch (const PythonError&) {
+    // A wish to stop is not a fact about the tensor.
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw;
+    PyErr_Clear();
+    return false;
+  }
+  return info.data != nullptr || info.numel == 0;
+}
+
+bool is_dense(const TensorInfo& info) {
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int i = info.ndim - 1; i >= 0 && contiguous; --i) {
+    if (info.sizes[i] == 1) continue;
+    contiguous = info.strides[i] == expected;
+    expected *= info.sizes[i];
+  }
+  if (contiguous || info.numel <= 1) return true;
+  // A permutation: from the innermost, every stride is the product of the sizes within.
+  bool used[kMaxDims] = {};
+  for (expected = 1; expected < info.numel;) {
+    int next = -1;
+    for (int i = 0; i < info.ndim; ++i) {
+      if (!used[i] && info.sizes[i] != 1 && info.strides[i] == expected) next = i;
+    }
+    if (next < 0) return false;
+    used[next] = true;
+    expected *= info.sizes[next];
+  }
+  return true;
+}
+
+bool same_shape(const TensorInfo& a, const TensorInfo& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.sizes[i] != b.sizes[i]) return false;
+  }
+  return true;
+}
+
+bool same_layout(const TensorInfo& a, const TensorInfo& b) {
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.sizes[i] != 1 && a.strides[i] != b.strides[i]) return false;
+  }
+  return true;
+}
+
+const char* tensors_read_by() { return exchange_api() ? "DLPack" : "Python"; }
+
+}  // namespace radam

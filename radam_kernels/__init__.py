@@ -1,0 +1,17 @@
+"""Rectified Adam (RAdam) for PyTorch as fused kernels: one pass over memory, the same bits anywhere."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import modules as _modules  # first: refuses an unbuilt or stale source tree
+from . import schedule
+from .backends import available_backends
+from .flat import flatten_
+from .functional import radam_
+from .optimizer import RAdam
+
+try:
+    __version__ = version("radam_kernels")
+except PackageNotFoundError:  # compiled by hand, with CMake, and not installed
+    __version__ = "unknown"
+
+__all__ = ["RAdam", "available_backends", "flatten_", "radam_", "schedule"]

@@ -1,0 +1,2 @@
+def why_not(device_type):
+    return "not written yet"

@@ -1,0 +1,67 @@
+"""The readable statement of the step in torch operations: the truth that every kernel is held to."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..modules import DTYPES
+from ..schedule import Action, StepScalars
+
+
+def why_not(device_type: str) -> str | None:
+    return None
+
+
+@torch.no_grad()
+def step_(bucket, scalars) -> None:
+    width = len(StepScalars._fields)
+    rows = [StepScalars(*scalars[i : i + width]) for i in range(0, len(scalars), width)]
+    compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
+    for *tensors, row in zip(*bucket.tensors(), bucket.scalars(), strict=True):
+        radam_update_(*tensors, rows[row], compute)
+
+
+def radam_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: StepScalars,
+    compute: torch.dtype,
+) -> None:
+    """One RAdam step on tensors of one shape, in place; csrc/radam_math.h says the same in C++.
+
+    Every operation rounds once to `compute` (float32, or float64 for float64 parameters); what is
+    stored in 16 bits is rounded to nearest even at the end.
+    """
+    if scalars.action == Action.SKIP:
+        return
+    # 0-dim tensors of the computing dtype: narrowed once, as the kernels do.
+    s = StepScalars(*(torch.tensor(x, dtype=compute, device=param.device) for x in scalars))
+    p, g, m, v = (t.to(compute) for t in (param, grad, exp_avg, exp_avg_sq))
+
+    g = g * s.grad_scale
+    if s.weight_decay != 0:  # 0 * p would turn an infinite p into NaN
+        g = g + s.weight_decay * p
+    p = p * s.decay
+    m = m + s.one_minus_beta1 * (g - m)
+    v = s.beta2 * v + s.one_minus_beta2 * (g * g)
+    if scalars.action == Action.RECTIFIED:
+        p = p - s.step_size * (m / (_sqrt(v) + s.eps))
+    elif scalars.action == Action.MOMENTUM:
+        p = p - s.step_size * m
+
+    if scalars.action != Action.HOLD:
+        param.copy_(p)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+
+
+def _sqrt(v: Tensor) -> Tensor:
+    """The correctly rounded square root: torch.sqrt on the CPU is off by one ulp on some values."""
+    if v.dtype == torch.float32:
+        return v.double().sqrt().float()
+    if v.device.type == "cpu":
+        with np.errstate(invalid="ignore"):
+            return torch.as_tensor(np.sqrt(v.numpy()))
+    return v.sqrt()

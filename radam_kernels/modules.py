@@ -1,0 +1,42 @@
+"""The compiled modules, and the refusal to run without them or with ones from other sources."""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  (first: its OpenMP runtime must be there when _cpu looks for it)
+
+from .fingerprint import fingerprint
+
+_HERE = Path(__file__).resolve().parent
+
+
+def load(name: str) -> ModuleType:
+    """The compiled module `name`; raises ImportError, with the remedy, if it is missing or stale."""
+    in_tree = fingerprint(_HERE.parent)
+    remedy = (
+        f"run `pip install -e .` in {_HERE.parent}"
+        if in_tree
+        else "install radam_kernels again: `pip install --force-reinstall --no-deps radam_kernels`"
+    )
+    try:
+        module = import_module(f"{__package__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.{name}":
+            raise
+        raise ImportError(
+            f"radam_kernels has no compiled module {name} in {_HERE}: "
+            f"{'this source tree is not built' if in_tree else 'it was not installed'}; {remedy}"
+        ) from None
+    if in_tree and module.fingerprint != in_tree:
+        raise ImportError(
+            f"radam_kernels: {module.__file__} was built from other sources "
+            f"({module.fingerprint}) than those in {_HERE.parent / 'csrc'} ({in_tree}); {remedy}"
+        )
+    return module
+
+
+cpu = load("_cpu")
+
+# The dtypes of the kernels, in the order of their codes.
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in cpu.dtypes)

@@ -1,0 +1,343 @@
+"""RAdam as a drop-in for torch.optim.RAdam: hyperparameters, state, and the call of the kernels."""
+
+import warnings
+from array import array
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .backends import check_name
+from .flat import flatten_
+from .launch import launch
+from .modules import DTYPES, cpu
+from .schedule import check_rho_threshold, step_scalars
+from .staging import (
+    MOMENTS,
+    Staged,
+    as_step,
+    check_state,
+    fits,
+    flat_moments,
+    local,
+    moment_dtype,
+    real,
+    stage,
+)
+
+
+class RAdam(Optimizer):
+    r"""Rectified Adam in one pass over memory; same arguments, state and results as torch's.
+
+    Arguments that `torch.optim.RAdam` has mean what they mean there. `foreach` is accepted and has
+    no effect: all tensors of one device and dtype set are stepped in one launch anyway.
+
+    Args:
+        params: parameters, named parameters or dicts that define groups. float32, float64,
+            bfloat16, float16 and complex, of any shape and strides, mixed at will.
+        lr: learning rate, a float or a tensor of one element (read at every step).
+        betas: coefficients of the running averages of the gradient and of its square.
+        eps: added to the square root of `exp_avg_sq`, before bias correction as in torch.
+        weight_decay: L2 penalty, or decay of the parameter itself if `decoupled_weight_decay`.
+        maximize: maximize the objective instead.
+        capturable, differentiable: only False is supported.
+        backend: "auto" (the fastest for each device), "cuda", "triton", "cpu" or "reference".
+        flatten: move the parameters into one flat buffer for each dtype and device (`flatten_`).
+        rho_threshold: rectify where rho_t is above it. 5.0 is torch's, 4.0 the paper's Algorithm 2.
+        degenerated_to_sgd: below the threshold, step along the momentum (torch); False leaves the
+            parameter as it is (the authors' code).
+        rectification: "first_order" (the paper's r_t, torch's), or "exact", with the variance
+            itself instead of its first-order approximation.
+        state_dtype: dtype of the moments of parameters of up to 32 bits; None for float32.
+            `torch.bfloat16` with bfloat16 parameters gives torch's memory and torch's trouble: at
+            beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep float64 moments.
+
+    The state of a parameter is torch's: `step` (float32, on the CPU, so it stops counting at 2**24
+    as torch's does), `exp_avg` and `exp_avg_sq`. Checkpoints go to and from `torch.optim.RAdam`.
+    Whatever is edited between steps (hyperparameters, state, gradients, `p.data`) is picked up.
+
+    Raises:
+        ValueError: a hyperparameter out of range. At a step: tensors that can't be stepped or that
+            share memory; nothing has been changed then.
+        RuntimeError: a backend that does not work here; at a step: sparse gradients.
+        NotImplementedError: capturable or differentiable.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        backend: str = "auto",
+        flatten: bool = False,
+        rho_threshold: float = 5.0,
+        degenerated_to_sgd: bool = True,
+        rectification: str = "first_order",
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "differentiable": differentiable,
+            "rho_threshold": rho_threshold,
+            "degenerated_to_sgd": degenerated_to_sgd,
+            "rectification": rectification,
+            "state_dtype": state_dtype,
+        }
+        _check_options(defaults)
+        check_name(backend)
+        self._backend = backend
+        self._flatten = False  # not while the groups come in: all of them share one buffer
+        self._table = cpu.Table()
+        super().__init__(params, defaults)
+        if flatten:
+            flatten_(p for group in self.param_groups for p in group["params"])
+        self._flatten = flatten
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does; with `flatten`, its parameters move into a buffer too."""
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if self._flatten:
+            try:
+                flatten_(self.param_groups[-1]["params"])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    # Under torch.compile a traced step would count its steps just once.
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one step; `closure` reevaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        made: list[Tensor] = []
+        staged: list[Staged] = []
+        try:
+            if pending := self._table.collect(self.param_groups, self.state):
+                staged = self._attend(pending, made)
+            launch(self._table, self._scalars(), self._backend, self._owner_name)
+        except BaseException:
+            for owner in made:
+                del self.state[owner]
+            raise
+        finally:
+            self._table.release()
+        for item in staged:
+            if item.copied:
+                with torch.no_grad():
+                    local(item.owner).copy_(item.param)
+        return loss
+
+    def _scalars(self) -> array:
+        rows = array("d")
+        for index, step in self._table.counts:
+            group = self.param_groups[index]
+            beta1, beta2 = group["betas"]
+            rows.extend(
+                step_scalars(
+                    step,
+                    lr=float(group["lr"]),
+                    beta1=float(beta1),
+                    beta2=float(beta2),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    decoupled_weight_decay=group["decoupled_weight_decay"],
+                    maximize=group["maximize"],
+                    rho_threshold=group["rho_threshold"],
+                    degenerated_to_sgd=group["degenerated_to_sgd"],
+                    rectification=group["rectification"],
+                )
+            )
+        return rows
+
+    @torch.no_grad()
+    def _attend(self, pending: list[tuple], made: list[Tensor]) -> list[Staged]:
+        """Puts into the table what collect() left aside. Checks all of it before it changes any.
+
+        `made` receives the parameters whose state is made here.
+        """
+        staged = []
+        for index, owner, grad in pending:
+            name = self._name(index, owner)
+            staged.append(stage(owner, grad, name))
+            if self.state.get(owner):
+                check_state(self.state[owner], owner, name)
+        self._make_moments(pending, staged, made)
+        for (index, owner, _), item in zip(pending, staged, strict=True):
+            state = self.state[owner]
+            try:
+                self._table.add(
+                    real(item.param),
+                    real(item.grad),
+                    *(real(local(state[key])) for key in MOMENTS),
+                    state["step"],
+                    index,
+                    owner,
+                )
+            except ValueError as error:
+                raise ValueError(f"{self._name(index, owner)}: {error}") from None
+        return staged
+
+    def _make_moments(self, pending: list[tuple], staged: list[Staged], made: list[Tensor]) -> None:
+        """New moments for parameters without state, and for state that its parameter outgrew."""
+        owners, dtypes = [], []
+        for (index, owner, _), item in zip(pending, staged, strict=True):
+            dtype = moment_dtype(owner, self.param_groups[index]["state_dtype"])
+            state = self.state.get(owner)
+            if not state or not all(fits(local(state[k]), item.param, dtype) for k in MOMENTS):
+                owners.append(owner)
+                dtypes.append(dtype)
+        for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
+            state = self.state[owner]
+            if state:
+                for key in MOMENTS:
+                    local(moments[key]).copy_(local(state[key]))
+            else:
+                made.append(owner)
+            state.update(moments)
+        for index, owner, _ in pending:
+            state = self.state[owner]
+            state["step"] = as_step(state.get("step", 0), self._name(index, owner))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class or of torch's, bit for bit, into flat buffers.
+
+        torch's own loading casts moments to the dtype of their parameter; this one keeps them.
+
+        Raises:
+            ValueError: groups or shapes that do not match. Nothing is changed.
+        """
+        # Last among the hooks, so that it sees what the others made of the state.
+        hook = self.register_load_state_dict_pre_hook(_shield_moments)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_backend", "auto")
+        self.__dict__.setdefault("_flatten", False)
+        self.__dict__.setdefault("_table", cpu.Table())
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if group["capturable"] or group["differentiable"]:
+                warnings.warn(
+                    "radam_kernels.RAdam goes on with capturable=False and differentiable=False; "
+                    "the loaded state was made with one of them True",
+                    stacklevel=3,
+                )
+                group.update(capturable=False, differentiable=False)
+        self._gather()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Moves all moments, as loaded or unpickled, into flat buffers; copies the step counts."""
+        owners, dtypes = [], []
+        for group in self.param_groups:
+            for owner in group["params"]:
+                if self.state.get(owner):
+                    owners.append(owner)
+                    dtypes.append(moment_dtype(owner, group["state_dtype"]))
+        for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
+            state = self.state[owner] = dict(self.state[owner])
+            for key, moment in moments.items():
+                local(moment).copy_(local(_unshield(state[key])))
+            state.update(moments)
+            state["step"] = as_step(state["step"], "a parameter").clone()
+
+    def _name(self, index: int, owner: Tensor) -> str:
+        group = self.param_groups[index]
+        position = next(i for i, p in enumerate(group["params"]) if p is owner)
+        name = f'param {position} of group {index}'
+        return f'{name} ("{group["param_names"][position]}")' if "param_names" in group else name
+
+    def _owner_name(self, i: int) -> str:
+        owner = self._table.owners[i]
+        for index, group in enumerate(self.param_groups):
+            if any(p is owner for p in group["params"]):
+                return self._name(index, owner)
+        return f"param {i}"
+
+
+class _Shielded:
+    """Carries a moment through Optimizer.load_state_dict, which casts every tensor it sees."""
+
+    def __init__(self, moment: Tensor) -> None:
+        self.moment = moment
+
+
+def _unshield(moment: Tensor | _Shielded) -> Tensor:
+    return moment.moment if isinstance(moment, _Shielded) else moment
+
+
+def _shield_moments(optimizer: RAdam, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Checks a state dict against the parameters, and wraps its moments."""
+    params = chain.from_iterable(g["params"] for g in optimizer.param_groups)
+    ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+    owners = dict(zip(ids, params, strict=False))  # torch complains of lengths, after the hooks
+    shielded = {}
+    for key, state in state_dict["state"].items():
+        if key in owners and state:
+            check_state(state, owners[key], f"param {key}")
+            state = {k: _Shielded(v) if k in MOMENTS else v for k, v in state.items()}
+        shielded[key] = state
+    return {**state_dict, "state": shielded}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError, naming the value, for hyperparameters out of range."""
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}; expected a number >= 0")
+    if not 0.0 <= options["eps"]:
+        raise ValueError(f"Invalid epsilon value: {options['eps']}; expected a number >= 0")
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}; expected two numbers")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(
+                f"Invalid beta parameter at index {i}: {beta}; expected 0 <= beta < 1"
+            )
+    if not 0.0 <= options["weight_decay"]:
+        raise ValueError(
+            f"Invalid weight_decay value: {options['weight_decay']}; expected a number >= 0"
+        )
+    check_rho_threshold(options["rho_threshold"], options["rectification"])
+    if options["state_dtype"] is not None and options["state_dtype"] not in DTYPES[:3]:
+        raise ValueError(
+            f"Invalid state_dtype: {options['state_dtype']}; expected None or one of {DTYPES[:3]}"
+        )
+    for flag in ("capturable", "differentiable"):
+        if options[flag]:
+            raise NotImplementedError(
+                f"radam_kernels.RAdam does not support {flag}=True; use {flag}=False, or "
+                "torch.optim.RAdam for this"
+            )

@@ -1,0 +1,375 @@
+"""Trains one small transformer under three optimizers and compares their losses and times."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OURS, TORCH_RADAM, TORCH_ADAM = "radam_kernels.RAdam", "torch.optim.RAdam", "torch.optim.Adam"
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+COLOURS = {OURS: "#E69F00", TORCH_RADAM: "#000000", TORCH_ADAM: "#0072B2"}
+HEAD_WIDTH = 32
+HELD_OUT_WINDOWS = 128
+EVALUATIONS = 25
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what and how."""
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to its input: (batch, time, width) to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, HEAD_WIDTH))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ByteModel(nn.Module):
+    """Decoder-only transformer over bytes: int64 (batch, time) to logits (batch, time, 256)."""
+
+    def __init__(self, layers: int, width: int, context: int) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+@dataclass
+class Run:
+    """What one optimizer's training left behind: losses in nats per byte, times in seconds."""
+
+    name: str
+    parameters: int = 0
+    eval_steps: list[int] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    optimizer_s: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+
+    def optimizer_ms(self) -> tuple[float, float, float]:
+        """The 20th, 50th and 80th percentile of the optimizer's time per step, in ms."""
+        low, mid, high = torch.tensor(self.optimizer_s).quantile(torch.tensor([0.2, 0.5, 0.8]))
+        return 1e3 * low.item(), 1e3 * mid.item(), 1e3 * high.item()
+
+    def share(self) -> float:
+        """The optimizer's part of a whole training step, between 0 and 1 (ratio of medians)."""
+        return self.optimizer_ms()[1] / (1e3 * torch.tensor(self.step_s).quantile(0.5).item())
+
+
+def load_text(path: Path | None, context: int) -> tuple[Tensor, Tensor]:
+    """Bytes to train on and the held-out last tenth, both int64 of shape (bytes,)."""
+    if path is not None:
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"--text: cannot read {path}: {error.strerror}") from error
+    else:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise UserError(
+                "this Python lacks pydoc_data.topics, the English text to train on (some Linux "
+                "distributions strip it); give any text of some 100 KB with --text FILE"
+            ) from error
+        text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    if len(text) < 20 * (context + 1):
+        raise UserError(
+            f"--text: {len(text)} bytes are too few for windows of {context} bytes; "
+            f"give at least {20 * (context + 1)}, better 100 KB"
+        )
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    split = len(data) * 9 // 10
+    return data[:split], data[split:]
+
+
+def windows(data: Tensor, starts: Tensor, context: int, device: torch.device) -> Tensor:
+    """Runs of `context + 1` bytes from `data` at `starts`: int64 (len(starts), context + 1)."""
+    return data[starts[:, None] + torch.arange(context + 1)].to(device)
+
+
+def loss_of(model: ByteModel, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of each next byte in `batch` (n, context + 1), in nats per byte."""
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: ByteModel, batch: Tensor) -> float:
+    """`loss_of` without a graph, as a number."""
+    return loss_of(model, batch).item()
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a steady clock, once `device` has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train_one(
+    run: Run,
+    make_optimizer: OptimizerFactory,
+    text: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Trains a fresh model for `args.steps` steps and fills `run` as it goes."""
+    from tqdm import tqdm
+
+    # Initial values and batches come from the seed alone, so that every run sees the same.
+    torch.manual_seed(args.seed)
+    draws = torch.Generator().manual_seed(args.seed)
+    model = ByteModel(args.layers, args.width, args.context).to(device)
+    run.parameters = sum(p.numel() for p in model.parameters())
+    optimizer = make_optimizer(model.parameters())
+    train, held_out = text
+    last = len(held_out) - args.context - 1
+    starts = torch.linspace(0, last, min(HELD_OUT_WINDOWS, last + 1)).long()
+    held_out_batch = windows(held_out, starts, args.context, device)
+    every = max(1, args.steps // EVALUATIONS)
+
+    with tqdm(total=args.steps, desc=run.name, unit="step", dynamic_ncols=True) as bar:
+        for step in range(args.steps + 1):
+            if step % every == 0 or step == args.steps:
+                run.eval_steps.append(step)
+                run.held_out.append(held_out_loss(model, held_out_batch))
+                bar.set_postfix_str(f"held-out loss {run.held_out[-1]:.3f} nats/byte")
+            if step == args.steps:
+                break
+            begin = now(device)
+            starts = torch.randint(len(train) - args.context, (args.batch,), generator=draws)
+            loss = loss_of(model, windows(train, starts, args.context, device))
+            optimizer.zero_grad()
+            loss.backward()
+            backward_done = now(device)
+            optimizer.step()
+            end = now(device)
+            run.optimizer_s.append(end - backward_done)
+            run.step_s.append(end - begin)
+            bar.update()
+
+
+def radam_difference(runs: dict[str, Run]) -> float:
+    """The greatest distance between the two RAdams' held-out losses, in nats per byte."""
+    pairs = zip(runs[OURS].held_out, runs[TORCH_RADAM].held_out, strict=True)
+    return max(abs(ours - theirs) for ours, theirs in pairs)
+
+
+def table(runs: dict[str, Run]) -> str:
+    """One row for each optimizer, under a heading with units."""
+    rows = [f"{'':20}{'held-out loss':>24}{'optimizer':>14}{'share of':>12}{'time against':>16}"]
+    rows += [f"{'':20}{'nats/byte':>12}{'bits/byte':>12}{'ms/step':>14}{'step':>12}{OURS[:13]:>16}"]
+    for run in runs.values():
+        loss, ms = run.held_out[-1], run.optimizer_ms()[1]
+        rows.append(
+            f"{run.name:20}{loss:12.4f}{loss / math.log(2):12.4f}{ms:14.3f}"
+            f"{run.share():12.1%}{ms / runs[OURS].optimizer_ms()[1]:15.2f}x"
+        )
+    return "\n".join(rows)
+
+
+def record(runs: dict[str, Run], settings: dict[str, object], machine: dict[str, object]) -> str:
+    """All numbers of the comparison as JSON text."""
+    results = {
+        name: {
+            "eval_steps": run.eval_steps,
+            "held_out_nats_per_byte": run.held_out,
+            "optimizer_ms_percentiles_20_50_80": run.optimizer_ms(),
+            "optimizer_share_of_step": run.share(),
+            "optimizer_time_against_radam_kernels": (
+                run.optimizer_ms()[1] / runs[OURS].optimizer_ms()[1]
+            ),
+        }
+        for name, run in runs.items()
+    }
+    return json.dumps(
+        {
+            "settings": settings,
+            "machine": machine,
+            "optimizers": results,
+            "greatest_radam_difference_nats_per_byte": radam_difference(runs),
+        },
+        indent=2,
+    )
+
+
+def draw(runs: dict[str, Run], caption: str) -> bytes:
+    """A PNG, 1600 pixels wide: held-out loss against step, and optimizer time as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.8), dpi=200, facecolor="white", layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    # The two RAdams coincide: a wide light line below a thin dashed one keeps both in sight.
+    strokes = {OURS: {"lw": 6, "alpha": 0.75}, TORCH_RADAM: {"lw": 1.6, "ls": (0, (4, 2))}}
+    for name, run in runs.items():
+        stroke = strokes.get(name, {"lw": 1.8})
+        curves.plot(run.eval_steps, run.held_out, color=COLOURS[name], label=name, **stroke)
+    curves.set(xlabel="training step", ylabel="held-out loss (nats/byte)", title="Same training")
+    curves.legend(frameon=False)
+    curves.grid(alpha=0.25)
+
+    for place, (name, run) in enumerate(runs.items()):
+        low, mid, high = run.optimizer_ms()
+        bars.bar(place, mid, 0.62, color=COLOURS[name])
+        bars.errorbar(place, mid, [[mid - low], [high - mid]], color="#777777", capsize=4)
+        bars.annotate(
+            f"{mid:.2f} ms\n{run.share():.1%} of step",
+            (place, high), (0, 4), textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
+    labels = [name.replace(".optim", "").replace(".", "\n") for name in runs]
+    bars.set_xticks(range(len(runs)), labels)
+    bars.set(ylabel="optimizer time (ms/step)", title="Optimizer time")
+    bars.margins(y=0.22)
+    for axes in (curves, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(caption, fontsize=8.5, color="#555555")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m radam_kernels train` to `parser`."""
+    add = parser.add_argument
+    add("--steps", type=positive, default=600, help="training steps of each run (%(default)s)")
+    add("--seed", type=int, default=0, help="of initial values and batches (%(default)s)")
+    add("--lr", type=float, default=3e-3, help="learning rate of each optimizer (%(default)s)")
+    add("--backend", default="auto", help="given to radam_kernels.RAdam (%(default)s)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--text", type=Path, help="file to train on (default: the help texts of Python)")
+    add("--out", type=Path, default=Path("radam_train"), help="folder for results (%(default)s)")
+    add("--layers", type=positive, default=4, help="layers of the model (%(default)s)")
+    add("--width", type=positive, default=96, help="a multiple of 32 (%(default)s)")
+    add("--context", type=positive, default=64, help="bytes the model sees (%(default)s)")
+    add("--batch", type=positive, default=16, help="windows in a batch (%(default)s)")
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def require(args: argparse.Namespace) -> None:
+    """Raises UserError for what would otherwise fail only after minutes of training."""
+    try:
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is missing; run: pip install 'radam_kernels[demo]'"
+        ) from error
+    if args.width % HEAD_WIDTH:
+        raise UserError(f"--width: expected a multiple of {HEAD_WIDTH}, got {args.width}")
+    existing = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--out: {existing} is not a folder to write to; choose another")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, tried out; by default cuda where there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu or cuda, got {name}")
+    return device
+
+
+def optimizer_factories(
+    args: argparse.Namespace, device: torch.device
+) -> dict[str, OptimizerFactory]:
+    """The optimizers under comparison, all at torch's defaults but for the learning rate."""
+    from . import RAdam
+
+    ours = partial(RAdam, lr=args.lr, backend=args.backend)
+    try:
+        ours([torch.zeros(1, device=device, requires_grad=True)])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--backend {args.backend} --lr {args.lr}: {error}") from error
+    return {
+        OURS: ours,
+        TORCH_RADAM: partial(torch.optim.RAdam, lr=args.lr),
+        TORCH_ADAM: partial(torch.optim.Adam, lr=args.lr),
+    }
+
+
+def compare(args: argparse.Namespace, runs: dict[str, Run]) -> None:
+    """Trains under each optimizer into `runs`, prints the table, writes the PNG and the JSON."""
+    require(args)
+    device = pick_device(args.device)
+    text = load_text(args.text, args.context)
+    for name, factory in optimizer_factories(args, device).items():
+        runs[name] = Run(name)
+        train_one(runs[name], factory, text, args, device)
+
+    cuda = device.type == "cuda"
+    machine = {
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "cpu_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    where = machine["device"] if cuda else f"CPU, {torch.get_num_threads()} threads"
+    caption = (
+        f"byte-level transformer, {runs[OURS].parameters / 1e6:.2f} M parameters, "
+        f"lr {args.lr:g}, seed {args.seed}; {where}; torch {torch.__version__}"
+    )
+    settings = {key: str(value) for key, value in vars(args).items()}
+    png, numbers = draw(runs, caption), record(runs, settings, machine)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "train.png").write_bytes(png)
+    (args.out / "train.json").write_text(numbers + "\n")
+    print(f"{caption}\n\n{table(runs)}\n")
+    print(f"greatest difference between the two RAdams: {radam_difference(runs):.1e} nats/byte")
+    print(f"written: {args.out / 'train.png'}, {args.out / 'train.json'}")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the comparison; the exit status is 0, 2 for a mistake in use, 130 for Ctrl-C."""
+    runs: dict[str, Run] = {}
+    try:
+        compare(args, runs)
+    except UserError as error:
+        print(f"radam_kernels train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        run = next(reversed(runs.values()), Run("training"))
+        steps = len(run.step_s)
+        print(f"interrupted after {steps} steps of {run.name}; nothing written", file=sys.stderr)
+        return 130
+    return 0
