@@ -138,16 +138,23 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Bucket>(m, "Bucket")
       .def_property_readonly(
           "device", [](const Bucket& b) { return py::make_tuple(b.device.type, b.device.index); })
-      .def_property_readonly("dtypes",
-                             [](const Bucket& b) {
-                               return py::make_tuple(static_cast<int>(b.dtypes.param),
-                                                     static_cast<int>(b.dtypes.grad),
-                                                     static_cast<int>(b.dtypes.state));
-                             })
       .def_property_readonly(
-          "segments",
-          [](const Bucket& b) { return reinterpret_cast<uintptr_t>(b.segments.data()); })
+          "dtypes",
+          [](const Bucket& b) {
+            return py::make_tuple(static_cast<int>(b.dtypes.param), static_cast<int>(b.dtypes.grad),
+                                  static_cast<int>(b.dtypes.state));
+          },
+          "Codes of the dtypes of parameters, gradients and moments.")
       .def_property_readonly("count", [](const Bucket& b) { return b.segments.size(); })
+      .def_property_readonly(
+          "table",
+          [](const Bucket& b) {
+            return py::make_tuple(reinterpret_cast<uintptr_t>(b.segments.data()), b.segments.size(),
+                                  static_cast<int>(b.dtypes.param), static_cast<int>(b.dtypes.grad),
+                                  static_cast<int>(b.dtypes.state));
+          },
+          "The first arguments of a step: address of the segments, how many, "
+          "and the dtypes.")
       .def(
           "scalars",
           [](const Bucket& b) {
@@ -172,7 +179,20 @@ PYBIND11_MODULE(_cpu, m) {
                        owner.ptr());
            })
       .def("find_overlap", &find_overlap)
-      .def("advance", &Table::advance)
+      .def(
+          "advance",
+          [](Table& table) {
+            table.advance();
+            return list_of(table.owners());
+          },
+          "Writes the new step counts; returns the owners.")
+      .def(
+          "scalars",
+          [](Table& table, const py::list& groups) {
+            const std::vector<StepScalars>& rows = table.scalars(groups.ptr());
+            return py::make_tuple(reinterpret_cast<uintptr_t>(rows.data()), rows.size());
+          },
+          "Address and number of the rows of StepScalars that the segments obey.")
       .def("release", &Table::release)
       .def("buckets", &Table::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("counts", &counts)

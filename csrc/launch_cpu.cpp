@@ -6,9 +6,9 @@
 
 namespace radam {
 
-#define RADAM_DECLARE(isa)                                                             \
-  void step_range_##isa(const Segment& segment, const DTypeSet& dtypes, int64_t begin, \
-                        int64_t end, const StepScalars& scalars);
+#define RADAM_DECLARE(isa)                                                              \
+  void step_range_##isa(const Segment* segments, int64_t count, const DTypeSet& dtypes, \
+                        const StepScalars* scalars, int64_t first, int64_t last);
 RADAM_DECLARE(baseline)
 #ifdef RADAM_X86_LEVELS
 RADAM_DECLARE(v3)
@@ -53,14 +53,7 @@ void step_cpu(const Segment* segments, int64_t count, const DTypeSet& dtypes,
     const int64_t share = (total / team + kLine) / kLine * kLine;
     const int64_t first = std::min(total, thread * share);
     const int64_t last = thread + 1 == team ? total : std::min(total, first + share);
-    int64_t offset = 0;  // of the segment, among all elements of the step
-    for (int64_t i = 0; i < count && offset < last; ++i) {
-      const Segment& segment = segments[i];
-      const int64_t begin = std::max<int64_t>(first - offset, 0);
-      const int64_t end = std::min(last - offset, segment.numel);
-      if (begin < end) isa.step_range(segment, dtypes, begin, end, scalars[segment.scalars]);
-      offset += segment.numel;
-    }
+    if (first < last) isa.step_range(segments, count, dtypes, scalars, first, last);
   });
 }
 

@@ -1,5 +1,5 @@
-// The CPU kernel: one range of one segment. Compiled once for each instruction set, under the name
-// in RADAM_ISA; nothing here may be shared between those objects, so all of it has internal
+// The CPU kernel: one thread's range of elements. Compiled once for each instruction set, under the
+// name in RADAM_ISA; nothing here may be shared between those objects, so all of it has internal
 // linkage.
 #include "step_cpu.h"
 
@@ -72,27 +72,37 @@ void close(DType dtype, void* data, int64_t begin, int64_t n, const float* tile)
   if (dtype == kFloat16) narrow_tile<float16>(tile, begin, n, data);
 }
 
-}  // namespace
+// Steps elements [begin, end) of a segment, computing in T.
+template <typename T>
+void step_range(const Segment& segment, const DTypeSet& dtypes, int64_t begin, int64_t end,
+                const Scalars<T>& s, Action action);
 
-void RADAM_CONCAT(step_range_, RADAM_ISA)(const Segment& segment, const DTypeSet& dtypes,
-                                          int64_t begin, int64_t end, const StepScalars& scalars) {
-  const Action action = static_cast<Action>(static_cast<int>(scalars.action));
-  if (dtypes.param == kFloat64) {
-    update(static_cast<double*>(segment.param) + begin,
-           static_cast<const double*>(segment.grad) + begin,
-           static_cast<double*>(segment.exp_avg) + begin,
-           static_cast<double*>(segment.exp_avg_sq) + begin, end - begin, Scalars<double>(scalars),
-           action);
-    return;
-  }
-  if (action == kSkip) return;
-  const Scalars<float> s(scalars);
+// Where all four streams hold T already.
+template <typename T>
+void step_in_place(const Segment& segment, int64_t begin, int64_t end, const Scalars<T>& s,
+                   Action action) {
+  update(static_cast<T*>(segment.param) + begin, static_cast<const T*>(segment.grad) + begin,
+         static_cast<T*>(segment.exp_avg) + begin, static_cast<T*>(segment.exp_avg_sq) + begin,
+         end - begin, s, action);
+}
+
+template <>
+void step_range(const Segment& segment, const DTypeSet&, int64_t begin, int64_t end,
+                const Scalars<double>& s, Action action) {
+  step_in_place(segment, begin, end, s, action);
+}
+
+template <>
+void step_range(const Segment& segment, const DTypeSet& dtypes, int64_t begin, int64_t end,
+                const Scalars<float>& s, Action action) {
   const bool in_place =
       dtypes.param == kFloat32 && dtypes.grad == kFloat32 && dtypes.state == kFloat32;
-  const int64_t step = in_place ? end - begin : kTile;
+  if (in_place) {
+    return step_in_place(segment, begin, end, s, action);
+  }
   alignas(64) float tiles[4][kTile];
-  for (int64_t at = begin; at < end; at += step) {
-    const int64_t n = end - at < step ? end - at : step;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
     float* p = open(dtypes.param, segment.param, at, n, tiles[0]);
     // open() only reads; the gradient is never written.
     const float* g = open(dtypes.grad, const_cast<void*>(segment.grad), at, n, tiles[1]);
@@ -102,6 +112,35 @@ void RADAM_CONCAT(step_range_, RADAM_ISA)(const Segment& segment, const DTypeSet
     if (action != kHold) close(dtypes.param, segment.param, at, n, p);
     close(dtypes.state, segment.exp_avg, at, n, m);
     close(dtypes.state, segment.exp_avg_sq, at, n, v);
+  }
+}
+
+template <typename T>
+void step_segments(const Segment* segments, int64_t count, const DTypeSet& dtypes,
+                   const StepScalars* scalars, int64_t first, int64_t last) {
+  int64_t row = 0, offset = 0;  // the segment's elements begin at this one of all
+  Scalars<T> s(scalars[row]);
+  for (int64_t i = 0; i < count && offset < last; offset += segments[i++].numel) {
+    const Segment& segment = segments[i];
+    const int64_t begin = first > offset ? first - offset : 0;
+    const int64_t end = last - offset < segment.numel ? last - offset : segment.numel;
+    if (begin >= end) continue;
+    if (segment.scalars != row) s = Scalars<T>(scalars[row = segment.scalars]);
+    const Action action = static_cast<Action>(static_cast<int>(scalars[row].action));
+    if (action != kSkip) step_range<T>(segment, dtypes, begin, end, s, action);
+  }
+}
+
+}  // namespace
+
+void RADAM_CONCAT(step_range_, RADAM_ISA)(const Segment* segments, int64_t count,
+                                          const DTypeSet& dtypes, const StepScalars* scalars,
+                                          int64_t first, int64_t last) {
+  if (count == 0) return;
+  if (dtypes.param == kFloat64) {
+    step_segments<double>(segments, count, dtypes, scalars, first, last);
+  } else {
+    step_segments<float>(segments, count, dtypes, scalars, first, last);
   }
 }
 

@@ -7,9 +7,9 @@
 
 namespace radam {
 
-// Steps elements [begin, end) of a segment.
-using StepRange = void (*)(const Segment& segment, const DTypeSet& dtypes, int64_t begin,
-                           int64_t end, const StepScalars& scalars);
+// Steps elements [first, last) of all the elements of `count` segments, counted one after another.
+using StepRange = void (*)(const Segment* segments, int64_t count, const DTypeSet& dtypes,
+                           const StepScalars* scalars, int64_t first, int64_t last);
 
 struct InstructionSet {
   const char* name;

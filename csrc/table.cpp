@@ -31,8 +31,77 @@ PyObject* item(PyObject* dict, PyObject* key) {
   return found;
 }
 
-// A lazily negated tensor (the imaginary part of a conjugate) holds the wrong signs in memory.
-bool is_negated(PyObject* tensor) {
+// The three items of a parameter's state; false if one is missing.
+bool find_items(PyObject* state, PyObject*& step, PyObject*& exp_avg, PyObject*& exp_avg_sq) {
+  PyObject *keys[3], *values[3];
+  Py_ssize_t position = 0;
+  int n = 0;
+  while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
+  // Nearly always in the order in which they were put there, under interned names.
+  if (n == 3 && keys[0] == names().step && keys[1] == names().exp_avg &&
+      keys[2] == names().exp_avg_sq) {
+    step = values[0];
+    exp_avg = values[1];
+    exp_avg_sq = values[2];
+    return true;
+  }
+  step = item(state, names().step);
+  exp_avg = item(state, names().exp_avg);
+  exp_avg_sq = item(state, names().exp_avg_sq);
+  return step && exp_avg && exp_avg_sq;
+}
+
+// An item of a parameter group as a number; a tensor of one element is one too.
+double number(PyObject* group, const char* key) {
+  PyObject* value = PyDict_GetItemString(group, key);
+  if (!value) {
+    PyErr_SetString(PyExc_KeyError, key);
+    throw PythonError();
+  }
+  const double x = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : PyFloat_AsDouble(value);
+  if (x == -1.0 && PyErr_Occurred()) throw PythonError();
+  return x;
+}
+
+bool flag(PyObject* group, const char* key) {
+  PyObject* value = PyDict_GetItemString(group, key);
+  return value && PyObject_IsTrue(value) == 1;
+}
+
+Hyperparameters hyperparameters(PyObject* group) {
+  const Ref betas = Ref::steal(PySequence_Tuple(PyDict_GetItemString(group, "betas")));
+  if (PyTuple_GET_SIZE(betas.get()) != 2) throw std::invalid_argument("betas must be two numbers");
+  double beta[2];
+  for (int i = 0; i < 2; ++i) {
+    beta[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(betas.get(), i));
+    if (beta[i] == -1.0 && PyErr_Occurred()) throw PythonError();
+  }
+  PyObject* form = PyDict_GetItemString(group, "rectification");
+  return {number(group, "lr"),
+          beta[0],
+          beta[1],
+          number(group, "eps"),
+          number(group, "weight_decay"),
+          number(group, "rho_threshold"),
+          PyDict_GetItemString(group, "grad_scale") ? number(group, "grad_scale") : 1.0,
+          flag(group, "decoupled_weight_decay"),
+          flag(group, "maximize"),
+          flag(group, "degenerated_to_sgd"),
+          form && PyUnicode_CompareWithASCIIString(form, "exact") == 0};
+}
+
+bool form_is_known(PyObject* group) {
+  PyObject* form = PyDict_GetItemString(group, "rectification");
+  return form && PyUnicode_Check(form) &&
+         (PyUnicode_CompareWithASCIIString(form, "exact") == 0 ||
+          PyUnicode_CompareWithASCIIString(form, "first_order") == 0);
+}
+
+// A lazily negated tensor holds the wrong signs in memory. Asking costs as much as everything else
+// that a step asks of a tensor; but such a tensor is the imaginary part of a conjugate, and so no
+// imaginary part starts on 16 bytes.
+bool is_negated(PyObject* tensor, const TensorInfo& info) {
+  if (reinterpret_cast<uintptr_t>(info.data) % 16 == 0) return false;
   const Ref result = Ref::steal(PyObject_CallMethodNoArgs(tensor, names().is_neg));
   return result.get() != Py_False;
 }
@@ -72,9 +141,13 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i, ++position) {
       const Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));
       const Ref grad = Ref::steal(PyObject_GetAttr(param.get(), names().grad));
-      if (position == entries_.size()) entries_.push_back({});
+      if (position == entries_.size()) entries_.emplace_back();
       Entry& entry = entries_[position];
-      if (entry.param != param.get()) entry = {param.get(), item(state, param.get()), {}, {}, {}};
+      if (entry.param != param.get()) {
+        entry = Entry();
+        entry.param = param.get();
+        entry.state = item(state, param.get());
+      }
       if (grad.get() == Py_None) continue;
       if (collect_one(entry, grad.get(), group, requested_dtype)) continue;
       const Ref row = Ref::steal(Py_BuildValue("(nOO)", group, param.get(), grad.get()));
@@ -86,24 +159,29 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
 
 bool Table::collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype) {
   if (!entry.state || !PyDict_Check(entry.state)) return false;
-  PyObject* step = item(entry.state, names().step);
-  const Tensors tensors = {entry.param, grad, item(entry.state, names().exp_avg),
-                           item(entry.state, names().exp_avg_sq)};
-  StepCell cell;
-  if (!step || !tensors.exp_avg || !tensors.exp_avg_sq) return false;
-  if (refuse(tensors) || read_step(step, cell) || is_negated(grad)) return false;
-  if (exp_avg_.dtype != state_dtype(static_cast<DType>(param_.dtype), requested_dtype))
+  PyObject *step, *exp_avg, *exp_avg_sq;
+  if (!find_items(entry.state, step, exp_avg, exp_avg_sq)) return false;
+  const Tensors tensors = {entry.param, grad, exp_avg, exp_avg_sq};
+  if (refuse(tensors)) return false;
+  if (exp_avg_.dtype != state_dtype(static_cast<DType>(param_.dtype), requested_dtype)) {
     return false;
-  if (entry.param_data != param_.data || entry.exp_avg_data != exp_avg_.data ||
-      entry.exp_avg_sq_data != exp_avg_sq_.data) {
-    for (PyObject* written : {tensors.param, tensors.exp_avg, tensors.exp_avg_sq}) {
-      if (is_negated(written)) return false;
-    }
-    entry.param_data = param_.data;
-    entry.exp_avg_data = exp_avg_.data;
-    entry.exp_avg_sq_data = exp_avg_sq_.data;
   }
-  append(tensors, step, cell, group, entry.param);
+  if (!find_step(entry, step)) return false;
+  append(tensors, count_step(step, entry.cell, group), entry.param);
+  return true;
+}
+
+bool Table::find_step(Entry& entry, PyObject* step) {
+  // Reading a tensor is what the walk spends its time on, and this one hardly ever moves.
+  if (step == entry.step.get() && exp_avg_.data == entry.exp_avg &&
+      exp_avg_sq_.data == entry.exp_avg_sq) {
+    return true;
+  }
+  if (read_step(step, entry.cell)) return false;
+  entry.step = Ref::borrow(step);
+  entry.step_storage = Ref::steal(PyObject_CallMethod(step, "untyped_storage", nullptr));
+  entry.exp_avg = exp_avg_.data;
+  entry.exp_avg_sq = exp_avg_sq_.data;
   return true;
 }
 
@@ -112,18 +190,12 @@ void Table::add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* ex
   const Tensors tensors = {param, grad, exp_avg, exp_avg_sq};
   const char* reason = refuse(tensors);
   StepCell cell;
-  if (!reason && PyFloat_Check(step)) {
-    cell.next = PyFloat_AS_DOUBLE(step);
-  } else if (!reason) {
-    reason = read_step(step, cell);
-  }
-  for (PyObject* tensor : {param, grad, exp_avg, exp_avg_sq}) {
-    if (!reason && is_negated(tensor)) {
-      reason = "a tensor is a negated view (is_neg() is true); call resolve_neg() on it";
-    }
-  }
+  const bool counted = PyFloat_Check(step);
+  if (!reason && !counted) reason = read_step(step, cell);
   if (reason) throw std::invalid_argument(reason);
-  append(tensors, step, cell, group, owner);
+  append(tensors,
+         counted ? scalars_index(group, PyFloat_AS_DOUBLE(step)) : count_step(step, cell, group),
+         owner);
 }
 
 const char* Table::refuse(const Tensors& tensors) {
@@ -149,6 +221,13 @@ const char* Table::refuse(const Tensors& tensors) {
   for (const TensorInfo* other : others) {
     if (!same_layout(param_, *other)) return "param, grad and moments differ in strides";
   }
+  const TensorInfo* infos[] = {&param_, &grad_, &exp_avg_, &exp_avg_sq_};
+  PyObject* const objects[] = {tensors.param, tensors.grad, tensors.exp_avg, tensors.exp_avg_sq};
+  for (int i = 0; i < 4; ++i) {
+    if (is_negated(objects[i], *infos[i])) {
+      return "a tensor is a negated view (is_neg() is true); call resolve_neg() on it";
+    }
+  }
   return nullptr;
 }
 
@@ -157,30 +236,29 @@ const char* Table::read_step(PyObject* step, StepCell& cell) {
       (step_.dtype != kFloat32 && step_.dtype != kFloat64)) {
     return "step must be one float32 or float64 in a CPU tensor";
   }
-  cell.cell = step_.data;
-  cell.is_double = step_.dtype == kFloat64;
-  // Added in the tensor's own type: a float32 count stays at 2^24, as torch's does.
-  cell.next = cell.is_double ? *reinterpret_cast<double*>(step_.data) + 1.0
-                             : static_cast<double>(*reinterpret_cast<float*>(step_.data) + 1.0f);
+  cell = {step_.data, step_.dtype == kFloat64};
   return nullptr;
 }
 
-void Table::append(const Tensors& tensors, PyObject* step, const StepCell& cell, int64_t group,
-                   PyObject* owner) {
+int64_t Table::count_step(PyObject* step, const StepCell& cell, int64_t group) {
+  // Added in the tensor's own type: a float32 count stays at 2^24, as torch's does.
+  const double next = cell.is_double ? *static_cast<double*>(cell.data) + 1.0
+                                     : static_cast<double>(*static_cast<float*>(cell.data) + 1.0f);
+  advances_.push_back({cell, next, Ref::borrow(step)});
+  return scalars_index(group, next);
+}
+
+void Table::append(const Tensors& tensors, int64_t scalars, PyObject* owner) {
   Bucket& bucket =
       bucket_of(param_.device, {static_cast<DType>(param_.dtype), static_cast<DType>(grad_.dtype),
                                 static_cast<DType>(exp_avg_.dtype)});
-  bucket.segments.push_back({param_.data, grad_.data, exp_avg_.data, exp_avg_sq_.data, param_.numel,
-                             scalars_index(group, cell.next)});
+  bucket.segments.push_back(
+      {param_.data, grad_.data, exp_avg_.data, exp_avg_sq_.data, param_.numel, scalars});
   bucket.owners.push_back(static_cast<int64_t>(owners_.size()));
   bucket.params.push_back(Ref::borrow(tensors.param));
   bucket.grads.push_back(Ref::borrow(tensors.grad));
   bucket.exp_avgs.push_back(Ref::borrow(tensors.exp_avg));
   bucket.exp_avg_sqs.push_back(Ref::borrow(tensors.exp_avg_sq));
-  if (cell.cell) {
-    cells_.push_back(cell);
-    steps_.push_back(Ref::borrow(step));
-  }
   owners_.push_back(Ref::borrow(owner));
 }
 
@@ -262,12 +340,29 @@ std::optional<Overlap> Table::find_overlap() {
   return std::nullopt;
 }
 
+const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
+  for (size_t i = scalars_.size(); i < counts_.size(); ++i) {
+    PyObject* group = PyList_GetItem(groups, counts_[i].group);
+    if (!group) throw PythonError();
+    const Hyperparameters options = hyperparameters(group);
+    if (!form_is_known(group) || !valid(options, counts_[i].step)) {
+      const Ref schedule = Ref::steal(PyImport_ImportModule("radam_kernels.schedule"));
+      Ref::steal(
+          PyObject_CallMethod(schedule.get(), "group_scalars", "Od", group, counts_[i].step));
+      throw std::invalid_argument(
+          "hyperparameters that radam_kernels.schedule takes, but no kernel");
+    }
+    scalars_.push_back(step_scalars(options, counts_[i].step));
+  }
+  return scalars_;
+}
+
 void Table::advance() {
-  for (const StepCell& cell : cells_) {
-    if (cell.is_double) {
-      *static_cast<double*>(cell.cell) = cell.next;
+  for (const Advance& advance : advances_) {
+    if (advance.cell.is_double) {
+      *static_cast<double*>(advance.cell.data) = advance.next;
     } else {
-      *static_cast<float*>(cell.cell) = static_cast<float>(cell.next);
+      *static_cast<float*>(advance.cell.data) = static_cast<float>(advance.next);
     }
   }
 }
@@ -281,8 +376,8 @@ void Table::release() {
     }
   }
   counts_.clear();
-  cells_.clear();
-  steps_.clear();
+  scalars_.clear();
+  advances_.clear();
   owners_.clear();
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "schedule.h"
 #include "tensor_info.h"
 
 namespace radam {
@@ -51,6 +52,10 @@ class Table {
   // The first pair of segments where memory that this step writes is written or read by another.
   std::optional<Overlap> find_overlap();
 
+  // StepScalars of every count, from the options of its group; made once, until release(). Options
+  // that no step can be made of are left to radam_kernels.schedule, which says what is wrong.
+  const std::vector<StepScalars>& scalars(PyObject* groups);
+
   // Writes the new step counts; call it once the update has been launched.
   void advance();
 
@@ -65,14 +70,24 @@ class Table {
   struct Tensors {
     PyObject *param, *grad, *exp_avg, *exp_avg_sq;
   };
+  // Where a step tensor keeps its count: a float or a double, or nowhere.
   struct StepCell {
-    void* cell = nullptr;  // a float or a double inside a step tensor; null where there is none
+    void* data = nullptr;
     bool is_double = false;
-    double next = 0;
   };
   struct Entry {
-    PyObject *param, *state;  // borrowed, and only compared until the walk finds them again
-    char *param_data, *exp_avg_data, *exp_avg_sq_data;
+    PyObject* param = nullptr;  // borrowed, and only compared until the walk finds it again
+    PyObject* state = nullptr;  // likewise
+    // What the last step found. The step tensor and its memory are held: 4 bytes, and as long as
+    // the moments are where they were, its count is too.
+    Ref step, step_storage;
+    StepCell cell;
+    char *exp_avg = nullptr, *exp_avg_sq = nullptr;
+  };
+  struct Advance {
+    StepCell cell;
+    double next;
+    Ref step;
   };
   struct Interval {
     const char *begin, *end;
@@ -82,10 +97,11 @@ class Table {
 
   bool knows(PyObject* state);
   bool collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype);
+  bool find_step(Entry& entry, PyObject* step);
   const char* refuse(const Tensors& tensors);
   const char* read_step(PyObject* step, StepCell& cell);
-  void append(const Tensors& tensors, PyObject* step, const StepCell& cell, int64_t group,
-              PyObject* owner);
+  int64_t count_step(PyObject* step, const StepCell& cell, int64_t group);
+  void append(const Tensors& tensors, int64_t scalars, PyObject* owner);
   int64_t scalars_index(int64_t group, double step);
   Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
   bool written_unchanged();
@@ -95,8 +111,8 @@ class Table {
   std::vector<std::pair<PyObject*, PyObject*>> known_state_;  // the state's items, in order
   std::deque<Bucket> buckets_;
   std::vector<Count> counts_;
-  std::vector<StepCell> cells_;
-  std::vector<Ref> steps_;
+  std::vector<StepScalars> scalars_;
+  std::vector<Advance> advances_;
   std::vector<Ref> owners_;
   std::vector<Segment> verified_;  // the segments that written_ was made from
   std::vector<Interval> written_;  // sorted, disjoint

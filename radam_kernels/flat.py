@@ -33,7 +33,9 @@ def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
         chunks.setdefault((tensor.device, dtype), []).append(i)
     results: list[Tensor] = [torch.empty(0)] * len(tensors)
     for (device, dtype), members in chunks.items():
-        for i, view in zip(members, _views([tensors[i] for i in members], dtype, device), strict=True):
+        for i, view in zip(
+            members, _views([tensors[i] for i in members], dtype, device), strict=True
+        ):
             # An empty view has no address to own.
             results[i] = torch.from_dlpack(view) if view.numel() else torch.empty_like(view)
     return results

@@ -1,6 +1,5 @@
 """The step as a function on raw tensors, for people who keep their own flat buffers."""
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from .backends import check_name
 from .launch import launch
 from .modules import cpu
-from .schedule import step_scalars
 
 
 def radam_(
@@ -52,27 +50,27 @@ def radam_(
             or a hyperparameter out of range. Nothing is changed.
         RuntimeError: no such backend works for these tensors here. Nothing is changed.
     """
-    lists = [[x] if isinstance(x, Tensor) else list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)]
+    lists = [
+        [x] if isinstance(x, Tensor) else list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)
+    ]
     if len({len(tensors) for tensors in lists}) != 1:
         raise ValueError(
             "params, grads, exp_avgs and exp_avg_sqs: expected equally many tensors, got "
             f"{[len(tensors) for tensors in lists]}"
         )
     check_name(backend)
-    scalars = step_scalars(
-        step,
-        lr=float(lr),
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
-        maximize=maximize,
-        rho_threshold=rho_threshold,
-        degenerated_to_sgd=degenerated_to_sgd,
-        rectification=rectification,
-        inv_scale=grad_scale,
-    )
+    group = {
+        "lr": lr,
+        "betas": (beta1, beta2),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "maximize": maximize,
+        "rho_threshold": rho_threshold,
+        "degenerated_to_sgd": degenerated_to_sgd,
+        "rectification": rectification,
+        "grad_scale": grad_scale,
+    }
     table = cpu.Table()
     for i, tensors in enumerate(zip(*lists, strict=True)):
         try:
@@ -83,7 +81,7 @@ def radam_(
                 for name, t in zip(("param", "grad", "exp_avg", "exp_avg_sq"), tensors, strict=True)
             )
             raise ValueError(f"tensors {i}: {error}; got {shapes}") from None
-    launch(table, array("d", scalars), backend, lambda i: f"params[{i}]")
+    launch(table, [group], backend, lambda i: f"params[{i}]")
     if lists[2]:
         torch.autograd.graph.increment_version(lists[2] + lists[3])
 

@@ -1,7 +1,6 @@
 """RAdam as a drop-in for torch.optim.RAdam: hyperparameters, state, and the call of the kernels."""
 
 import warnings
-from array import array
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -14,7 +13,7 @@ from .backends import check_name
 from .flat import flatten_
 from .launch import launch
 from .modules import DTYPES, cpu
-from .schedule import check_rho_threshold, step_scalars
+from .schedule import check_rho_threshold
 from .staging import (
     MOMENTS,
     Staged,
@@ -123,10 +122,14 @@ class RAdam(Optimizer):
                 self.param_groups.pop()
                 raise
 
-    # Under torch.compile a traced step would count its steps just once.
-    @torch.compiler.disable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step; `closure` reevaluates the model and returns the loss."""
+        if torch.compiler.is_compiling():
+            # A traced step would count just once. As a decorator this costs 20 us at every step.
+            return torch.compiler.disable(self._step)(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -136,7 +139,7 @@ class RAdam(Optimizer):
         try:
             if pending := self._table.collect(self.param_groups, self.state):
                 staged = self._attend(pending, made)
-            launch(self._table, self._scalars(), self._backend, self._owner_name)
+            launch(self._table, self.param_groups, self._backend, self._owner_name)
         except BaseException:
             for owner in made:
                 del self.state[owner]
@@ -148,28 +151,6 @@ class RAdam(Optimizer):
                 with torch.no_grad():
                     local(item.owner).copy_(item.param)
         return loss
-
-    def _scalars(self) -> array:
-        rows = array("d")
-        for index, step in self._table.counts:
-            group = self.param_groups[index]
-            beta1, beta2 = group["betas"]
-            rows.extend(
-                step_scalars(
-                    step,
-                    lr=float(group["lr"]),
-                    beta1=float(beta1),
-                    beta2=float(beta2),
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    decoupled_weight_decay=group["decoupled_weight_decay"],
-                    maximize=group["maximize"],
-                    rho_threshold=group["rho_threshold"],
-                    degenerated_to_sgd=group["degenerated_to_sgd"],
-                    rectification=group["rectification"],
-                )
-            )
-        return rows
 
     @torch.no_grad()
     def _attend(self, pending: list[tuple], made: list[Tensor]) -> list[Staged]:
@@ -208,17 +189,18 @@ class RAdam(Optimizer):
             if not state or not all(fits(local(state[k]), item.param, dtype) for k in MOMENTS):
                 owners.append(owner)
                 dtypes.append(dtype)
-        for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
-            state = self.state[owner]
-            if state:
-                for key in MOMENTS:
-                    local(moments[key]).copy_(local(state[key]))
-            else:
-                made.append(owner)
-            state.update(moments)
         for index, owner, _ in pending:
             state = self.state[owner]
+            if not state:
+                made.append(owner)
+            # First, as in torch's state; the walk over the state counts on this order.
             state["step"] = as_step(state.get("step", 0), self._name(index, owner))
+        for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
+            state = self.state[owner]
+            for key, moment in moments.items():
+                if key in state:
+                    local(moment).copy_(local(state[key]))
+            state.update(moments)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of torch's, bit for bit, into flat buffers.
@@ -274,7 +256,7 @@ class RAdam(Optimizer):
     def _name(self, index: int, owner: Tensor) -> str:
         group = self.param_groups[index]
         position = next(i for i, p in enumerate(group["params"]) if p is owner)
-        name = f'param {position} of group {index}'
+        name = f"param {position} of group {index}"
         return f'{name} ("{group["param_names"][position]}")' if "param_names" in group else name
 
     def _owner_name(self, i: int) -> str:
@@ -323,9 +305,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid betas: {betas}; expected two numbers")
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
-            raise ValueError(
-                f"Invalid beta parameter at index {i}: {beta}; expected 0 <= beta < 1"
-            )
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; expected 0 <= beta < 1")
     if not 0.0 <= options["weight_decay"]:
         raise ValueError(
             f"Invalid weight_decay value: {options['weight_decay']}; expected a number >= 0"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
-from math import expm1, gamma, inf, log, sqrt
-from typing import NamedTuple
+from math import expm1, inf, log, sqrt
+from typing import Any, NamedTuple
 
 FORMS = ("first_order", "exact")
 
@@ -67,16 +68,22 @@ def adaptive_variance(rho: float) -> float:
         return inf
     # Legendre's duplication turns the Beta term into x (Gamma(x - 1/2) / Gamma(x))^2.
     x = 0.5 * rho
-    if rho < 22.0:
-        ratio = gamma(x - 0.5) / gamma(x)
-        return x / (x - 1.0) - x * ratio * ratio
-    # Both terms tend to 1: expand ln(w ratio^2) = sum E_2k / (2k (4w)^2k), E the Euler numbers.
-    w = x - 0.75
+    # Expand that ratio where it is largest: R(x) = R(x + 1) x / (x - 1/2) leads there.
+    up, shift = x, 1.0
+    while up < 11.0:
+        factor = up / (up - 0.5)
+        shift *= factor * factor
+        up += 1.0
+    # ln(w R^2) = sum E_2k / (2k (4w)^2k), E the Euler numbers.
+    w = up - 0.75
     z = 1.0 / (16.0 * w * w)
     series = -1 / 2 + z * (
         5 / 4 + z * (-61 / 6 + z * (1385 / 8 + z * (-50521 / 10 + z * 2702765 / 12)))
     )
-    return (x / w) * (0.25 / (x - 1.0) - expm1(z * series))
+    excess = expm1(z * series)
+    if up == x:  # both terms tend to 1: cancel them on paper
+        return (x / w) * (0.25 / (x - 1.0) - excess)
+    return x / (x - 1.0) - x * shift * ((1.0 + excess) / w)
 
 
 def adaptive_variance_first_order(rho: float) -> float:
@@ -133,13 +140,13 @@ def step_scalars(
     rho_threshold: float = 5.0,
     degenerated_to_sgd: bool = True,
     rectification: str = "first_order",
-    inv_scale: float = 1.0,
+    grad_scale: float = 1.0,
 ) -> StepScalars:
     """The scalars of one step; `step` counts this step too, so it is 1 for the first.
 
     Rectified: `step_size = lr sqrt(1 - beta2^t) r_t / (1 - beta1^t)`. At or below `rho_threshold`:
     `lr / (1 - beta1^t)` on the momentum (torch), or with `degenerated_to_sgd=False` neither a step
-    nor decoupled decay (the authors' code). `inv_scale` multiplies the gradient (1 / loss scale).
+    nor decoupled decay (the authors' code). `grad_scale` multiplies the gradient (1 / loss scale).
     `step` may be a whole float, but a float32 step tensor stops counting at 2**24, as torch's does.
     Raises ValueError for a step that is not a whole number >= 1, betas outside [0, 1), eps negative
     or NaN, and as `check_rho_threshold` does; lr and weight_decay are not checked here.
@@ -154,7 +161,7 @@ def step_scalars(
 
     # Narrower number types, such as numpy's float32, would otherwise pull the arithmetic down.
     lr, beta1, beta2, eps = float(lr), float(beta1), float(beta2), float(eps)
-    weight_decay, inv_scale = float(weight_decay), float(inv_scale)
+    weight_decay, grad_scale = float(weight_decay), float(grad_scale)
 
     decay = 1.0 - lr * weight_decay if decoupled_weight_decay else 1.0
     step_size = lr / _bias_correction(t, beta1)
@@ -167,7 +174,7 @@ def step_scalars(
     else:
         action, step_size, decay = _HOLD, 0.0, 1.0
     return StepScalars(
-        -inv_scale if maximize else inv_scale,
+        -grad_scale if maximize else grad_scale,
         0.0 if decoupled_weight_decay else weight_decay,
         decay,
         1.0 - beta1,
@@ -176,6 +183,25 @@ def step_scalars(
         eps,
         step_size,
         action,
+    )
+
+
+def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
+    """`step_scalars` of a parameter group (a dict with RAdam's keys; `grad_scale` may be added)."""
+    beta1, beta2 = group["betas"]
+    return step_scalars(
+        step,
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+        rho_threshold=float(group["rho_threshold"]),
+        degenerated_to_sgd=group["degenerated_to_sgd"],
+        rectification=group["rectification"],
+        grad_scale=group.get("grad_scale", 1.0),
     )
 
 

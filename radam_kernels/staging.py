@@ -12,7 +12,11 @@ from .modules import DTYPES, cpu
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-_COMPLEX = {torch.float16: torch.complex32, torch.float32: torch.complex64, torch.float64: torch.complex128}
+_COMPLEX = {
+    torch.float16: torch.complex32,
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+}
 _REAL = {c: r for r, c in _COMPLEX.items()}
 
 
@@ -51,13 +55,17 @@ def stage(owner: Tensor, grad: Tensor, name: str) -> Staged:
     param, grad = local(owner), local(grad, like=owner)
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
-        if any(n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True)):
+        if any(
+            n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True)
+        ):
             raise ValueError(
                 f"{name}: elements share memory (shape {tuple(param.shape)}, strides "
                 f"{param.stride()}); make it contiguous"
             )
         if param.numel() and not param.is_meta and param.data_ptr() == 0:
-            raise ValueError(f"{name}: a {type(owner).__name__} has no memory that a kernel can use")
+            raise ValueError(
+                f"{name}: a {type(owner).__name__} has no memory that a kernel can use"
+            )
         param = torch.empty_like(param, memory_format=torch.contiguous_format).copy_(param)
     return Staged(owner, param, _fit(grad, param), copied)
 
@@ -158,7 +166,10 @@ def flat_moments(params: list[Tensor], dtypes: list[torch.dtype]) -> list[dict[s
         dtypes: of each parameter's moments.
     """
     parts = [local(p) for p in params]
-    templates = [p if is_dense(p) else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parts]
+    templates = [
+        p if is_dense(p) else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p in parts
+    ]
     made = [zeros_like(templates, dtypes) for _ in MOMENTS]
     return [
         {key: _like(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}

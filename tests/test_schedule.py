@@ -245,7 +245,7 @@ def test_rectification_is_in_0_to_1(step, beta2, form):
 @by_step
 @pytest.mark.parametrize("beta1", [0.0, 0.9], ids=lambda b: f"beta1={b}")
 def test_every_scalar_of_a_step_is_right_against_60_digits(step, beta2, beta1, form):
-    lr, wd, inv_scale = 3e-3, 0.1, 1 / 3
+    lr, wd, grad_scale = 3e-3, 0.1, 1 / 3
     got = schedule.step_scalars(
         step,
         lr=lr,
@@ -255,7 +255,7 @@ def test_every_scalar_of_a_step_is_right_against_60_digits(step, beta2, beta1, f
         weight_decay=wd,
         decoupled_weight_decay=True,
         rectification=form,
-        inv_scale=inv_scale,
+        grad_scale=grad_scale,
     )
     r_t = true_rectification(step, beta2, form, threshold=5)
     step_size = mp.mpf(lr) / (1 - mp.mpf(beta1) ** step)
@@ -272,7 +272,7 @@ def test_every_scalar_of_a_step_is_right_against_60_digits(step, beta2, beta1, f
         assert relative_error(getattr(got, field), truth) < limits.get(field, 2.3e-16), field
     assert got.beta2 == beta2
     assert got.eps == 1e-8
-    assert got.grad_scale == inv_scale
+    assert got.grad_scale == grad_scale
     assert got.weight_decay == 0.0
     assert got.action == (Action.MOMENTUM if r_t is None else Action.RECTIFIED)
 
@@ -303,7 +303,7 @@ def test_every_field_is_a_plain_float_even_for_whole_number_arguments(step, dege
         beta2=0.999,
         eps=0,
         weight_decay=1,
-        inv_scale=1,
+        grad_scale=1,
         degenerated_to_sgd=degenerated_to_sgd,
     )
     assert [type(value) for value in got] == [float] * 9
@@ -345,7 +345,7 @@ def test_no_weight_decay_leaves_both_forms_neutral():
 
 
 def test_maximize_negates_the_gradient_and_keeps_the_loss_scale():
-    got = schedule.step_scalars(100, **USUAL, maximize=True, inv_scale=0.25)
+    got = schedule.step_scalars(100, **USUAL, maximize=True, grad_scale=0.25)
     assert got.grad_scale == -0.25
     assert got[1:] == schedule.step_scalars(100, **USUAL)[1:]
 
@@ -365,7 +365,7 @@ def test_a_step_counted_in_a_float_is_the_same_step():
 
 def test_narrow_numpy_numbers_do_not_narrow_the_step():
     np = pytest.importorskip("numpy")
-    wide = dict(lr=3e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, inv_scale=0.3)
+    wide = dict(lr=3e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, grad_scale=0.3)
     narrow = {name: np.float32(value) for name, value in wide.items()}
     rounded = {name: float(value) for name, value in narrow.items()}
     for step in (1, 6):

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,13 +20,14 @@ class Backend(Protocol):
     def why_not(self, device_type: str) -> str | None:
         """Why the backend can't step tensors on "cpu" or "cuda" here; None if it can."""
 
-    def step_(self, bucket, scalars) -> None:
+    def step_(self, bucket, table, groups: list[dict[str, Any]]) -> None:
         """Steps a bucket's segments in place.
 
         Args:
             bucket: a Bucket of the module _cpu, which has checked the tensors in it: dense, of
                 one layout, on one device, of one supported dtype set, sharing no memory.
-            scalars: array.array("d"), one row of StepScalars for each index the segments use.
+            table: the Table that the bucket belongs to, for its scalars.
+            groups: the hyperparameters that the scalars come from.
         """
 
 
@@ -59,6 +60,7 @@ def check_name(name: str) -> None:
         raise RuntimeError(f"backend {name!r} does not work here: {reason}; {_working()}")
 
 
+@cache
 def resolve(name: str, device_type: str) -> Callable:
     """The step_ function of backend `name`, or of the best one, for tensors on `device_type`.
 
@@ -67,7 +69,11 @@ def resolve(name: str, device_type: str) -> Callable:
     for candidate in _PREFERENCE.get(device_type, ()) if name == "auto" else (name,):
         if why_not(candidate, device_type) is None:
             if name == "auto" and candidate == "reference":
-                _warn_slow(device_type)
+                warnings.warn(
+                    f"radam_kernels: no kernel steps {device_type!r} parameters here, so the slow "
+                    "reference does; `python -m radam_kernels doctor` tells why",
+                    stacklevel=2,
+                )
             return _module(candidate).step_
     if name == "auto":
         raise RuntimeError(f"no backend steps parameters on {device_type!r} devices; {_working()}")
@@ -83,12 +89,3 @@ def _module(name: str) -> Backend:
 
 def _working() -> str:
     return f"those that work here are {[n for n, why in available_backends().items() if not why]}"
-
-
-@cache
-def _warn_slow(device_type: str) -> None:
-    warnings.warn(
-        f"radam_kernels: no kernel steps {device_type!r} parameters here, so the slow reference "
-        "does; `python -m radam_kernels doctor` tells why",
-        stacklevel=4,
-    )

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..modules import DTYPES
-from ..schedule import Action, StepScalars
+from ..schedule import Action, StepScalars, group_scalars
 
 
 def why_not(device_type: str) -> str | None:
@@ -13,9 +13,8 @@ def why_not(device_type: str) -> str | None:
 
 
 @torch.no_grad()
-def step_(bucket, scalars) -> None:
-    width = len(StepScalars._fields)
-    rows = [StepScalars(*scalars[i : i + width]) for i in range(0, len(scalars), width)]
+def step_(bucket, table, groups) -> None:
+    rows = [group_scalars(groups[group], step) for group, step in table.counts]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
     for *tensors, row in zip(*bucket.tensors(), bucket.scalars(), strict=True):
         radam_update_(*tensors, rows[row], compute)
