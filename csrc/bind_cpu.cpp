@@ -165,7 +165,7 @@ PYBIND11_MODULE(_cpu, m) {
           "The row of StepScalars that each segment obeys.")
       .def("tensors", &tensors, "(params, grads, exp_avgs, exp_avg_sqs) of the segments.");
 
-  py::class_<Table>(m, "Table")
+  py::class_<Table>(m, "Table", py::dynamic_attr())
       .def(py::init<>())
       .def("collect",
            [](Table& table, const py::list& groups, const py::dict& state) {

@@ -1,8 +1,7 @@
-"""Rectified Adam (RAdam) for PyTorch as fused kernels: one pass over memory, the same bits anywhere."""
+"""Rectified Adam (RAdam) for PyTorch as fused kernels: one pass over memory."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import modules as _modules  # first: refuses an unbuilt or stale source tree
 from . import schedule
 from .backends import available_backends
 from .flat import flatten_

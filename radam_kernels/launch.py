@@ -1,4 +1,4 @@
-"""From a filled table to memory: the last checks, one launch for each bucket, and the new counts."""
+"""From a filled table to memory: the last checks, one launch a bucket, and the new counts."""
 
 from collections.abc import Callable
 from typing import Any

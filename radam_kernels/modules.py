@@ -1,18 +1,24 @@
 """The compiled modules, and the refusal to run without them or with ones from other sources."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  (first: its OpenMP runtime must be there when _cpu looks for it)
+import torch  # first: _cpu looks for the OpenMP runtime that comes with it
 
 from .fingerprint import fingerprint
 
 _HERE = Path(__file__).resolve().parent
 
 
+def load_optional(name: str) -> ModuleType | None:
+    """The compiled module `name`, or None where it was not built; see `load`."""
+    return load(name) if find_spec(f"{__package__}.{name}") else None
+
+
 def load(name: str) -> ModuleType:
-    """The compiled module `name`; raises ImportError, with the remedy, if it is missing or stale."""
+    """The compiled module `name`; ImportError, with the remedy, if it is missing or stale."""
     in_tree = fingerprint(_HERE.parent)
     remedy = (
         f"run `pip install -e .` in {_HERE.parent}"

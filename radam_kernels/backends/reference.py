@@ -1,4 +1,4 @@
-"""The readable statement of the step in torch operations: the truth that every kernel is held to."""
+"""The step in readable torch operations: the truth that every kernel is held to."""
 
 import numpy as np
 import torch

@@ -1,2 +1,44 @@
-def why_not(device_type):
-    return "not written yet"
+"""The Triton kernel: CUDA and ROCm GPUs, and any machine under TRITON_INTERPRET=1."""
+
+import os
+
+import torch
+
+from .device_tables import device_tables, refuse_capture, scalars_rows, upload
+
+_INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+try:
+    from .triton_kernel import CHUNK, launch_
+except ImportError as error:
+    _missing = f"Triton can't be imported ({error}); pip install triton"
+else:
+    _missing = None
+
+
+def why_not(device_type: str) -> str | None:
+    if _missing:
+        return _missing
+    if INTERPRETED:
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1: only CPU tensors are stepped"
+    if device_type != "cuda":
+        return f"Triton steps GPU tensors only; {_INTERPRETER}"
+    return None if torch.cuda.is_available() else f"torch finds no GPU; {_INTERPRETER}"
+
+
+def step_(bucket, table, groups) -> None:
+    if INTERPRETED:
+        _step(bucket, table, groups, torch.device("cpu"), 0)
+        return
+    device = torch.device("cuda", bucket.device[1])
+    refuse_capture()
+    with torch.cuda.device(device):
+        _step(bucket, table, groups, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _step(bucket, table, groups, device: torch.device, stream: int) -> None:
+    tables = device_tables(bucket, table, CHUNK, device, stream)
+    scalars = upload(scalars_rows(*table.scalars(groups)), device)
+    launch_(tables.segments, tables.work, scalars, bucket.dtypes)

@@ -1,0 +1,154 @@
+"""The element update in Triton, and the kernel around it; csrc/radam_math.h says the same in C++."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..flat import SEGMENT_FIELDS
+from ..modules import cpu
+from ..schedule import Action, StepScalars
+
+CHUNK = 4096  # elements that one program steps
+
+# Kernels see constants of the module only as tl.constexpr.
+_HOLD = tl.constexpr(int(Action.HOLD))
+_MOMENTUM = tl.constexpr(int(Action.MOMENTUM))
+_RECTIFIED = tl.constexpr(int(Action.RECTIFIED))
+_SEGMENT_WIDTH = tl.constexpr(len(SEGMENT_FIELDS))
+_SCALARS_WIDTH = tl.constexpr(len(StepScalars._fields))
+_FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64 = (tl.constexpr(i) for i in range(len(cpu.dtypes)))
+
+
+@triton.jit
+def _sqrt(x):
+    # sqrt_rn knows no float64, where the plain one is exact already; likewise for division.
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _divide(a, b):
+    if a.dtype == tl.float64:
+        return a / b
+    return tl.div_rn(a, b)
+
+
+@triton.jit
+def _radam_update(p, g, m, v, s, l2, action):
+    """One RAdam step of a block; `s` holds the scalars in the dtype of the computation."""
+    grad_scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size = s
+    g = g * grad_scale
+    if l2:
+        g = g + weight_decay * p
+    p = p * decay
+    m = m + one_minus_beta1 * (g - m)
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    if action == _RECTIFIED:
+        p = p - step_size * _divide(m, _sqrt(v) + eps)
+    elif action == _MOMENTUM:
+        p = p - step_size * m
+    return p, m, v
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr):
+    # bfloat16 travels as its bits: the interpreter would truncate instead of rounding.
+    if DTYPE == _FLOAT32:
+        return address.to(tl.pointer_type(tl.float32))
+    elif DTYPE == _BFLOAT16:
+        return address.to(tl.pointer_type(tl.uint16))
+    elif DTYPE == _FLOAT16:
+        return address.to(tl.pointer_type(tl.float16))
+    else:
+        return address.to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def _widen(x, DTYPE: tl.constexpr):
+    if DTYPE == _BFLOAT16:
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == _FLOAT16:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    if DTYPE == _BFLOAT16:
+        u = x.to(tl.uint32, bitcast=True)
+        rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+        nan = (u >> 16) | 0x40
+        return tl.where((u & 0x7FFFFFFF) > 0x7F800000, nan, rounded).to(tl.uint16)
+    elif DTYPE == _FLOAT16:
+        return x.to(tl.float16)
+    else:
+        return x
+
+
+@triton.jit
+def _step_block(
+    p_ptr, g_ptr, m_ptr, v_ptr, mask, s, l2, action,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    p = _widen(tl.load(p_ptr, mask), PARAM)
+    g = _widen(tl.load(g_ptr, mask), GRAD)
+    m = _widen(tl.load(m_ptr, mask), STATE)
+    v = _widen(tl.load(v_ptr, mask), STATE)
+    p, m, v = _radam_update(p, g, m, v, s, l2, action)
+    if action != _HOLD:
+        tl.store(p_ptr, _narrow(p, PARAM), mask)
+    tl.store(m_ptr, _narrow(m, STATE), mask)
+    tl.store(v_ptr, _narrow(v, STATE), mask)
+
+
+@triton.jit
+def radam_step_kernel(
+    segments, work, scalars,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program i steps chunk work[i, 1] of segment work[i, 0]; tables as in device_tables.py."""
+    program = tl.program_id(0).to(tl.int64)
+    segment = segments + tl.load(work + 2 * program).to(tl.int64) * _SEGMENT_WIDTH
+    begin = tl.load(work + 2 * program + 1).to(tl.int64) * BLOCK
+    param, grad = tl.load(segment), tl.load(segment + 1)
+    exp_avg, exp_avg_sq = tl.load(segment + 2), tl.load(segment + 3)
+    numel = tl.load(segment + 4)
+    row = scalars + tl.load(segment + 5) * _SCALARS_WIDTH
+
+    # float64 in memory, because a Python float argument is float32 when compiled; narrowed once.
+    T: tl.constexpr = tl.float64 if PARAM == _FLOAT64 else tl.float32
+    s = (
+        tl.load(row).to(T), tl.load(row + 1).to(T), tl.load(row + 2).to(T), tl.load(row + 3).to(T),
+        tl.load(row + 4).to(T), tl.load(row + 5).to(T), tl.load(row + 6).to(T),
+        tl.load(row + 7).to(T),
+    )  # fmt: skip
+    action = tl.load(row + 8).to(tl.int32)
+    l2 = s[1] != 0
+
+    at = begin + tl.arange(0, BLOCK)
+    p_ptr, g_ptr = _pointer(param, PARAM), _pointer(grad, GRAD)
+    m_ptr, v_ptr = _pointer(exp_avg, STATE), _pointer(exp_avg_sq, STATE)
+    if action != 0:
+        # A mask of unknown divisibility would turn 16-byte accesses into single ones.
+        if (begin + BLOCK <= numel) & (((param | grad | exp_avg | exp_avg_sq) & 15) == 0):
+            _step_block(
+                tl.multiple_of(p_ptr, 16) + at, tl.multiple_of(g_ptr, 16) + at,
+                tl.multiple_of(m_ptr, 16) + at, tl.multiple_of(v_ptr, 16) + at,
+                None, s, l2, action, PARAM, GRAD, STATE,
+            )  # fmt: skip
+        else:
+            _step_block(
+                p_ptr + at, g_ptr + at, m_ptr + at, v_ptr + at,
+                at < numel, s, l2, action, PARAM, GRAD, STATE,
+            )  # fmt: skip
+
+
+def launch_(segments: Tensor, work: Tensor, scalars: Tensor, dtypes: tuple[int, int, int]) -> None:
+    """Launches the kernel on the current stream: tables as tensors, dtypes as codes."""
+    if len(work):
+        # No autotuning: it would run a kernel that works in place several times over.
+        radam_step_kernel[(len(work),)](
+            segments, work, scalars, *dtypes, CHUNK, num_warps=8, enable_fp_fusion=False
+        )  # fmt: skip
