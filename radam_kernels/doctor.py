@@ -1,0 +1,133 @@
+"""Tells which backends work here, why others do not, and tries those that do."""
+
+import argparse
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from . import available_backends
+from .backends import resolve, why_not
+from .functional import radam_
+from .modules import cpu, load_optional
+
+# Elements for the test of speed: where they lie in memory, and where they lie in a cache. The
+# interpreter of Triton gets few.
+_SIZES = {"cuda": 1 << 26, "cpu": 1 << 24}
+_SMALL = 1 << 16
+_BYTES = 28  # that a float32 parameter moves: four reads and three writes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The doctor takes no options."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the report; 0 if every backend that works gives the reference's bits."""
+    for name, text in _facts().items():
+        print(f"{name:14}{text}")
+    print()
+    healthy = True
+    for name, reason in available_backends().items():
+        if reason:
+            print(f"{name:14}no: {reason}")
+            continue
+        for device_type in ("cuda", "cpu"):
+            if (device_type == "cpu" or torch.cuda.is_available()) and not why_not(
+                name, device_type
+            ):
+                verdict, good = _try(name, device_type)
+                healthy &= good
+                print(f"{name:14}works on {device_type}: {verdict}")
+    print(f"\nauto          takes {_auto('cpu')} on cpu", end="")
+    print(f", {_auto('cuda')} on cuda" if torch.cuda.is_available() else "")
+    return 0 if healthy else 1
+
+
+def _facts() -> dict[str, str]:
+    cuda = load_optional("_cuda")
+    facts = {
+        "radam_kernels": f"{_version('radam_kernels')}, sources {cpu.fingerprint}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}; tensors are read through {cpu.tensors_read_by()}",
+        "triton": _version("triton"),
+        "cpu": f"{', '.join(cpu.instruction_sets)}; {torch.get_num_threads()} threads from "
+        f"{cpu.threads_from()}",
+        "cuda": "_cuda is not built (no nvcc was found)",
+    }
+    if cuda:
+        runtime, driver = cuda.runtime_version(), cuda.driver_version()
+        facts["cuda"] = f"_cuda for {cuda.architectures}, runtime {_dotted(runtime)}, " + (
+            f"driver for {_dotted(driver)}" if driver else "no driver"
+        )
+        if driver and driver // 1000 < runtime // 1000:
+            facts["cuda"] += (
+                "; the driver is older than the toolkit: update it, or build with CUDA "
+            )
+            facts["cuda"] += _dotted(driver)
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            facts[f"gpu {i}"] = torch.cuda.get_device_name(i)
+    return facts
+
+
+def _try(name: str, device_type: str) -> tuple[str, bool]:
+    """What a backend does on a device: the bits of the reference, and how fast."""
+    size = 5000
+    results = []
+    for backend in (name, "reference"):
+        tensors = _tensors(size, device_type)
+        for step in (5, 6):  # on both sides of the threshold
+            _step(tensors, step, backend)
+        results.append(tensors)
+    if not all(torch.equal(ours, truth) for ours, truth in zip(*results, strict=True)):
+        return "WRONG: its bits differ from the reference's; please report this", False
+    slow = name == "reference" or (name == "triton" and device_type == "cpu")
+    size = _SMALL if slow else _SIZES[device_type]
+    seconds = _time(_tensors(size, device_type), name, device_type)
+    return (
+        f"same bits as the reference; {size} float32 parameters in {1e3 * seconds:.2f} ms, "
+        f"{_BYTES * size / seconds / 1e9:.1f} GB/s",
+        True,
+    )
+
+
+def _tensors(size: int, device_type: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    param, grad = (torch.randn(size, generator=generator) for _ in range(2))
+    tensors = [param, grad, torch.zeros(size), torch.zeros(size)]
+    return [t.to(device_type) for t in tensors]
+
+
+def _step(tensors: list[Tensor], step: int, backend: str) -> None:
+    radam_(*tensors, step=step, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, backend=backend)
+
+
+def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
+    """Median seconds of a step, over half a second or so."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - begin < 0.5:
+        before = time.perf_counter()
+        _step(tensors, 10, backend)
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - before)
+    return sorted(times[1:])[len(times) // 2 - 1]
+
+
+def _auto(device_type: str) -> str:
+    return resolve("auto", device_type).__module__.rpartition(".")[2].strip("_")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _dotted(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
