@@ -76,16 +76,31 @@ void describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorIn
   info.numel = count(info);
 }
 
+// Interned once and never released.
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* get_device = PyUnicode_InternFromString("get_device");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+};
+
 void describe_by_attributes(PyObject* tensor, TensorInfo& info) {
-  info.dtype = dtype_code(attribute(tensor, "dtype").get());
-  const Ref device = attribute(tensor, "device");
-  const Ref type = attribute(device.get(), "type"), index = attribute(device.get(), "index");
-  const bool cpu = PyUnicode_CompareWithASCIIString(type.get(), "cpu") == 0;
-  const bool cuda = PyUnicode_CompareWithASCIIString(type.get(), "cuda") == 0;
-  info.device.type = cpu ? kCPU : cuda ? kCUDA : -1;
-  info.device.index = index.get() == Py_None ? 0 : static_cast<int32_t>(to_int(index.get()));
-  const Ref sizes = attribute(tensor, "shape");
-  const Ref strides = Ref::steal(PyObject_CallMethod(tensor, "stride", nullptr));
+  static const Names names;
+  const auto get = [&](PyObject* name) { return Ref::steal(PyObject_GetAttr(tensor, name)); };
+  const auto call = [&](PyObject* name) {
+    return Ref::steal(PyObject_CallMethodNoArgs(tensor, name));
+  };
+  info.dtype = dtype_code(get(names.dtype).get());
+  if (get(names.is_cpu).get() == Py_True) {
+    info.device = {kCPU, 0};
+  } else {
+    info.device.type = get(names.is_cuda).get() == Py_True ? kCUDA : -1;
+    info.device.index = static_cast<int32_t>(to_int(call(names.get_device).get()));
+  }
+  const Ref sizes = get(names.shape), strides = call(names.stride);
   info.ndim = static_cast<int32_t>(PyTuple_Size(sizes.get()));
   if (info.ndim < 0) throw PythonError();
   for (int i = 0; i < info.ndim; ++i) {
@@ -95,8 +110,7 @@ void describe_by_attributes(PyObject* tensor, TensorInfo& info) {
   info.sizes = info.storage;
   info.strides = info.storage + kMaxDims;
   info.numel = count(info);
-  const Ref data = Ref::steal(PyObject_CallMethod(tensor, "data_ptr", nullptr));
-  info.data = static_cast<char*>(PyLong_AsVoidPtr(data.get()));
+  info.data = static_cast<char*>(PyLong_AsVoidPtr(call(names.data_ptr).get()));
   if (PyErr_Occurred()) throw PythonError();
 }
 

@@ -84,7 +84,7 @@ def _fit(grad: Tensor, param: Tensor) -> Tensor:
     dtype = grad.dtype
     codes = [cpu.dtype_code(_REAL.get(t, t)) for t in (param.dtype, dtype)]
     if grad.is_complex() != param.is_complex() or not cpu.supported(*codes, codes[0]):
-        dtype = param.dtype
+        dtype = moment_dtype(param, None)  # wide enough for any gradient that fits the parameter
     same_layout = all(
         n == 1 or a == b for n, a, b in zip(param.shape, param.stride(), grad.stride(), strict=True)
     )

@@ -1,0 +1,76 @@
+// Stands in for the CUDA runtime, so that csrc/step_cuda.cu compiles as plain C++ as it stands:
+// blocks and threads become loops. Only for kernels without barriers, shuffles or shared memory.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(threads)
+
+struct uint4 {
+  uint32_t x, y, z, w;
+} __attribute__((aligned(16)));
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline thread_local dim3 blockIdx, threadIdx;
+
+// A device faults where a 16-byte access is not aligned; so does this.
+inline void check_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) __builtin_trap();
+}
+inline uint4 __ldcs(const uint4* from) {
+  check_aligned(from);
+  uint4 value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+inline void __stcs(uint4* to, uint4 value) {
+  check_aligned(to);
+  memcpy(to, &value, sizeof(value));
+}
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+};
+struct cudaFuncAttributes {};
+
+inline int emulated_device = 0;
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device" : ""; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulated_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  emulated_device = device;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
+
+template <typename Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
+                               const Argument& argument) {
+  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+    for (unsigned thread = 0; thread < config->blockDim.x; ++thread) {
+      blockIdx = dim3(block, 0, 0);
+      threadIdx = dim3(thread, 0, 0);
+      kernel(argument);
+    }
+  }
+  return cudaSuccess;
+}

@@ -1,0 +1,694 @@
+"""Holds every kernel to the reference, to the last bit."""
+
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import radam_kernels
+from radam_kernels import backends, flat, schedule
+from radam_kernels.backends import device_tables, reference, triton_
+from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.schedule import Action, StepScalars
+
+F32, BF16, F16, F64 = DTYPES
+DTYPE_SETS = [(F64, F64, F64), *product((F32, BF16, F16), repeat=3)]
+# The interpreter takes some 10 ms a program: each width on each side at least once.
+TRITON_SETS = [(F64, F64, F64), (F32, F32, F32), (BF16, F32, F32), (F16, BF16, BF16)]
+SIZES = (0, 1, 3, 4, 5, 255, 256, 257)
+USUAL = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
+FORMS = {
+    "plain": {},
+    "L2": dict(weight_decay=0.1),
+    "decoupled": dict(weight_decay=0.1, decoupled_weight_decay=True),
+    "maximize": dict(maximize=True, weight_decay=0.1, grad_scale=1 / 1024),
+}
+HOLD = schedule.step_scalars(1, **USUAL, degenerated_to_sgd=False)
+MOMENTUM = schedule.step_scalars(1, **USUAL)
+RECTIFIED = schedule.step_scalars(8, **USUAL)
+SKIP = RECTIFIED._replace(action=float(Action.SKIP))
+# Every form in every action.
+SCALARS = [
+    *(schedule.step_scalars(8, **USUAL, **form) for form in FORMS.values()),
+    *(schedule.step_scalars(1, **USUAL, **form) for form in FORMS.values()),
+    *(
+        schedule.step_scalars(1, **USUAL, **form, degenerated_to_sgd=False)
+        for form in FORMS.values()
+    ),
+    SKIP,
+]
+SENTINEL = 0xA5
+
+
+@dataclass
+class Kernel:
+    """A way to step: `launch(rows, dtype codes, scalars)`, with tables as numpy arrays."""
+
+    name: str
+    device: str
+    launch: Callable[[np.ndarray, tuple[int, int, int], np.ndarray], None]
+
+
+def cpu_kernel(isa: int, threads: int) -> Kernel:
+    def launch(rows, codes, scalars):
+        cpu.step(
+            rows.ctypes.data, len(rows), *codes, scalars.ctypes.data, len(scalars), threads, isa
+        )
+
+    return Kernel(f"cpu, {cpu.instruction_sets[isa]}, {threads} threads", "cpu", launch)
+
+
+def triton_kernel() -> Kernel:
+    device = "cpu" if triton_.INTERPRETED else "cuda"
+
+    def launch(rows, codes, scalars):
+        work = device_tables._work(rows, triton_.CHUNK)
+        triton_.launch_(*(torch.from_numpy(t).to(device) for t in (rows, work, scalars)), codes)
+
+    return Kernel("triton", device, launch)
+
+
+def cuda_kernel() -> Kernel:
+    def launch(rows, codes, scalars):
+        module = backends.cuda._cuda
+        work = device_tables._work(rows, module.chunk(*codes))
+        segments, work, scalars = (torch.from_numpy(t).cuda() for t in (rows, work, scalars))
+        table = (segments.data_ptr(), work.data_ptr(), len(work), *codes)
+        module.step(*table, 0, len(scalars), scalars.data_ptr(), 0, 0)
+        torch.cuda.synchronize()
+
+    return Kernel("cuda", "cuda", launch)
+
+
+def works(name: str) -> bool:
+    return radam_kernels.available_backends()[name] is None
+
+
+ISAS = range(len(cpu.instruction_sets))
+CPU_KERNELS = [cpu_kernel(isa, threads) for isa in ISAS for threads in (1, 2, 3)]
+CUDA_KERNELS = [cuda_kernel()] if works("cuda") else []
+FAST_KERNELS = CPU_KERNELS + CUDA_KERNELS
+TRITON_KERNELS = [triton_kernel()] if works("triton") else []
+needs_triton = pytest.mark.skipif(not TRITON_KERNELS, reason="triton does not work here")
+# Of inf - inf and the like, where Triton is interpreted.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+Streams = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Arena:
+    """Segments in one block of memory, each stream between guard bytes.
+
+    Args:
+        segments: (param, grad, exp_avg, exp_avg_sq) of each, one-dimensional on the CPU.
+        device: where the block is.
+        offsets: for each segment, how many elements each stream starts past a multiple of 64 bytes.
+    """
+
+    def __init__(self, segments: Sequence[Streams], device: str, offsets=None) -> None:
+        self.places, end = [], 64
+        for i, streams in enumerate(segments):
+            for stream, offset in zip(streams, offsets[i] if offsets else (0,) * 4, strict=True):
+                begin = end + offset * stream.element_size()
+                self.places.append((begin, begin + stream.nbytes, stream.dtype))
+                end = -(-(begin + stream.nbytes) // 64) * 64 + 64
+        memory = torch.full((end,), SENTINEL, dtype=torch.uint8)
+        self.guards = torch.ones(end, dtype=torch.bool)
+        for (begin, stop, _), stream in zip(self.places, sum(segments, ()), strict=True):
+            memory[begin:stop] = stream.view(torch.uint8)
+            self.guards[begin:stop] = False
+        self.memory = memory.to(device)
+        assert self.memory.data_ptr() % 64 == 0
+
+    def rows(self, scalars: Sequence[int]) -> np.ndarray:
+        """The table: rows of SEGMENT_FIELDS, each segment with its row of scalars."""
+        base = self.memory.data_ptr()
+        rows = []
+        for i, row in enumerate(scalars):
+            places = self.places[4 * i : 4 * i + 4]
+            begin, stop, dtype = places[0]
+            numel = (stop - begin) // dtype.itemsize
+            rows.append([*(base + begin for begin, _, _ in places), numel, row])
+        return np.array(rows, dtype=np.int64)
+
+    def read(self) -> list[Streams]:
+        memory = self.memory.cpu()
+        assert (memory[self.guards] == SENTINEL).all(), "a byte outside the segments was written"
+        streams = [memory[begin:stop].view(dtype) for begin, stop, dtype in self.places]
+        return [tuple(streams[i : i + 4]) for i in range(0, len(streams), 4)]
+
+
+def stepped_by_reference(segments, scalars, which) -> list[Streams]:
+    compute = F64 if segments[0][0].dtype == F64 else F32
+    results = []
+    for streams, row in zip(segments, which, strict=True):
+        p, g, m, v = (t.clone() for t in streams)
+        reference.radam_update_(p, g, m, v, scalars[row], compute)
+        results.append((p, g, m, v))
+    return results
+
+
+@pytest.fixture
+def check(same_bits):
+    """Steps segments with every kernel and compares each with the reference."""
+
+    def check(kernels, segments, scalars, which=None, offsets=None) -> list[Streams]:
+        which = which or [i % len(scalars) for i in range(len(segments))]
+        expected = stepped_by_reference(segments, scalars, which)
+        param, grad, state, _ = (DTYPES.index(t.dtype) for t in segments[0])
+        for kernel in kernels:
+            arena = Arena(segments, kernel.device, offsets)
+            kernel.launch(arena.rows(which), (param, grad, state), np.array(scalars))
+            for i, (got, want) in enumerate(zip(arena.read(), expected, strict=True)):
+                for name, a, b in zip(("param", "grad", "exp_avg", "exp_avg_sq"), got, want):
+                    assert same_bits(a, b), (
+                        f"{kernel.name}: {name} of segment {i} with {len(a)} elements and "
+                        f"{scalars[which[i]]} differs: {a[a != b][:4]} against {b[a != b][:4]}"
+                    )
+        return expected
+
+    return check
+
+
+def ordinary(n: int, dtypes, seed: int = 0) -> Streams:
+    """Values as training has them, over many magnitudes."""
+    random = torch.Generator().manual_seed(seed)
+    p, g, m, v = (
+        torch.randn(n, dtype=F64, generator=random)
+        * 10 ** (6 * torch.rand(n, dtype=F64, generator=random) - 5)
+        for _ in range(4)
+    )
+    param, grad, state = dtypes
+    return p.to(param), g.to(grad), m.to(state), v.abs().to(state)
+
+
+def any_bits(n: int, dtypes, seed: int = 0) -> Streams:
+    """Values of any bits: subnormals, infinities, NaNs and negative second moments among them."""
+    random = np.random.default_rng(seed)
+    param, grad, state = dtypes
+    return tuple(
+        torch.from_numpy(random.integers(0, 256, n * t.itemsize, dtype=np.uint8)).view(t)
+        for t in (param, grad, state, state)
+    )
+
+
+def dtypes_id(dtypes) -> str:
+    return "-".join(str(t).removeprefix("torch.") for t in dtypes)
+
+
+by_dtypes = pytest.mark.parametrize("dtypes", DTYPE_SETS, ids=dtypes_id)
+by_triton_dtypes = pytest.mark.parametrize("dtypes", TRITON_SETS, ids=dtypes_id)
+
+
+@by_dtypes
+def test_every_size_form_and_action_in_one_table(check, dtypes):
+    segments = [ordinary(n, dtypes, n) for n in SIZES for _ in SCALARS]
+    check(FAST_KERNELS, segments, SCALARS)
+
+
+@by_dtypes
+def test_any_bits(check, dtypes):
+    check(FAST_KERNELS, [any_bits(5000, dtypes, i) for i in range(len(SCALARS))], SCALARS)
+
+
+@needs_triton
+@by_triton_dtypes
+def test_triton_in_every_form_and_action(check, dtypes):
+    sizes = [SIZES[i % len(SIZES)] for i in range(len(SCALARS))]
+    segments = [ordinary(n, dtypes, n) for n in sizes] + [any_bits(5000, dtypes, 1)] * 3
+    check(TRITON_KERNELS, segments, SCALARS, [*range(len(SCALARS)), 0, 1, 4])
+
+
+@needs_triton
+@pytest.mark.parametrize("n", SIZES)
+def test_triton_at_every_size(check, n):
+    check(TRITON_KERNELS, [ordinary(n, (F32,) * 3)], [RECTIFIED])
+
+
+@pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16, F32, F32), (F64,) * 3], ids=dtypes_id)
+def test_a_large_odd_tensor(check, dtypes):
+    check(FAST_KERNELS, [ordinary(2**20 + 3, dtypes)], [RECTIFIED])
+
+
+@needs_triton
+def test_triton_on_a_large_odd_tensor(check):
+    check(TRITON_KERNELS, [ordinary(2**20 + 3, (F32,) * 3)], [RECTIFIED])
+
+
+@pytest.mark.parametrize("dtypes", [(F32,) * 3, (F16, BF16, F32), (F64,) * 3], ids=dtypes_id)
+def test_threads_divide_elements_wherever_segments_end(check, dtypes):
+    sizes = (5000, 0, 257, 12345, 0, 0, 3, 9999, 1, 8191, 1, 0, 20001, 0)
+    check(FAST_KERNELS, [ordinary(n, dtypes, n) for n in sizes], SCALARS)
+
+
+@by_dtypes
+def test_streams_start_anywhere(check, dtypes):
+    offsets = unaligned(dtypes)
+    segments = [ordinary(67, dtypes, i) for i in range(len(offsets))]
+    check(FAST_KERNELS, segments, [RECTIFIED], offsets=offsets)
+
+
+@needs_triton
+@by_triton_dtypes
+def test_triton_where_streams_start_anywhere(check, dtypes):
+    # A whole chunk, so that only the addresses keep it from 16-byte accesses.
+    offsets = unaligned(dtypes)[::3]
+    segments = [ordinary(triton_.CHUNK + 1, dtypes, i) for i in range(len(offsets))]
+    check(TRITON_KERNELS, segments, [RECTIFIED], offsets=offsets)
+
+
+def unaligned(dtypes) -> list[tuple[int, ...]]:
+    """One stream, or all of them, at every element within 16 bytes."""
+    param, grad, state = (16 // t.itemsize for t in dtypes)
+    limits = (param, grad, state, state)
+    alone = [
+        tuple(k if i == stream else 0 for i in range(4))
+        for stream in range(4)
+        for k in range(1, limits[stream])
+    ]
+    return alone + [tuple(k % limit for limit in limits) for k in range(1, max(limits))]
+
+
+SPECIAL = (0.0, -0.0, 1.0, -3.0, float("inf"), float("-inf"), float("nan"))
+
+
+@pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (F64,) * 3], ids=dtypes_id)
+def test_every_combination_of_special_values(check, dtypes):
+    limits = [torch.finfo(t) for t in dtypes]
+    edges = [(t.max, -t.max, t.smallest_normal, t.smallest_normal * t.eps) for t in limits]
+    values = [SPECIAL + edge for edge in (*edges, edges[-1])]
+    streams = [torch.tensor(x, dtype=F64) for x in zip(*product(*values), strict=True)]
+    param, grad, state = dtypes
+    streams = tuple(x.to(t) for x, t in zip(streams, (param, grad, state, state), strict=True))
+    no_eps = RECTIFIED._replace(eps=0.0)
+    check(FAST_KERNELS, [streams] * (len(SCALARS) + 1), [*SCALARS, no_eps])
+    check(TRITON_KERNELS, [streams] * 2, [SCALARS[1], no_eps])
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_subnormal_moments_are_not_flushed(check, dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    p, g, m, v = ordinary(5000, (dtype,) * 3)
+    m, v, g = (x * tiny / x.abs().max() for x in (m, v, g))
+    assert ((m != 0) & (m.abs() < tiny)).any()
+    no_eps = RECTIFIED._replace(eps=0.0)
+    [(_, _, m, v)] = check(FAST_KERNELS + TRITON_KERNELS, [(p, g, m, v)], [no_eps])
+    assert ((v != 0) & (v < tiny)).any()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_zero_gradients_without_eps_give_nan_as_torch_does(check, dtype):
+    zeros = torch.zeros(5, dtype=dtype)
+    no_eps = RECTIFIED._replace(eps=0.0)
+    segments = [(torch.ones(5, dtype=dtype), zeros, zeros, zeros)]
+    [(p, _, m, v)] = check(FAST_KERNELS + TRITON_KERNELS, segments, [no_eps])
+    assert p.isnan().all()
+    assert not m.any()
+    assert not v.any()
+
+    param = torch.nn.Parameter(torch.ones(5, dtype=dtype))
+    theirs = torch.optim.RAdam([param], eps=0.0)
+    for _ in range(8):
+        param.grad = zeros
+        theirs.step()
+    assert param.isnan().all()
+
+
+def test_an_infinite_parameter_stays_infinite_without_weight_decay(check):
+    segments = [(torch.full((5,), torch.inf), torch.ones(5), torch.zeros(5), torch.zeros(5))]
+    [(p, _, m, _)] = check(FAST_KERNELS + TRITON_KERNELS, segments, [RECTIFIED])
+    assert p.isposinf().all()
+    assert m.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_each_16_bit_value_is_read_exactly(check, dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    p, g, m, v = ordinary(len(every), (F32,) * 3)
+    check(FAST_KERNELS, [(every, g, m, v)], [RECTIFIED])
+    check(FAST_KERNELS, [(p, every, m, v)], [RECTIFIED])
+    check(FAST_KERNELS, [(p, g, every, every)], [RECTIFIED])
+    # Where nothing happens to them, they come back.
+    idle = StepScalars(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, float(Action.RECTIFIED))
+    n = len(finite)
+    one = torch.ones(n, dtype=dtype)
+    [(p, _, m, _)] = check(FAST_KERNELS + TRITON_KERNELS, [(finite, one, finite, one)], [idle])
+    assert torch.equal(p, finite)
+    assert torch.equal(m, finite)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_16_bit_results_round_to_nearest_even(check, dtype, same_bits):
+    # Values on each tie between neighbours, and next to it; the last one overflows to infinity.
+    low = torch.arange(0, 2**15, dtype=torch.int16).view(dtype)
+    low = low[low.isfinite()]
+    high = (low.view(torch.int16) + 1).view(dtype).double()
+    high[-1] = 2 * low[-1].double() - low[-2].double()
+    tie = ((low.double() + high) / 2).float()
+    tie = torch.cat([tie, tie.nextafter(tie * torch.inf), tie.nextafter(tie * 0)])
+    values = torch.cat([tie, -tie, any_bits(5000, (F32,) * 3)[0]])
+    # A step that hands exp_avg on to param, and to itself.
+    hand_on = StepScalars(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, -1.0, float(Action.MOMENTUM))
+    n = len(values)
+    zeros = torch.zeros(n, dtype=dtype)
+    streams = (zeros, torch.where(values.isfinite(), 1.0, values), values, torch.ones(n))
+    [(p, _, _, _)] = check(FAST_KERNELS + TRITON_KERNELS, [streams], [hand_on])
+    assert same_bits(p[values != 0], values.to(dtype)[values != 0])
+    assert p[len(low) - 1].isposinf()
+    assert p[3 * len(low) - 1].isfinite()
+
+    # One that puts the gradient into exp_avg, where the moments have 16 bits.
+    take = hand_on._replace(one_minus_beta1=1.0, step_size=0.0)
+    zeros32 = torch.zeros(n)
+    [(_, _, m, _)] = check(FAST_KERNELS + TRITON_KERNELS, [(zeros32, values, zeros, zeros)], [take])
+    assert same_bits(m[values != 0], values.to(dtype)[values != 0])
+
+
+def test_a_skipped_step_reads_nothing_and_writes_nothing(check):
+    segments = [any_bits(5000, dtypes) for dtypes in [(F32,) * 3] * 2]
+    expected = check(FAST_KERNELS + TRITON_KERNELS, segments, [SKIP])
+    for streams, before in zip(expected, segments, strict=True):
+        for a, b in zip(streams, before, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+# From the user's side: backends by name, through the public functions.
+
+
+def parameters(device="cpu"):
+    """Two of each dtype, with several layouts; each second one joins at a later step."""
+    torch.manual_seed(0)
+    params = []
+    for dtype in DTYPES:
+        params.append(torch.randn(3, 5, 4).to(dtype).transpose(0, 2))
+        params.append(torch.randn(257).to(dtype))
+    return [p.to(device).requires_grad_() for p in params]
+
+
+def trajectory(backend: str, device: str, **options) -> list[Tensor]:
+    """Twelve steps, across the threshold, with two groups whose step counts differ."""
+    params = parameters(device)
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.1, "betas": (0.5, 0.99)}]
+    optimizer = radam_kernels.RAdam(groups, lr=0.01, backend=backend, **options)
+    random = torch.Generator().manual_seed(1)
+    for step in range(12):
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=random)
+            p.grad = torch.empty_like(p).copy_(grad) if i % 2 == 0 or step > 2 else None
+        optimizer.step()
+    state = [optimizer.state[p] for p in params]
+    assert [int(s["step"]) for s in state] == [12, 9] * 4
+    return [*params, *(s["exp_avg"] for s in state), *(s["exp_avg_sq"] for s in state)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(weight_decay=0.1, rho_threshold=4.0),
+        dict(weight_decay=0.1, decoupled_weight_decay=True, rectification="exact"),
+        dict(maximize=True, degenerated_to_sgd=False, state_dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_twelve_steps_of_an_optimizer(backend, options, same_bits):
+    if reason := radam_kernels.available_backends()[backend]:
+        pytest.skip(reason)
+    device = {"cpu": "cpu", "triton": triton_kernel().device, "cuda": "cuda"}[backend]
+    for a, b in zip(
+        trajectory(backend, device, **options),
+        trajectory("reference", "cpu", **options),
+        strict=True,
+    ):
+        assert same_bits(a, b)
+
+
+# What the C++ checks.
+
+
+@dataclass
+class Table:
+    """Two segments and what _cpu.step wants to know of them."""
+
+    arena: Arena
+    rows: np.ndarray
+
+    def step(self, *, count=2, codes=(0, 0, 0), isa=0) -> None:
+        scalars = np.array([RECTIFIED])
+        cpu.step(self.rows.ctypes.data, count, *codes, scalars.ctypes.data, 1, 1, isa)
+
+
+@pytest.fixture
+def table():
+    arena = Arena([ordinary(8, (F32,) * 3), ordinary(5, (F32,) * 3)], "cpu")
+    return Table(arena, arena.rows([0, 0]))
+
+
+def test_the_kernel_steps_a_good_table(table):
+    before = table.arena.memory.clone()
+    table.step()
+    assert not torch.equal(table.arena.memory, before)
+
+
+@pytest.mark.parametrize("field", flat.SEGMENT_FIELDS[:4])
+@pytest.mark.parametrize("change", ["null", "unaligned"])
+def test_the_kernel_refuses_null_and_misaligned_pointers(table, field, change):
+    column = flat.SEGMENT_FIELDS.index(field)
+    table.rows[1, column] = 0 if change == "null" else table.rows[1, column] + 2
+    before = table.arena.memory.clone()
+    with pytest.raises(ValueError, match=r"segment 1 of 2.*null or not aligned"):
+        table.step()
+    assert torch.equal(table.arena.memory, before), "the segment before it was stepped"
+    table.rows[1, flat.SEGMENT_FIELDS.index("numel")] = 0
+    table.step()  # an empty tensor may have any pointer
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("numel", -1), ("scalars", -1), ("scalars", 1), ("scalars", 2**40)]
+)
+def test_the_kernel_refuses_counts_out_of_range(table, field, value):
+    table.rows[1, flat.SEGMENT_FIELDS.index(field)] = value
+    with pytest.raises(ValueError, match=f"segment 1 of 2.*{field} {value}"):
+        table.step()
+
+
+def test_the_kernel_refuses_a_negative_count(table):
+    with pytest.raises(ValueError, match="-1"):
+        table.step(count=-1)
+
+
+def test_the_kernel_refuses_null_tables():
+    # In a process of its own, which a kernel that did not look would bring down.
+    script = """
+import numpy as np
+from radam_kernels.modules import cpu
+row, scalars = np.zeros((1, 6), np.int64), np.zeros((1, 9))
+for tables in ((0, 1, 0, 0, 0, scalars.ctypes.data, 1), (row.ctypes.data, 1, 0, 0, 0, 0, 1)):
+    try:
+        cpu.step(*tables, 1)
+    except ValueError:
+        continue
+    raise SystemExit(f"not refused: {tables}")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("codes", [(4, 0, 0), (0, -1, 0), (0, 0, 99), (3, 0, 0), (0, 3, 3)])
+def test_the_kernel_refuses_dtypes_it_does_not_know(table, codes):
+    with pytest.raises(ValueError, match="dtype code|float64 goes with float64 only"):
+        table.step(codes=codes)
+
+
+@pytest.mark.parametrize("isa", [-1, len(cpu.instruction_sets)])
+def test_the_kernel_refuses_instruction_sets_it_does_not_have(table, isa):
+    with pytest.raises(ValueError, match=f"isa.*{isa}"):
+        table.step(isa=isa)
+
+
+def test_no_segments_and_no_threads_are_legal(table):
+    scalars = np.array([RECTIFIED])
+    cpu.step(0, 0, 0, 0, 0, 0, 0, 1)
+    cpu.step(table.rows.ctypes.data, 2, 0, 0, 0, scalars.ctypes.data, 1, 0)
+    assert table.arena.read()[0][2].abs().sum() > 0
+
+
+# One StepScalars, one Segment, in Python and in C++.
+
+
+def test_the_structs_have_the_same_fields_in_both_languages():
+    assert tuple(cpu.step_scalars_fields) == StepScalars._fields
+    assert tuple(cpu.segment_fields) == flat.SEGMENT_FIELDS
+    assert cpu.dtypes == [str(t).removeprefix("torch.") for t in DTYPES]
+
+
+def cpp_scalars(group: dict, steps: Sequence[float]) -> np.ndarray:
+    table = cpu.Table()
+    one = torch.zeros(1)
+    for t in steps:
+        table.add(one, one, one, one, float(t), 0, one)
+    return device_tables.scalars_rows(*table.scalars([group]))
+
+
+def assert_same_scalars(group: dict, steps: Sequence[float]) -> None:
+    for t, row in zip(steps, cpp_scalars(group, steps), strict=True):
+        want = schedule.group_scalars(group, t)
+        assert struct.pack("9d", *row) == struct.pack("9d", *want), (t, group, row, want)
+
+
+def group_of(**changes) -> dict:
+    group = dict(
+        lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False,
+        maximize=False, rho_threshold=5.0, degenerated_to_sgd=True, rectification="first_order",
+    )  # fmt: skip
+    return {**group, **changes}
+
+
+STEPS = (*range(1, 31), 1000, 10**6, 2**24, 10**9, 2**53)
+BETAS = (0.0, 1e-300, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+
+
+@pytest.mark.parametrize("rectification", schedule.FORMS)
+@pytest.mark.parametrize("beta2", BETAS)
+def test_scalars_are_the_same_in_both_languages(rectification, beta2):
+    for beta1, rho_threshold in product(BETAS, (4.0, 4.5, 5.0, 6.0, float("inf"))):
+        group = dict(rectification=rectification, rho_threshold=rho_threshold, lr=0.3)
+        assert_same_scalars(group_of(**group, betas=(beta1, beta2)), STEPS)
+
+
+number = st.floats(allow_nan=False, allow_infinity=False)
+beta = st.floats(0, 1, exclude_max=True) | st.sampled_from(BETAS)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    group=st.fixed_dictionaries(
+        dict(
+            lr=number | number.map(lambda x: torch.tensor(x, dtype=F64)),
+            betas=st.tuples(beta, beta),
+            eps=st.floats(min_value=0),
+            weight_decay=number,
+            decoupled_weight_decay=st.booleans(),
+            maximize=st.booleans(),
+            rho_threshold=st.floats(min_value=4) | st.just(4.0) | st.just(5.0),
+            degenerated_to_sgd=st.booleans(),
+            rectification=st.sampled_from(schedule.FORMS),
+        ),
+        optional=dict(grad_scale=number),
+    ),
+    steps=st.lists(
+        st.integers(1, 2**53) | st.integers(1, 100), min_size=1, max_size=5, unique=True
+    ),
+)
+def test_scalars_are_the_same_for_any_hyperparameters(group, steps):
+    assert_same_scalars(group, steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step_count"),
+    [
+        ({}, 0),
+        ({}, 1.5),
+        ({}, float("nan")),
+        (dict(betas=(1.0, 0.999)), 1),
+        (dict(betas=(0.9, 1.0)), 1),
+        (dict(betas=(-0.1, 0.999)), 1),
+        (dict(betas=(0.9, float("nan"))), 1),
+        (dict(betas=(0.9, 0.99, 0.999)), 1),
+        (dict(eps=-1e-8), 1),
+        (dict(eps=float("nan")), 1),
+        (dict(rho_threshold=3.9), 1),
+        (dict(rho_threshold=1.9, rectification="exact"), 1),
+        (dict(rho_threshold=float("nan")), 1),
+        (dict(rectification="none"), 1),
+    ],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused_in_both_languages(changes, step_count):
+    group = group_of(**changes)
+    with pytest.raises(ValueError, match=r".+"):
+        schedule.group_scalars(group, step_count)
+    with pytest.raises(ValueError, match=r".+"):
+        cpp_scalars(group, [step_count])
+
+
+# Which backend it is.
+
+
+@pytest.fixture
+def resolve_anew():
+    """Forgets what was resolved, before and after."""
+    backends.resolve.cache_clear()
+    yield
+    backends.resolve.cache_clear()
+
+
+def test_every_backend_works_or_says_why_not():
+    reasons = radam_kernels.available_backends()
+    assert tuple(reasons) == backends.NAMES == ("cuda", "cpu", "triton", "reference")
+    assert reasons["cpu"] is None
+    assert reasons["reference"] is None
+    assert all(why is None or len(why) > 20 for why in reasons.values())
+
+
+@pytest.mark.skipif(works("cuda"), reason="the CUDA backend works here")
+def test_a_backend_that_does_not_work_is_refused_with_its_reason():
+    why = radam_kernels.available_backends()["cuda"]
+    for make in (
+        lambda: radam_kernels.RAdam([torch.zeros(1)], backend="cuda"),
+        lambda: radam_kernels.radam_(*torch.zeros(4, 1), step=1, **USUAL, backend="cuda"),
+    ):
+        with pytest.raises(RuntimeError, match=r"'cuda'.*work here are.*'cpu'") as error:
+            make()
+        assert why in str(error.value)
+
+
+def test_an_unknown_backend_is_refused_with_those_there_are():
+    for make in (
+        lambda: radam_kernels.RAdam([torch.zeros(1)], backend="gpu"),
+        lambda: radam_kernels.radam_(*torch.zeros(4, 1), step=1, **USUAL, backend="gpu"),
+    ):
+        with pytest.raises(ValueError, match="'auto'.*'cuda'.*'cpu'.*'triton'.*'reference'.*'gpu'"):
+            make()
+
+
+def test_auto_takes_the_cpu_kernel_on_the_cpu(recwarn, resolve_anew):
+    assert backends.resolve("auto", "cpu") is backends.cpu.step_
+    assert not recwarn
+
+
+def test_auto_warns_when_only_the_reference_is_left(monkeypatch, resolve_anew):
+    monkeypatch.setattr(
+        backends, "why_not", lambda name, device: None if name == "reference" else "broken"
+    )
+    with pytest.warns(UserWarning, match="slow reference.*doctor"):
+        assert backends.resolve("auto", "cpu") is reference.step_
+
+
+def test_a_named_backend_never_gives_way_to_another(monkeypatch, resolve_anew):
+    monkeypatch.setattr(
+        backends, "why_not", lambda name, device: "it is broken" if name == "cpu" else None
+    )
+    with pytest.raises(RuntimeError, match=r"'cpu' can't step .*it is broken.*'reference'"):
+        backends.resolve("cpu", "cpu")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_devices_that_no_backend_steps_are_refused(name, resolve_anew):
+    with pytest.raises(RuntimeError, match=r"'xpu'.*work here are"):
+        backends.resolve(name, "xpu")
+
+
+def test_the_reference_named_does_not_warn(recwarn, resolve_anew):
+    assert backends.resolve("reference", "cpu") is reference.step_
+    assert not recwarn
