@@ -77,10 +77,27 @@ py::tuple tensors(const Bucket& bucket) {
                         list_of(bucket.exp_avg_sqs));
 }
 
-py::object find_overlap(Table& table) {
-  const auto found = table.find_overlap();
-  if (!found) return py::none();
-  return py::make_tuple(found->owner, found->stream, found->other, found->other_stream);
+// Raised as ValueError(owner, stream, other owner, other stream): Python knows their names.
+struct OverlapError {};
+
+std::vector<Bucket*> prepare(Table& table, const py::list& groups) {
+  table.scalars(groups.ptr());
+  if (const auto found = table.find_overlap()) {
+    const auto what =
+        py::make_tuple(found->owner, found->stream, found->other, found->other_stream);
+    PyErr_SetObject(py::module_::import("radam_kernels._cpu").attr("Overlap").ptr(), what.ptr());
+    throw py::error_already_set();
+  }
+  return table.buckets();
+}
+
+// Python has checked the tensors of a bucket, and nothing has changed them since.
+void step_bucket(const Bucket& bucket, Table& table, const py::list& groups, int threads) {
+  if (bucket.device.type != kCPU) throw py::value_error("the bucket's tensors are not on the CPU");
+  const StepScalars* scalars = table.scalars(groups.ptr()).data();
+  py::gil_scoped_release released;
+  step_cpu(bucket.segments.data(), static_cast<int64_t>(bucket.segments.size()), bucket.dtypes,
+           scalars, threads, instruction_sets()[0]);
 }
 
 py::list counts(const Table& table) {
@@ -135,7 +152,11 @@ PYBIND11_MODULE(_cpu, m) {
     }
   });
 
+  py::exception<OverlapError>(m, "Overlap", PyExc_ValueError);
+
   py::class_<Bucket>(m, "Bucket")
+      .def_property_readonly(
+          "device_type", [](const Bucket& b) { return b.device.type; }, "DLPack's number.")
       .def_property_readonly(
           "device", [](const Bucket& b) { return py::make_tuple(b.device.type, b.device.index); })
       .def_property_readonly(
@@ -163,6 +184,7 @@ PYBIND11_MODULE(_cpu, m) {
             return rows;
           },
           "The row of StepScalars that each segment obeys.")
+      .def("step", &step_bucket, "Steps the bucket's segments on so many threads at most.")
       .def("tensors", &tensors, "(params, grads, exp_avgs, exp_avg_sqs) of the segments.");
 
   py::class_<Table>(m, "Table", py::dynamic_attr())
@@ -178,14 +200,12 @@ PYBIND11_MODULE(_cpu, m) {
              table.add(param.ptr(), grad.ptr(), exp_avg.ptr(), exp_avg_sq.ptr(), step.ptr(), group,
                        owner.ptr());
            })
-      .def("find_overlap", &find_overlap)
+      .def("prepare", &prepare, py::return_value_policy::reference_internal,
+           "The buckets, once StepScalars are made of the groups' options and no segment is found "
+           "to use memory that another one writes. Raises ValueError or Overlap.")
       .def(
-          "advance",
-          [](Table& table) {
-            table.advance();
-            return list_of(table.owners());
-          },
-          "Writes the new step counts; returns the owners.")
+          "advance", [](Table& table) { return list_of(table.advance()); },
+          "Writes the new step counts and lets go of every tensor; returns the owners.")
       .def(
           "scalars",
           [](Table& table, const py::list& groups) {

@@ -8,15 +8,29 @@
 namespace radam {
 namespace {
 
-// Names that are looked up for every parameter, interned once and never released.
+// Names that a step looks up, interned once and never released.
 struct Names {
-  PyObject* grad = PyUnicode_InternFromString("grad");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* state_dtype = PyUnicode_InternFromString("state_dtype");
-  PyObject* step = PyUnicode_InternFromString("step");
-  PyObject* exp_avg = PyUnicode_InternFromString("exp_avg");
-  PyObject* exp_avg_sq = PyUnicode_InternFromString("exp_avg_sq");
+#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
+  RADAM_NAME(betas);
+  RADAM_NAME(decoupled_weight_decay);
+  RADAM_NAME(degenerated_to_sgd);
+  RADAM_NAME(eps);
+  RADAM_NAME(exact);
+  RADAM_NAME(exp_avg);
+  RADAM_NAME(exp_avg_sq);
+  RADAM_NAME(first_order);
+  RADAM_NAME(grad);
+  RADAM_NAME(grad_scale);
+  RADAM_NAME(is_neg);
+  RADAM_NAME(lr);
+  RADAM_NAME(maximize);
+  RADAM_NAME(params);
+  RADAM_NAME(rectification);
+  RADAM_NAME(rho_threshold);
+  RADAM_NAME(state_dtype);
+  RADAM_NAME(step);
+  RADAM_NAME(weight_decay);
+#undef RADAM_NAME
 };
 
 const Names& names() {
@@ -51,50 +65,51 @@ bool find_items(PyObject* state, PyObject*& step, PyObject*& exp_avg, PyObject*&
   return step && exp_avg && exp_avg_sq;
 }
 
-// An item of a parameter group as a number; a tensor of one element is one too.
-double number(PyObject* group, const char* key) {
-  PyObject* value = PyDict_GetItemString(group, key);
-  if (!value) {
-    PyErr_SetString(PyExc_KeyError, key);
+// A borrowed item of a dict that must be there.
+PyObject* required(PyObject* dict, PyObject* key) {
+  PyObject* found = item(dict, key);
+  if (!found) {
+    PyErr_SetObject(PyExc_KeyError, key);
     throw PythonError();
   }
-  const double x = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : PyFloat_AsDouble(value);
+  return found;
+}
+
+// A number, or a tensor of one element.
+double number(PyObject* value) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double x = PyFloat_AsDouble(value);
   if (x == -1.0 && PyErr_Occurred()) throw PythonError();
   return x;
 }
 
-bool flag(PyObject* group, const char* key) {
-  PyObject* value = PyDict_GetItemString(group, key);
-  return value && PyObject_IsTrue(value) == 1;
+bool flag(PyObject* group, PyObject* key) {
+  const int truth = PyObject_IsTrue(required(group, key));
+  if (truth < 0) throw PythonError();
+  return truth != 0;
 }
 
-Hyperparameters hyperparameters(PyObject* group) {
-  const Ref betas = Ref::steal(PySequence_Tuple(PyDict_GetItemString(group, "betas")));
-  if (PyTuple_GET_SIZE(betas.get()) != 2) throw std::invalid_argument("betas must be two numbers");
-  double beta[2];
-  for (int i = 0; i < 2; ++i) {
-    beta[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(betas.get(), i));
-    if (beta[i] == -1.0 && PyErr_Occurred()) throw PythonError();
-  }
-  PyObject* form = PyDict_GetItemString(group, "rectification");
-  return {number(group, "lr"),
-          beta[0],
-          beta[1],
-          number(group, "eps"),
-          number(group, "weight_decay"),
-          number(group, "rho_threshold"),
-          PyDict_GetItemString(group, "grad_scale") ? number(group, "grad_scale") : 1.0,
-          flag(group, "decoupled_weight_decay"),
-          flag(group, "maximize"),
-          flag(group, "degenerated_to_sgd"),
-          form && PyUnicode_CompareWithASCIIString(form, "exact") == 0};
-}
-
-bool form_is_known(PyObject* group) {
-  PyObject* form = PyDict_GetItemString(group, "rectification");
-  return form && PyUnicode_Check(form) &&
-         (PyUnicode_CompareWithASCIIString(form, "exact") == 0 ||
-          PyUnicode_CompareWithASCIIString(form, "first_order") == 0);
+// Fills `h` from a parameter group; false where a value is not even of the right kind.
+bool read_hyperparameters(PyObject* group, Hyperparameters& h) {
+  const Names& n = names();
+  const Ref betas = Ref::steal(PySequence_Tuple(required(group, n.betas)));
+  if (PyTuple_GET_SIZE(betas.get()) != 2) return false;
+  PyObject* form = required(group, n.rectification);
+  if (!PyUnicode_Check(form)) return false;
+  h.exact = PyUnicode_Compare(form, n.exact) == 0;
+  if (!h.exact && PyUnicode_Compare(form, n.first_order) != 0) return false;
+  PyObject* grad_scale = item(group, n.grad_scale);
+  h.grad_scale = grad_scale ? number(grad_scale) : 1.0;
+  h.beta1 = number(PyTuple_GET_ITEM(betas.get(), 0));
+  h.beta2 = number(PyTuple_GET_ITEM(betas.get(), 1));
+  h.lr = number(required(group, n.lr));
+  h.eps = number(required(group, n.eps));
+  h.weight_decay = number(required(group, n.weight_decay));
+  h.rho_threshold = number(required(group, n.rho_threshold));
+  h.decoupled_weight_decay = flag(group, n.decoupled_weight_decay);
+  h.maximize = flag(group, n.maximize);
+  h.degenerated_to_sgd = flag(group, n.degenerated_to_sgd);
+  return true;
 }
 
 // A lazily negated tensor holds the wrong signs in memory. Asking costs as much as everything else
@@ -344,8 +359,8 @@ const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
   for (size_t i = scalars_.size(); i < counts_.size(); ++i) {
     PyObject* group = PyList_GetItem(groups, counts_[i].group);
     if (!group) throw PythonError();
-    const Hyperparameters options = hyperparameters(group);
-    if (!form_is_known(group) || !valid(options, counts_[i].step)) {
+    Hyperparameters options;
+    if (!read_hyperparameters(group, options) || !valid(options, counts_[i].step)) {
       const Ref schedule = Ref::steal(PyImport_ImportModule("radam_kernels.schedule"));
       Ref::steal(
           PyObject_CallMethod(schedule.get(), "group_scalars", "Od", group, counts_[i].step));
@@ -357,7 +372,7 @@ const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
   return scalars_;
 }
 
-void Table::advance() {
+std::vector<Ref> Table::advance() {
   for (const Advance& advance : advances_) {
     if (advance.cell.is_double) {
       *static_cast<double*>(advance.cell.data) = advance.next;
@@ -365,6 +380,9 @@ void Table::advance() {
       *static_cast<float*>(advance.cell.data) = static_cast<float>(advance.next);
     }
   }
+  std::vector<Ref> owners = std::move(owners_);
+  release();
+  return owners;
 }
 
 void Table::release() {

@@ -56,8 +56,9 @@ class Table {
   // that no step can be made of are left to radam_kernels.schedule, which says what is wrong.
   const std::vector<StepScalars>& scalars(PyObject* groups);
 
-  // Writes the new step counts; call it once the update has been launched.
-  void advance();
+  // Writes the new step counts, once the update has been launched, and lets go of every tensor.
+  // Returns the owners.
+  std::vector<Ref> advance();
 
   // Lets go of every tensor.
   void release();

@@ -1,6 +1,6 @@
 """Flat buffers: one allocation for many tensors, each in it a view that starts on 256 bytes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,9 +33,8 @@ def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
         chunks.setdefault((tensor.device, dtype), []).append(i)
     results: list[Tensor] = [torch.empty(0)] * len(tensors)
     for (device, dtype), members in chunks.items():
-        for i, view in zip(
-            members, _views([tensors[i] for i in members], dtype, device), strict=True
-        ):
+        _, views = _views([tensors[i] for i in members], dtype, device)
+        for i, view in zip(members, views, strict=True):
             # An empty view has no address to own.
             results[i] = torch.from_dlpack(view) if view.numel() else torch.empty_like(view)
     return results
@@ -79,20 +78,24 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
             raise ValueError(f"flatten: params {first} and {i} share their memory")
     buffers = []
     for (device, dtype), members in groups.items():
-        views = list(_views(members, dtype, device))
-        buffers += [views[0]._base] if views[0]._base is not None else []
+        buffer, views = _views(members, dtype, device)
+        buffers.append(buffer)
         for param, view in zip(members, views, strict=True):
             param.data = view.copy_(param)
     return buffers
 
 
-def _views(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Views of one new buffer of zeros, laid out like the tensors."""
+def _views(
+    tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """One new buffer of zeros, and views of it laid out like the tensors."""
     unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
         end += -(-tensor.numel() // unit) * unit
     buffer = torch.zeros(end, dtype=dtype, device=device)
-    for tensor, offset in zip(tensors, offsets, strict=True):
-        yield buffer.as_strided(tensor.shape, tensor.stride(), offset)
+    return buffer, [
+        buffer.as_strided(tensor.shape, tensor.stride(), offset)
+        for tensor, offset in zip(tensors, offsets, strict=True)
+    ]

@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch.autograd.graph import increment_version
 
 from .backends import resolve
+from .modules import cpu
 
 _DEVICE_TYPES = {1: "cpu", 2: "cuda", 10: "cuda"}  # DLPack's numbers; ROCm calls itself cuda
 
 
 def launch(table, groups: list[dict[str, Any]], backend: str, name: Callable[[int], str]) -> None:
-    """Steps every segment of the table and advances the step counts.
+    """Steps every segment of the table, advances the step counts and empties the table.
 
     Args:
         table: a filled Table of the module _cpu.
@@ -24,18 +25,17 @@ def launch(table, groups: list[dict[str, Any]], backend: str, name: Callable[[in
             of range. Nothing is changed.
         RuntimeError: no backend can step tensors on such a device. Nothing is changed.
     """
-    if overlap := table.find_overlap():
-        owner, stream, other, other_stream = overlap
+    try:
+        buckets = table.prepare(groups)
+    except cpu.Overlap as overlap:
+        owner, stream, other, other_stream = overlap.args
         raise ValueError(
             f"{stream} of {name(owner)} shares memory with {other_stream} of {name(other)}; "
             "a step writes to it: clone one of them, or leave one out"
-        )
-    table.scalars(groups)  # complains, if it must, before anything is written
-    steps = [
-        (resolve(backend, _DEVICE_TYPES.get(b.device[0], "unknown")), b) for b in table.buckets()
-    ]
+        ) from None
+    steps = [(resolve(backend, _DEVICE_TYPES.get(b.device_type, "unknown")), b) for b in buckets]
     for step_, bucket in steps:
         step_(bucket, table, groups)
     if owners := table.advance():
         # Autograd must learn of the write: a stale graph raises instead of giving wrong gradients.
-        torch.autograd.graph.increment_version(owners)
+        increment_version(owners)

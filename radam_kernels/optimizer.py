@@ -19,6 +19,7 @@ from .staging import (
     Staged,
     as_step,
     check_state,
+    find_sharing,
     fits,
     flat_moments,
     local,
@@ -143,9 +144,8 @@ class RAdam(Optimizer):
         except BaseException:
             for owner in made:
                 del self.state[owner]
-            raise
-        finally:
             self._table.release()
+            raise
         for item in staged:
             if item.copied:
                 with torch.no_grad():
@@ -159,11 +159,19 @@ class RAdam(Optimizer):
         `made` receives the parameters whose state is made here.
         """
         staged = []
-        for index, owner, grad in pending:
-            name = self._name(index, owner)
+        for _, owner, grad in pending:
+            name = _Name(owner, self.param_groups)
             staged.append(stage(owner, grad, name))
             if self.state.get(owner):
                 check_state(self.state[owner], owner, name)
+        if any(item.copied for item in staged):
+            owners = [*self._table.owners, *(item.owner for item in staged)]
+            if pair := find_sharing(owners):
+                name, other = (str(_Name(owners[i], self.param_groups)) for i in pair)
+                raise ValueError(
+                    f"{name} shares memory with {'itself' if name == other else other}, and a step "
+                    "writes to it: clone one of them, make it contiguous, or leave one out"
+                )
         self._make_moments(pending, staged, made)
         for (index, owner, _), item in zip(pending, staged, strict=True):
             state = self.state[owner]
@@ -177,7 +185,7 @@ class RAdam(Optimizer):
                     owner,
                 )
             except ValueError as error:
-                raise ValueError(f"{self._name(index, owner)}: {error}") from None
+                raise ValueError(f"{_Name(owner, self.param_groups)}: {error}") from None
         return staged
 
     def _make_moments(self, pending: list[tuple], staged: list[Staged], made: list[Tensor]) -> None:
@@ -189,12 +197,12 @@ class RAdam(Optimizer):
             if not state or not all(fits(local(state[k]), item.param, dtype) for k in MOMENTS):
                 owners.append(owner)
                 dtypes.append(dtype)
-        for index, owner, _ in pending:
+        for _, owner, _ in pending:
             state = self.state[owner]
             if not state:
                 made.append(owner)
             # First, as in torch's state; the walk over the state counts on this order.
-            state["step"] = as_step(state.get("step", 0), self._name(index, owner))
+            state["step"] = as_step(state.get("step", 0), _Name(owner, self.param_groups))
         for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
             state = self.state[owner]
             for key, moment in moments.items():
@@ -253,18 +261,25 @@ class RAdam(Optimizer):
             state.update(moments)
             state["step"] = as_step(state["step"], "a parameter").clone()
 
-    def _name(self, index: int, owner: Tensor) -> str:
-        group = self.param_groups[index]
-        position = next(i for i, p in enumerate(group["params"]) if p is owner)
-        name = f"param {position} of group {index}"
-        return f'{name} ("{group["param_names"][position]}")' if "param_names" in group else name
-
     def _owner_name(self, i: int) -> str:
-        owner = self._table.owners[i]
-        for index, group in enumerate(self.param_groups):
-            if any(p is owner for p in group["params"]):
-                return self._name(index, owner)
-        return f"param {i}"
+        return str(_Name(self._table.owners[i], self.param_groups))
+
+
+class _Name:
+    """What errors call a parameter; looked up only when one is raised."""
+
+    def __init__(self, owner: Tensor, groups: list[dict[str, Any]]) -> None:
+        self.owner = owner
+        self.groups = groups
+
+    def __str__(self) -> str:
+        for index, group in enumerate(self.groups):
+            for i, param in enumerate(group["params"]):
+                if param is self.owner:
+                    name = f"param {i} of group {index}"
+                    names = group.get("param_names", ())
+                    return f'{name} ("{names[i]}")' if i < len(names) else name
+        return "a parameter"
 
 
 class _Shielded:

@@ -2,6 +2,8 @@
 as they stand are checked, and given a form that it can use."""
 
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from math import gcd, inf
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class Staged:
     copied: bool  # param is a copy: write it back after the step
 
 
-def stage(owner: Tensor, grad: Tensor, name: str) -> Staged:
+def stage(owner: Tensor, grad: Tensor, name: object) -> Staged:
     """Checks a parameter and its gradient; views or copies what a kernel can't use as it stands.
 
     Raises RuntimeError for sparse gradients (as torch does) and ValueError for anything else that
@@ -55,13 +57,6 @@ def stage(owner: Tensor, grad: Tensor, name: str) -> Staged:
     param, grad = local(owner), local(grad, like=owner)
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
-        if any(
-            n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True)
-        ):
-            raise ValueError(
-                f"{name}: elements share memory (shape {tuple(param.shape)}, strides "
-                f"{param.stride()}); make it contiguous"
-            )
         if param.numel() and not param.is_meta and param.data_ptr() == 0:
             raise ValueError(
                 f"{name}: a {type(owner).__name__} has no memory that a kernel can use"
@@ -93,6 +88,62 @@ def _fit(grad: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=dtype).copy_(grad)
 
 
+def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
+    """Where in `params` two lie that share an element, or twice one that shares one with itself.
+
+    The table compares the memory that is stepped, and a parameter that is not dense is stepped as
+    a copy. Such parameters may interleave, so only those in reach of each other are looked at.
+    """
+    spans = []
+    for i, param in enumerate(map(local, params)):
+        if param.numel():
+            last = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
+            begin, size = param.data_ptr(), param.element_size()
+            spans.append((begin, begin + (last + 1) * size, i))
+    near: list[int] = []
+    start = end = 0
+    for begin, stop, i in [*sorted(spans), (inf, inf, -1)]:
+        if begin >= end:
+            if pair := _sharing_near([(j, local(params[j])) for j in near], start, end):
+                return pair
+            near, start = [], begin
+        near.append(i)
+        end = max(end, stop)
+    return None
+
+
+def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple[int, int] | None:
+    """As find_sharing, of parameters that lie between two addresses: marks their memory."""
+    if not near or (len(near) == 1 and _nested(near[0][1])):
+        return None
+    offsets = [p.data_ptr() - start for _, p in near]
+    unit = gcd(*offsets, *(p.element_size() for _, p in near))
+    marks = torch.zeros((end - start) // unit, dtype=torch.bool, device=near[0][1].device)
+    views = []
+    for offset, (_, p) in zip(offsets, near, strict=True):
+        width = p.element_size() // unit
+        strides = (*(width * s for s in p.stride()), 1)
+        views.append(marks.as_strided((*p.shape, width), strides, offset // unit).fill_(True))
+    if marks.sum() == sum(view.numel() for view in views):
+        return None
+    for a, b in combinations_with_replacement(range(len(near)), 2):
+        marks.zero_()
+        views[a].fill_(True)
+        if marks.sum() < views[a].numel() if a == b else views[b].any():
+            return near[a][0], near[b][0]
+    return None
+
+
+def _nested(param: Tensor) -> bool:
+    """Whether each stride steps over all that the smaller ones reach: no element is met twice."""
+    reach = 0
+    for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return False
+        reach += (n - 1) * stride
+    return True
+
+
 def real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of reals, on the same memory; any other as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -107,7 +158,7 @@ def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
     return _COMPLEX.get(DTYPES[code], torch.complex64)  # there is no complex bfloat16
 
 
-def as_step(value: Any, name: str) -> Tensor:
+def as_step(value: Any, name: object) -> Tensor:
     """A step count of any kind as torch keeps it: one float32 (or float64) on the CPU."""
     dtypes = (torch.float32, torch.float64)
     if isinstance(value, Tensor):
@@ -121,7 +172,7 @@ def as_step(value: Any, name: str) -> Tensor:
     return torch.tensor(float(value), dtype=dtype if dtype in dtypes else torch.float32)
 
 
-def check_state(state: dict[str, Any], param: Tensor, name: str) -> None:
+def check_state(state: dict[str, Any], param: Tensor, name: object) -> None:
     """Raises ValueError for a state that can't be this parameter's."""
     if missing := [key for key in ("step", *MOMENTS) if key not in state]:
         raise ValueError(f"state of {name} lacks {missing}; delete all of it to begin anew")

@@ -46,6 +46,7 @@ SCALARS = [
     ),
     SKIP,
 ]
+STREAMS = flat.SEGMENT_FIELDS[:4]
 SENTINEL = 0xA5
 
 
@@ -169,7 +170,7 @@ def check(same_bits):
             arena = Arena(segments, kernel.device, offsets)
             kernel.launch(arena.rows(which), (param, grad, state), np.array(scalars))
             for i, (got, want) in enumerate(zip(arena.read(), expected, strict=True)):
-                for name, a, b in zip(("param", "grad", "exp_avg", "exp_avg_sq"), got, want):
+                for name, a, b in zip(STREAMS, got, want, strict=True):
                     assert same_bits(a, b), (
                         f"{kernel.name}: {name} of segment {i} with {len(a)} elements and "
                         f"{scalars[which[i]]} differs: {a[a != b][:4]} against {b[a != b][:4]}"
@@ -461,7 +462,7 @@ def test_the_kernel_steps_a_good_table(table):
     assert not torch.equal(table.arena.memory, before)
 
 
-@pytest.mark.parametrize("field", flat.SEGMENT_FIELDS[:4])
+@pytest.mark.parametrize("field", STREAMS)
 @pytest.mark.parametrize("change", ["null", "unaligned"])
 def test_the_kernel_refuses_null_and_misaligned_pointers(table, field, change):
     column = flat.SEGMENT_FIELDS.index(field)
@@ -506,7 +507,7 @@ for tables in ((0, 1, 0, 0, 0, scalars.ctypes.data, 1), (row.ctypes.data, 1, 0, 
 
 @pytest.mark.parametrize("codes", [(4, 0, 0), (0, -1, 0), (0, 0, 99), (3, 0, 0), (0, 3, 3)])
 def test_the_kernel_refuses_dtypes_it_does_not_know(table, codes):
-    with pytest.raises(ValueError, match="dtype code|float64 goes with float64 only"):
+    with pytest.raises(ValueError, match=r"dtype code|float64 goes with float64 only"):
         table.step(codes=codes)
 
 
@@ -658,7 +659,9 @@ def test_an_unknown_backend_is_refused_with_those_there_are():
         lambda: radam_kernels.RAdam([torch.zeros(1)], backend="gpu"),
         lambda: radam_kernels.radam_(*torch.zeros(4, 1), step=1, **USUAL, backend="gpu"),
     ):
-        with pytest.raises(ValueError, match="'auto'.*'cuda'.*'cpu'.*'triton'.*'reference'.*'gpu'"):
+        with pytest.raises(
+            ValueError, match=r"'auto'.*'cuda'.*'cpu'.*'triton'.*'reference'.*'gpu'"
+        ):
             make()
 
 

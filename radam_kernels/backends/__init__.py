@@ -6,8 +6,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
-import torch
-
 # Best first for each type of device; "auto" takes the first that works.
 _MODULES = {"cuda": "cuda", "cpu": "cpu", "triton": "triton_", "reference": "reference"}
 NAMES = tuple(_MODULES)

@@ -2,12 +2,10 @@
 
 import torch
 
-from ..modules import cpu
-
 
 def why_not(device_type: str) -> str | None:
     return None if device_type == "cpu" else "the C++ kernel steps CPU tensors only"
 
 
 def step_(bucket, table, groups) -> None:
-    cpu.step(*bucket.table, *table.scalars(groups), torch.get_num_threads())
+    bucket.step(table, groups, torch.get_num_threads())

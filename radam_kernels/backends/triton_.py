@@ -1,18 +1,15 @@
 """The Triton kernel: CUDA and ROCm GPUs, and any machine under TRITON_INTERPRET=1."""
 
-import os
-
 import torch
 
 from .device_tables import device_tables, refuse_capture, scalars_rows, upload
 
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 try:
-    from .triton_kernel import CHUNK, launch_
+    from .triton_kernel import CHUNK, INTERPRETED, launch_
 except ImportError as error:
+    INTERPRETED = False
     _missing = f"Triton can't be imported ({error}); pip install triton"
 else:
     _missing = None

@@ -1,4 +1,4 @@
-"""The element update in Triton, and the kernel around it; csrc/radam_math.h says the same in C++."""
+"""The element update in Triton and the kernel around it; csrc/radam_math.h says it in C++."""
 
 import triton
 import triton.language as tl
@@ -24,14 +24,16 @@ def _sqrt(x):
     # sqrt_rn knows no float64, where the plain one is exact already; likewise for division.
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+    else:  # without it, both returns are compiled
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
 def _divide(a, b):
     if a.dtype == tl.float64:
         return a / b
-    return tl.div_rn(a, b)
+    else:
+        return tl.div_rn(a, b)
 
 
 @triton.jit
@@ -143,6 +145,10 @@ def radam_step_kernel(
                 p_ptr + at, g_ptr + at, m_ptr + at, v_ptr + at,
                 at < numel, s, l2, action, PARAM, GRAD, STATE,
             )  # fmt: skip
+
+
+# triton.jit has looked at TRITON_INTERPRET, which has several spellings.
+INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
 
 
 def launch_(segments: Tensor, work: Tensor, scalars: Tensor, dtypes: tuple[int, int, int]) -> None:

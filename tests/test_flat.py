@@ -1,0 +1,396 @@
+"""Flat buffers, and the tables of segments that GPU kernels read from them."""
+
+import gc
+import io
+import weakref
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import radam_kernels
+from radam_kernels import flat
+from radam_kernels.backends import device_tables
+from radam_kernels.modules import cpu
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+TEMPLATES = {
+    "vector": lambda: torch.ones(1000),
+    "scalar": lambda: torch.ones(()),
+    "empty": lambda: torch.ones(3, 0, 2),
+    "odd": lambda: torch.ones(7, 11),
+    "channels_last": lambda: torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.ones(3, 4, 5).permute(2, 0, 1),
+    "size one": lambda: torch.ones(1, 5, 1),
+    "complex": lambda: torch.ones(3, 4, dtype=torch.complex64),
+    "bfloat16": lambda: torch.ones(5, dtype=BF16),
+    "float64": lambda: torch.ones(6, dtype=F64),
+}
+
+
+def templates() -> list[torch.Tensor]:
+    return [make() for make in TEMPLATES.values()]
+
+
+def span(tensors) -> int:
+    """Bytes from the start of the first of them to the end of the last."""
+    ends = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel()]
+    return max(end for _, end in ends) - min(begin for begin, _ in ends)
+
+
+# zeros_like
+
+
+def test_zeros_have_the_shape_strides_and_dtype_asked_for():
+    like = templates()
+    dtypes = [F32 if t.dtype == BF16 else t.dtype for t in like]
+    zeros = flat.zeros_like(like, dtypes)
+    for z, t, dtype in zip(zeros, like, dtypes, strict=True):
+        assert z.shape == t.shape
+        assert z.dtype == dtype
+        assert torch.empty_like(z).stride() == torch.empty_like(t).stride()
+        assert [s for n, s in zip(z.shape, z.stride(), strict=True) if n != 1] == [
+            s for n, s in zip(t.shape, t.stride(), strict=True) if n != 1
+        ]
+        assert not z.any()
+        assert not z.requires_grad
+
+
+def test_zeros_of_one_dtype_lie_in_one_allocation():
+    like = [torch.ones(n) for n in (1, 64, 65, 0, 3)] + [torch.ones(2, dtype=F64)] * 2
+    dtypes = [F32, F32, BF16, F32, F32, F64, F64]
+    zeros = flat.zeros_like(like, dtypes)
+    # On multiples of 256 bytes, close after each other, in order.
+    f32 = [z for z in zeros if z.dtype == F32 and z.numel()]
+    assert [b.data_ptr() - a.data_ptr() for a, b in pairwise(f32)] == [256, 256]
+    assert zeros[6].data_ptr() - zeros[5].data_ptr() == 256
+    assert span(f32) == 2 * 256 + 3 * 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from([F32, F64, BF16, F16])), max_size=9))
+def test_zeros_never_overlap(wanted):
+    like = [torch.empty(n) for n, _ in wanted]
+    zeros = flat.zeros_like(like, [dtype for _, dtype in wanted])
+    places = sorted((z.data_ptr(), z.nbytes) for z in zeros if z.numel())
+    for (a, nbytes), (b, _) in pairwise(places):
+        assert a + nbytes <= b
+    for i, z in enumerate(zeros):
+        z.fill_(i + 1)
+    assert all((z == i + 1).all() for i, z in enumerate(zeros))
+
+
+def test_each_of_the_zeros_starts_on_256_bytes_of_its_allocation():
+    zeros = [z for z in flat.zeros_like([torch.ones(5)] * 9, [F32] * 9)]
+    assert all((z.data_ptr() - zeros[0].data_ptr()) % 256 == 0 for z in zeros)
+
+
+def test_each_of_the_zeros_owns_its_own_part_only():
+    zeros = flat.zeros_like([torch.ones(1000)] * 50, [F32] * 50)
+    assert all(z.untyped_storage().nbytes() == 4000 for z in zeros)
+    assert all(z.storage_offset() == 0 and z._base is None for z in zeros)
+    file = io.BytesIO()
+    torch.save(zeros[3], file)
+    assert file.tell() < 8000
+
+
+def test_the_memory_goes_when_the_last_of_the_zeros_does():
+    n = 2**25  # 128 MiB
+    before = resident()
+    zeros = flat.zeros_like([torch.empty(n), torch.empty(10)], [F32] * 2)
+    zeros[0].fill_(1)
+    assert resident() - before > n * 3
+    small = zeros.pop()
+    del zeros
+    assert resident() - before > n * 3, "a part is alive, and so is the whole"
+    assert not small.any()
+    del small
+    gc.collect()
+    assert resident() - before < n
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        pytest.skip("no /proc here")
+
+
+def test_no_zeros_at_all():
+    assert flat.zeros_like([], []) == []
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_dense_tensors_are_recognised(name):
+    assert flat.is_dense(TEMPLATES[name]())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(4, 6)[:, :3], torch.ones(9)[::2], torch.ones(3, 1).expand(3, 4)],
+    ids=["narrowed", "strided", "expanded"],
+)
+def test_tensors_with_gaps_or_shared_elements_are_recognised(tensor):
+    assert not flat.is_dense(tensor)
+
+
+# flatten_
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(t.copy_(torch.randn(t.shape))) for t in templates()]
+
+
+def test_flattened_parameters_keep_everything_but_their_address():
+    params = parameters()
+    before = [(id(p), p.detach().clone(), p.shape, p.stride(), p.dtype) for p in params]
+    params[0].grad = grad = torch.ones(1000)
+    buffers = radam_kernels.flatten_(params)
+    for p, (identity, value, shape, stride, dtype) in zip(params, before, strict=True):
+        assert id(p) == identity
+        assert isinstance(p, torch.nn.Parameter)
+        assert p.is_leaf
+        assert p.requires_grad
+        assert torch.equal(p, value)
+        assert (p.shape, p.stride(), p.dtype) == (shape, stride, dtype)
+    assert params[0].grad is grad
+    assert {b.dtype for b in buffers} == {F32, F64, BF16, torch.complex64}
+    assert len(buffers) == 4
+
+
+def test_flattened_parameters_are_views_of_the_buffer_in_order():
+    params = [torch.nn.Parameter(torch.full((n,), float(n))) for n in (5, 64, 65, 3)]
+    [buffer] = radam_kernels.flatten_(params)
+    offsets = [p.data_ptr() - buffer.data_ptr() for p in params]
+    assert offsets == [0, 256, 512, 1024]
+    assert all(
+        p.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for p in params
+    )
+    buffer.fill_(7)
+    assert all((p == 7).all() for p in params)
+    with torch.no_grad():
+        params[1][0] = 9
+    assert buffer[64] == 9
+
+
+def test_the_old_memory_of_flattened_parameters_is_freed():
+    param = torch.nn.Parameter(torch.ones(10))
+    old = weakref.ref(param.untyped_storage())
+    radam_kernels.flatten_([param])
+    gc.collect()
+    assert old() is None
+
+
+def test_tied_weights_are_flattened_once():
+    param, other = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(64))
+    [buffer] = radam_kernels.flatten_([param, other, param])
+    assert buffer.numel() == 128
+
+
+def test_a_model_trains_on_after_flattening():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 1)
+    )
+    x = torch.randn(2, 2, 4, 4)
+    loss = model(x).sum()
+    expected = model(x)
+    radam_kernels.flatten_(model.parameters())
+    loss.backward()  # a graph from before
+    assert torch.equal(model(x), expected)
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    state = model.state_dict()
+    model.load_state_dict({k: torch.zeros_like(v) for k, v in state.items()})
+    assert not model(x).any()
+
+
+def test_flattening_in_inference_mode_returns_the_buffers_too():
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=F64))]
+    with torch.inference_mode():
+        assert len(radam_kernels.flatten_(params)) == 2
+
+
+def test_nothing_and_empty_tensors_can_be_flattened():
+    assert radam_kernels.flatten_([]) == []
+    [buffer] = radam_kernels.flatten_([torch.nn.Parameter(torch.ones(0))])
+    assert buffer.numel() == 0
+
+
+def twins() -> list[torch.nn.Parameter]:
+    memory = torch.ones(6)
+    return [torch.nn.Parameter(memory), torch.nn.Parameter(memory.view(2, 3))]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (lambda: [torch.nn.Parameter(torch.ones(4, 6)[:, :3])], "param 1 .*not dense"),
+        (lambda: [torch.nn.Parameter(torch.ones(3, 1).expand(3, 4))], "param 1 .*not dense"),
+        (lambda: [torch.nn.Parameter(torch.ones(9)[3:])], "param 1 .*larger storage.*36 bytes"),
+        (lambda: [torch.ones(3, device="meta")], "param 1 "),
+        (lambda: [torch.ones(3).to_sparse()], "param 1 "),
+        (twins, "params 1 and 2 share"),
+    ],
+    ids=["strided", "expanded", "part", "meta", "sparse", "twins"],
+)
+def test_what_cannot_be_flattened_is_refused_and_nothing_moved(bad, reason):
+    params = [torch.nn.Parameter(torch.ones(5)), *bad()]
+    places = [p.data_ptr() for p in params if p.layout == torch.strided and not p.is_meta]
+    with pytest.raises(ValueError, match=f"flatten: {reason}"):
+        radam_kernels.flatten_(params)
+    after = [p.data_ptr() for p in params if p.layout == torch.strided and not p.is_meta]
+    assert after == places
+
+
+def step(optimizer, params) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_an_optimizer_flattens_its_groups_into_one_buffer_and_later_ones_too():
+    first, second, late = (torch.nn.Parameter(torch.ones(64)) for _ in range(3))
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.1}]
+    optimizer = radam_kernels.RAdam(groups, flatten=True)
+    assert second.data_ptr() - first.data_ptr() == 256
+    optimizer.add_param_group({"params": [late]})
+    assert late.untyped_storage().nbytes() == 256
+    plain = [torch.nn.Parameter(torch.ones(64)) for _ in range(3)]
+    groups = [{"params": [plain[0]]}, {"params": [plain[1]], "lr": 0.1}, {"params": [plain[2]]}]
+    other = radam_kernels.RAdam(groups)
+    for _ in range(8):
+        step(optimizer, (first, second, late))
+        step(other, plain)
+    for a, b in zip((first, second, late), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_that_cannot_flatten_refuses_and_leaves_everything():
+    good, bad = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(9)[3:])
+    place = good.data_ptr()
+    with pytest.raises(ValueError, match="flatten: param 1"):
+        radam_kernels.RAdam([good, bad], flatten=True)
+    assert good.data_ptr() == place
+
+    optimizer = radam_kernels.RAdam([good], flatten=True)
+    place = good.data_ptr()
+    other = torch.nn.Parameter(torch.ones(4))
+    places = good.data_ptr(), other.data_ptr()
+    with pytest.raises(ValueError, match="flatten: param 1"):
+        optimizer.add_param_group({"params": [other, bad]})
+    assert (good.data_ptr(), other.data_ptr()) == places
+    assert len(optimizer.param_groups) == 1
+    step(optimizer, [good])
+
+
+# device_tables
+
+
+class Segments:
+    """A table of _cpu, filled anew for each step as an optimizer does it."""
+
+    def __init__(self) -> None:
+        self.table = cpu.Table()
+
+    def fill(self, segments, steps=None):
+        self.table.release()
+        for i, streams in enumerate(segments):
+            self.table.add(*streams, float(steps[i] if steps else 1), 0, streams[0])
+        [bucket] = self.table.buckets()
+        return bucket
+
+    def tables(self, segments, steps=None, chunk=64, stream=0):
+        bucket = self.fill(segments, steps)
+        return device_tables.device_tables(bucket, self.table, chunk, torch.device("cpu"), stream)
+
+
+def streams(n: int):
+    return tuple(torch.zeros(n) for _ in range(4))
+
+
+def test_rows_of_segments_hold_what_their_fields_say():
+    segments = [streams(5), streams(0), streams(70)]
+    tables = Segments().tables(segments, steps=[3, 3, 4])
+    for row, tensors, scalars in zip(tables.segments.tolist(), segments, (0, 0, 1), strict=True):
+        fields = dict(zip(flat.SEGMENT_FIELDS, row, strict=True))
+        if tensors[0].numel():
+            for name, tensor in zip(flat.SEGMENT_FIELDS, tensors, strict=False):
+                assert fields[name] == tensor.data_ptr()
+        assert fields["numel"] == tensors[0].numel()
+        assert fields["scalars"] == scalars
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=20), st.sampled_from([1, 7, 64, 4096]))
+def test_the_work_covers_every_element_just_once(sizes, chunk):
+    tables = Segments().tables([streams(n) for n in sizes], chunk=chunk)
+    assert tables.work.dtype == torch.int32
+    seen = [np.zeros(n, int) for n in sizes]
+    for segment, i in tables.work.tolist():
+        part = seen[segment][i * chunk : (i + 1) * chunk]
+        assert len(part), "a block without work"
+        part += 1
+    assert all((s == 1).all() for s in seen)
+
+
+def test_tables_are_reused_while_nothing_changes():
+    source, segments = Segments(), [streams(5), streams(70)]
+    first = source.tables(segments)
+    assert source.tables(segments) is first
+    assert source.tables(segments, steps=[2, 2]) is first, "scalars travel apart"
+
+
+def test_new_pointers_or_step_counts_renew_the_segments_and_nothing_else():
+    source, segments = Segments(), [streams(5), streams(70)]
+    first = source.tables(segments)
+    rows = first.segments.clone()
+    moved = [segments[0], (segments[1][0], torch.ones(70), *segments[1][2:])]
+    for second in (source.tables(moved), source.tables(moved, steps=[1, 2])):
+        assert second is not first
+        assert second.work is first.work
+        assert not torch.equal(second.segments, rows)
+        # A launch that is still queued reads the old one.
+        assert second.segments.data_ptr() != first.segments.data_ptr()
+        assert torch.equal(first.segments, rows)
+
+
+def test_other_sizes_renew_the_work():
+    source = Segments()
+    first = source.tables([streams(5), streams(70)])
+    work = first.work.clone()
+    second = source.tables([streams(70), streams(5)])
+    assert second.work is not first.work
+    assert torch.equal(first.work, work)
+    assert second.work.tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert source.tables([streams(70), streams(5)], chunk=128).work.tolist() == [[0, 0], [1, 0]]
+
+
+def test_streams_do_not_share_tables():
+    source, segments = Segments(), [streams(5)]
+    first = source.tables(segments, stream=1)
+    second = source.tables(segments, stream=2)
+    assert second is not first
+    assert second.work is not first.work
+    assert source.tables(segments, stream=1) is first
+
+
+def test_tables_are_copies_of_what_the_host_goes_on_to_change():
+    source, segments = Segments(), [streams(5)]
+    tables = source.tables(segments)
+    rows = tables.segments.clone()
+    source.fill([streams(9)] * 1, steps=[7])  # the vector in C++ holds other rows now
+    assert torch.equal(tables.segments, rows)
+
+    [group] = radam_kernels.RAdam([torch.zeros(1)]).param_groups
+    scalars = device_tables.scalars_rows(*source.table.scalars([group]))
+    kept = scalars.copy()
+    source.fill(segments)
+    source.table.scalars([{**group, "lr": 2.0}])
+    assert np.array_equal(scalars, kept)

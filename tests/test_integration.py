@@ -1,0 +1,544 @@
+"""What training loops put around an optimizer goes on working: AMP, compile, DDP, autograd."""
+
+import copy
+import math
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+
+from radam_kernels import RAdam
+
+TorchRAdam = torch.optim.RAdam
+STEPS = 9  # three beyond the threshold
+
+
+def network(seed=0, dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def batch(step: int, dtype=torch.float32) -> Tensor:
+    return torch.randn(
+        16, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+    ).to(dtype)
+
+
+def train(model, optimizer, steps=STEPS, first=0):
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        model(batch(step, next(model.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+
+
+def assert_same_parameters(a, b, **tolerance):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), **tolerance)
+
+
+# Mixed precision.
+
+
+def test_grad_scaler_skips_steps_with_infinite_gradients():
+    model, plain = network(), network()
+    ours, torchs = RAdam(model.parameters(), lr=0.01), TorchRAdam(plain.parameters(), lr=0.01)
+    runs = [(m, o, torch.amp.GradScaler("cpu", 64.0)) for m, o in ((model, ours), (plain, torchs))]
+    for step in range(12):
+        for net, optimizer, scaler in runs:
+            optimizer.zero_grad()
+            scaler.scale(net(batch(step)).square().mean()).backward()
+            if step in (0, 4, 5, 9):
+                net[0].weight.grad[0, 0] = (math.inf, math.nan)[step % 2]
+            before = [p.detach().clone() for p in net.parameters()]
+            scaler.step(optimizer)
+            scaler.update()
+            unmoved = [torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)]
+            assert unmoved == [step in (0, 4, 5, 9)] * 4
+    assert ours.state[model[0].weight]["step"] == 8
+    assert runs[0][2].get_scale() == runs[1][2].get_scale() == 4.0
+    assert_same_parameters(model, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_with_unscaling_and_clipping():
+    def run(cls):
+        model = network()
+        optimizer, scaler = cls(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", 8.0)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(batch(step)).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        return model
+
+    # bfloat16 activations: a difference in the last bit of a weight may be one in theirs.
+    assert_same_parameters(run(RAdam), run(TorchRAdam), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_gradient_clipping(clip):
+    def run(cls):
+        model = network(dtype=torch.float64)
+        optimizer = cls(model.parameters(), lr=0.1)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            model(batch(step, torch.float64)).square().sum().backward()
+            if clip == "norm":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            else:
+                nn.utils.clip_grad_value_(model.parameters(), 0.5)
+            optimizer.step()
+        return model
+
+    assert_same_parameters(run(RAdam), run(TorchRAdam), rtol=1e-9, atol=1e-11)
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inside", ["whole step", "optimizer.step", "only the model"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_training_step_equals_the_eager_one(inside, backend):
+    eager, model = network(dtype=torch.float64), network(dtype=torch.float64)
+    expected = RAdam(eager.parameters(), lr=0.1)
+    optimizer = RAdam(model.parameters(), lr=0.1)
+    train(eager, expected, 12)
+
+    def whole_step(x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    if inside == "whole step":
+        compiled = torch.compile(whole_step, backend=backend)
+    elif inside == "optimizer.step":
+        step = torch.compile(lambda: optimizer.step(), backend=backend)
+    else:
+        run = torch.compile(model, backend=backend)
+    for i in range(12):
+        if inside == "whole step":
+            compiled(batch(i, torch.float64))
+            continue
+        optimizer.zero_grad()
+        (model if inside == "optimizer.step" else run)(
+            batch(i, torch.float64)
+        ).square().mean().backward()
+        (step if inside == "optimizer.step" else optimizer.step)()
+    assert {optimizer.state[p]["step"].item() for p in model.parameters()} == {12.0}
+    assert_same_parameters(model, eager, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_step_with_a_closure_and_a_scheduler():
+    def run(compiler):
+        model = network(dtype=torch.float64)
+        optimizer = RAdam(model.parameters(), lr=torch.tensor(0.1))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(batch(0, torch.float64)).square().mean()
+            loss.backward()
+            return loss
+
+        step = compiler(lambda: optimizer.step(closure))
+        losses = []
+        for _ in range(STEPS):
+            losses.append(step().item())
+            scheduler.step()
+        return losses
+
+    compiled = run(lambda f: torch.compile(f, backend="eager"))
+    assert compiled == pytest.approx(run(lambda f: f), rel=1e-12)
+
+
+# Autograd.
+
+
+def test_a_stale_graph_raises_instead_of_giving_wrong_gradients():
+    p = Parameter(torch.ones(3))
+    optimizer = RAdam([p])
+    loss = (p * p).sum()
+    p.grad = torch.ones(3)
+    version = p._version
+    optimizer.step()
+    assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(3, dtype=torch.complex64),
+        lambda: torch.ones(3, 4)[:, ::2],
+        lambda: torch.ones(3, dtype=torch.bfloat16),
+    ],
+    ids=["complex", "strided", "bfloat16"],
+)
+def test_autograd_notices_every_kind_of_write(make):
+    p, untouched = Parameter(make()), Parameter(torch.ones(2))
+    optimizer = RAdam([p, untouched])
+    p.grad = torch.ones_like(p)
+    for _ in range(7):
+        versions = p._version, untouched._version
+        optimizer.step()
+        assert p._version > versions[0]
+        assert untouched._version == versions[1]
+
+
+def test_a_refused_step_is_no_write():
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = RAdam([p])
+    optimizer.param_groups[0]["eps"] = -1.0
+    version = p._version
+    with pytest.raises(ValueError, match="eps"):
+        optimizer.step()
+    assert p._version == version
+
+
+def test_steps_leave_no_graph_behind():
+    model = network()
+    optimizer = RAdam(model.parameters())
+    train(model, optimizer)
+    assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+    assert not any(t.requires_grad for s in optimizer.state.values() for t in s.values())
+
+
+def test_a_gradient_with_a_graph_of_its_own():
+    """As backward(create_graph=True) leaves it."""
+    p = Parameter(torch.ones(3))
+    optimizer = RAdam([p], lr=0.1)
+    with pytest.warns(UserWarning, match="create_graph"):
+        (p**2).sum().backward(create_graph=True)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))
+    assert not optimizer.state[p]["exp_avg"].requires_grad
+
+
+# Models.
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
+def test_tied_weights_are_stepped_once(flatten):
+    def run(cls, **options):
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        head.weight = embedding.weight
+        model = nn.Sequential(embedding, head).double()
+        optimizer = cls(model.parameters(), lr=0.1, **options)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(torch.arange(7)).square().mean().backward()
+            optimizer.step()
+        assert model[0].weight is model[1].weight
+        assert len(optimizer.state) == 1
+        return model
+
+    ours = run(RAdam, flatten=flatten)
+    assert_same_parameters(ours, run(TorchRAdam), rtol=1e-10, atol=1e-12)
+
+
+def test_modules_that_move_between_dtypes():
+    model = network()
+    optimizer = RAdam(model.parameters(), lr=0.01)
+    train(model, optimizer, 3)
+    optimizer.zero_grad()
+    model.double()
+    train(model, optimizer, 3, first=3)
+    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float64
+    optimizer.zero_grad()
+    model.bfloat16()
+    train(model, optimizer, 3, first=6)
+    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float32
+    assert optimizer.state[model[0].weight]["step"] == 9
+
+
+def test_averaged_models_and_swa():
+    def run(cls):
+        model = network(dtype=torch.float64)
+        optimizer = cls(model.parameters(), lr=0.1)
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        ema = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        )
+        scheduler = torch.optim.swa_utils.SWALR(optimizer, 0.05, anneal_epochs=4)
+        for step in range(STEPS):
+            train(model, optimizer, 1, first=step)
+            averaged.update_parameters(model)
+            ema.update_parameters(model)
+            scheduler.step()
+        return nn.ModuleList([model, averaged.module, ema.module])
+
+    assert_same_parameters(run(RAdam), run(TorchRAdam), rtol=1e-9, atol=1e-11)
+
+
+def test_functional_calls_and_views_of_parameters_see_the_step():
+    model = network()
+    optimizer = RAdam(model.parameters(), lr=0.1)
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    weight = model[0].weight.detach()
+    train(model, optimizer, 1)
+    assert torch.equal(weight, model[0].weight)
+    assert not torch.equal(flat, torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.nn.utils.vector_to_parameters(flat.detach(), model.parameters())  # re-points p.data
+    train(model, optimizer, 1)
+    assert optimizer.state[model[0].weight]["step"] == 2
+
+
+def test_parametrized_modules():
+    def run(cls):
+        torch.manual_seed(0)
+        model = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)).double()
+        train(model, cls(model.parameters(), lr=0.1))
+        return model
+
+    assert_same_parameters(run(RAdam), run(TorchRAdam), rtol=1e-9, atol=1e-11)
+
+
+def test_stepping_within_backward():
+    """One optimizer a parameter, stepped as soon as its gradient is there, which then goes."""
+    model, expected = network(dtype=torch.float64), network(dtype=torch.float64)
+    optimizers = {p: RAdam([p], lr=0.1) for p in model.parameters()}
+
+    def hook(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(hook)
+    for step in range(STEPS):
+        model(batch(step, torch.float64)).square().mean().backward()
+        assert all(p.grad is None for p in model.parameters())
+    train(expected, RAdam(expected.parameters(), lr=0.1))
+    assert_same_parameters(model, expected, rtol=0, atol=0)
+
+
+def test_gradient_accumulation():
+    model = network(dtype=torch.float64)
+    expected = copy.deepcopy(model)
+    for net, optimizer in (
+        (model, RAdam(model.parameters(), lr=0.1)),
+        (expected, TorchRAdam(expected.parameters(), lr=0.1)),
+    ):
+        for step in range(4 * STEPS):
+            net(batch(step, torch.float64)).square().mean().backward()
+            if step % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+    assert_same_parameters(model, expected, rtol=1e-9, atol=1e-11)
+
+
+# The class itself.
+
+
+def test_named_parameters():
+    model = network()
+    optimizer = RAdam(model.named_parameters(), lr=0.01)
+    names = [name for name, _ in model.named_parameters()]
+    assert optimizer.param_groups[0]["param_names"] == names
+    train(model, optimizer)
+    assert len(optimizer.state) == 4
+
+
+def test_a_subclass_may_override_step_and_add_options():
+    class Warm(RAdam):
+        def __init__(self, params, warmup=4, **options):
+            super().__init__(params, **options)
+            self.warmup = warmup
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] = min(1.0, (self.calls() + 1) / self.warmup)
+            return super().step(closure)
+
+        def calls(self):
+            return max((s["step"].item() for s in self.state.values()), default=0)
+
+    p = Parameter(torch.zeros(2))
+    optimizer = Warm([p], warmup=2)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert (p == -0.5).all()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), -1.5))
+    assert isinstance(copy.deepcopy(optimizer), Warm)
+
+
+def test_the_profiler_shows_the_step_under_its_name():
+    model = network()
+    optimizer = RAdam(model.parameters())
+    train(model, optimizer, 1)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#RAdam.step", "Optimizer.zero_grad#RAdam.zero_grad"} <= names
+
+
+def test_float64_as_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, expected = network(dtype=torch.float64), network(dtype=torch.float64)
+        optimizer = RAdam(model.parameters(), lr=0.1)
+        train(model, optimizer)
+        train(expected, TorchRAdam(expected.parameters(), lr=0.1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_parameters(model, expected, rtol=1e-10, atol=1e-12)
+    count = optimizer.state[model[0].weight]["step"]
+    assert (count.dtype, count.item()) == (torch.float64, STEPS)
+
+
+def test_optimizers_step_in_several_threads_at_once():
+    def problem(seed):
+        params = [
+            Parameter(torch.randn(n, generator=torch.Generator().manual_seed(seed + n)))
+            for n in (3, 1000, 40_000)
+        ]
+        return params, RAdam(params, lr=0.1)
+
+    def run(params, optimizer):
+        for step in range(30):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 / (step + 1))
+            optimizer.step()
+
+    alone = [problem(seed) for seed in range(4)]
+    together = [problem(seed) for seed in range(4)]
+    for pair in alone:
+        run(*pair)
+    threads = [threading.Thread(target=run, args=pair) for pair in together]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (params, _), (expected, _) in zip(together, alone, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_number_of_threads_does_not_change_a_bit(threads):
+    def run():
+        p = Parameter(torch.randn(100_003, generator=torch.Generator().manual_seed(0)))
+        optimizer = RAdam([p], lr=0.1)
+        for step in range(7):
+            p.grad = torch.randn(100_003, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return p.detach()
+
+    usual = torch.get_num_threads()
+    expected = run()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(run(), expected)
+    finally:
+        torch.set_num_threads(usual)
+
+
+# Several processes, here one.
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    store = dist.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
+@pytest.mark.parametrize("views", [False, True], ids=["", "gradient_as_bucket_view"])
+@pytest.mark.parametrize("order", ["before DDP", "after DDP"])
+def test_distributed_data_parallel(process_group, flatten, views, order):
+    plain, model = network(), network()
+    train(plain, RAdam(plain.parameters(), lr=0.1))
+    if order == "before DDP":
+        optimizer = RAdam(model.parameters(), lr=0.1, flatten=flatten)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=views)
+    if order == "after DDP":
+        optimizer = RAdam(wrapped.parameters(), lr=0.1, flatten=flatten)
+    train(wrapped, optimizer)
+    assert_same_parameters(model, plain, rtol=1e-6, atol=1e-7)
+    assert optimizer.state[model[0].weight]["step"] == STEPS
+
+
+def test_dtensor_parameters(process_group):
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    sharded = Parameter(tensor.distribute_tensor(values.clone(), mesh, [tensor.Shard(0)]))
+    whole = Parameter(values.clone())
+    optimizers = [RAdam([sharded], lr=0.1), RAdam([whole], lr=0.1)]
+    for step in range(STEPS):
+        grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        # A gradient may be placed otherwise than its parameter.
+        placement = tensor.Replicate() if step % 2 else tensor.Shard(0)
+        sharded.grad = tensor.distribute_tensor(grad, mesh, [placement])
+        whole.grad = grad
+        if step == 4:
+            checkpoint = optimizers[0].state_dict()
+            optimizers[0] = RAdam([sharded], lr=0.1)
+            optimizers[0].load_state_dict(checkpoint)
+        for optimizer in optimizers:
+            optimizer.step()
+    state = optimizers[0].state[sharded]
+    assert isinstance(state["exp_avg"], tensor.DTensor)
+    assert state["exp_avg"].placements == sharded.placements
+    assert torch.equal(sharded.full_tensor(), whole)
+    assert torch.equal(state["exp_avg"].full_tensor(), optimizers[1].state[whole]["exp_avg"])
+
+
+def test_fully_sharded_parameters(process_group):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    plain, model = network(), network()
+    fsdp.fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    train(plain, RAdam(plain.parameters(), lr=0.1))
+    train(model, RAdam(model.parameters(), lr=0.1))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-7)
+
+
+def test_zero_redundancy_optimizer(process_group):
+    zero = pytest.importorskip("torch.distributed.optim").ZeroRedundancyOptimizer
+    plain, model = network(), network()
+    train(plain, RAdam(plain.parameters(), lr=0.1))
+    optimizer = zero(model.parameters(), optimizer_class=RAdam, lr=0.1)
+    train(model, optimizer)
+    assert_same_parameters(model, plain, rtol=0, atol=0)
+
+
+def test_distributed_checkpoint_state_dicts(process_group):
+    api = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model, other = network(), network(seed=1)
+    optimizer, loaded = RAdam(model.parameters(), lr=0.1), RAdam(other.parameters(), lr=0.1)
+    train(model, optimizer, 3)
+    saved = api.get_state_dict(model, optimizer)
+    api.set_state_dict(
+        other, loaded, model_state_dict=saved[0], optim_state_dict=copy.deepcopy(saved[1])
+    )
+    train(model, optimizer, 5, first=3)
+    train(other, loaded, 5, first=3)
+    assert_same_parameters(other, model, rtol=0, atol=0)
