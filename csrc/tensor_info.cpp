@@ -1,4 +1,4 @@
-// Since 2.10 or so, torch offers DLPack's C exchange API: a table of C functions, one of which
+// Recent versions of torch offer DLPack's C exchange API: a table of C functions, one of which
 // describes a tensor in some 50 ns. The structures below are that standard's binary interface
 // (DLPack 1.3). Older versions are asked through their Python attributes.
 #include "tensor_info.h"
