@@ -255,7 +255,7 @@ class RAdam(Optimizer):
                     owners.append(owner)
                     dtypes.append(moment_dtype(owner, group["state_dtype"]))
         for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
-            state = self.state[owner] = dict(self.state[owner])
+            state = self.state[owner]
             for key, moment in moments.items():
                 local(moment).copy_(local(_unshield(state[key])))
             state.update(moments)

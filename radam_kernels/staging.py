@@ -169,7 +169,8 @@ def as_step(value: Any, name: object) -> Tensor:
     if not isinstance(value, int | float):
         raise ValueError(f"step of {name}: expected a number or one in a tensor, got {value!r}")
     dtype = torch.get_default_dtype()
-    return torch.tensor(float(value), dtype=dtype if dtype in dtypes else torch.float32)
+    dtype = dtype if dtype in dtypes else torch.float32
+    return torch.tensor(float(value), dtype=dtype, device="cpu")  # whatever the default device
 
 
 def check_state(state: dict[str, Any], param: Tensor, name: object) -> None:

@@ -25,6 +25,8 @@ DTYPE_SETS = [(F64, F64, F64), *product((F32, BF16, F16), repeat=3)]
 # The interpreter takes some 10 ms a program: each width on each side at least once.
 TRITON_SETS = [(F64, F64, F64), (F32, F32, F32), (BF16, F32, F32), (F16, BF16, BF16)]
 SIZES = (0, 1, 3, 4, 5, 255, 256, 257)
+# Around what a kernel steps at once: a tile on the CPU, a block's chunk on a GPU.
+CHUNKS = [k + d for k in (512, 1024, 2048, 4096, 8192) for d in (-1, 0, 1)]
 USUAL = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 FORMS = {
     "plain": {},
@@ -230,9 +232,14 @@ def test_triton_in_every_form_and_action(check, dtypes):
 
 
 @needs_triton
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [*SIZES, *CHUNKS])
 def test_triton_at_every_size(check, n):
     check(TRITON_KERNELS, [ordinary(n, (F32,) * 3)], [RECTIFIED])
+
+
+@by_triton_dtypes
+def test_sizes_around_what_a_kernel_steps_at_once(check, dtypes):
+    check(FAST_KERNELS, [ordinary(n, dtypes, n) for n in CHUNKS], [RECTIFIED, MOMENTUM])
 
 
 @pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16, F32, F32), (F64,) * 3], ids=dtypes_id)

@@ -508,7 +508,8 @@ def test_repr_shows_the_groups():
 
 @pytest.mark.parametrize("foreach", [None, True, False])
 def test_foreach_is_accepted(foreach):
-    assert_same_trajectory([0.01 * randn(9)], steps=7, ours={"foreach": foreach})
+    _, optimizer = assert_same_trajectory([randn(9)], steps=7, ours={"foreach": foreach})
+    assert optimizer.param_groups[0]["foreach"] is foreach
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -145,6 +145,26 @@ def test_a_compiled_training_step_equals_the_eager_one(inside, backend):
     assert_same_parameters(model, eager, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_step_itself_is_never_traced(backend):
+    """A traced step would keep the counts and scalars of the step at which it was traced."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    p = Parameter(torch.ones(3))
+    optimizer = RAdam([p], backend=backend)
+    step = torch.compile(lambda: optimizer.step(), backend=compiler)
+    for _ in range(STEPS):
+        p.grad = torch.ones(3)
+        step()
+    assert not graphs
+    assert optimizer.state[p]["step"] == STEPS
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_step_with_a_closure_and_a_scheduler():
     def run(compiler):
