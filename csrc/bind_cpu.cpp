@@ -72,9 +72,13 @@ py::list list_of(const std::vector<Ref>& refs) {
   return list;
 }
 
-py::tuple tensors(const Bucket& bucket) {
-  return py::make_tuple(list_of(bucket.params), list_of(bucket.grads), list_of(bucket.exp_avgs),
-                        list_of(bucket.exp_avg_sqs));
+py::list tensors(const Bucket& bucket) {
+  py::list rows;
+  for (const Tensors& t : bucket.tensors) {
+    rows.append(py::make_tuple(py::handle(t.param.get()), py::handle(t.grad.get()),
+                               py::handle(t.exp_avg.get()), py::handle(t.exp_avg_sq.get())));
+  }
+  return rows;
 }
 
 // Raised as ValueError(owner, stream, other owner, other stream): Python knows their names.
@@ -185,7 +189,7 @@ PYBIND11_MODULE(_cpu, m) {
           },
           "The row of StepScalars that each segment obeys.")
       .def("step", &step_bucket, "Steps the bucket's segments on so many threads at most.")
-      .def("tensors", &tensors, "(params, grads, exp_avgs, exp_avg_sqs) of the segments.");
+      .def("tensors", &tensors, "(param, grad, exp_avg, exp_avg_sq) of each segment.");
 
   py::class_<Table>(m, "Table", py::dynamic_attr())
       .def(py::init<>())

@@ -112,6 +112,30 @@ bool read_hyperparameters(PyObject* group, Hyperparameters& h) {
   return true;
 }
 
+// param.grad, a new reference. For the plain types it calls the getter of the attribute, which is
+// always the same, instead of looking for it in every class of the type.
+Ref gradient(PyObject* param) {
+  struct Plain {
+    PyTypeObject *tensor = nullptr, *parameter = nullptr;
+    PyGetSetDef* grad = nullptr;
+
+    Plain() {
+      const Ref torch = Ref::steal(PyImport_ImportModule("torch.nn"));
+      const Ref type = attribute(torch.get(), "Parameter");
+      Ref found = attribute(type.get(), "grad");
+      if (!PyObject_TypeCheck(found.get(), &PyGetSetDescr_Type)) return;
+      grad = reinterpret_cast<PyGetSetDescrObject*>(found.release())->d_getset;
+      parameter = reinterpret_cast<PyTypeObject*>(type.get());
+      tensor = parameter->tp_base;
+    }
+  };
+  static const Plain plain;
+  if (plain.grad && (Py_TYPE(param) == plain.parameter || Py_TYPE(param) == plain.tensor)) {
+    return Ref::steal(plain.grad->get(param, plain.grad->closure));
+  }
+  return Ref::steal(PyObject_GetAttr(param, names().grad));
+}
+
 // A lazily negated tensor holds the wrong signs in memory. Asking costs as much as everything else
 // that a step asks of a tensor; but such a tensor is the imaginary part of a conjugate, and so no
 // imaginary part starts on 16 bytes.
@@ -155,7 +179,7 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
     const int requested_dtype = requested ? dtype_code(requested) : -1;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i, ++position) {
       const Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));
-      const Ref grad = Ref::steal(PyObject_GetAttr(param.get(), names().grad));
+      const Ref grad = gradient(param.get());
       if (position == entries_.size()) entries_.emplace_back();
       Entry& entry = entries_[position];
       if (entry.param != param.get()) {
@@ -176,48 +200,35 @@ bool Table::collect_one(Entry& entry, PyObject* grad, int64_t group, int request
   if (!entry.state || !PyDict_Check(entry.state)) return false;
   PyObject *step, *exp_avg, *exp_avg_sq;
   if (!find_items(entry.state, step, exp_avg, exp_avg_sq)) return false;
-  const Tensors tensors = {entry.param, grad, exp_avg, exp_avg_sq};
-  if (refuse(tensors)) return false;
+  const Objects objects = {entry.param, grad, exp_avg, exp_avg_sq};
+  if (refuse(objects)) return false;
   if (exp_avg_.dtype != state_dtype(static_cast<DType>(param_.dtype), requested_dtype)) {
     return false;
   }
-  if (!find_step(entry, step)) return false;
-  append(tensors, count_step(step, entry.cell, group), entry.param);
-  return true;
-}
-
-bool Table::find_step(Entry& entry, PyObject* step) {
-  // Reading a tensor is what the walk spends its time on, and this one hardly ever moves.
-  if (step == entry.step.get() && exp_avg_.data == entry.exp_avg &&
-      exp_avg_sq_.data == entry.exp_avg_sq) {
-    return true;
-  }
-  if (read_step(step, entry.cell)) return false;
-  entry.step = Ref::borrow(step);
-  entry.step_storage = Ref::steal(PyObject_CallMethod(step, "untyped_storage", nullptr));
-  entry.exp_avg = exp_avg_.data;
-  entry.exp_avg_sq = exp_avg_sq_.data;
+  StepCell cell;
+  if (read_step(step, cell)) return false;
+  append(objects, count_step(step, cell, group), entry.param);
   return true;
 }
 
 void Table::add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* exp_avg_sq,
                 PyObject* step, int64_t group, PyObject* owner) {
-  const Tensors tensors = {param, grad, exp_avg, exp_avg_sq};
-  const char* reason = refuse(tensors);
+  const Objects objects = {param, grad, exp_avg, exp_avg_sq};
+  const char* reason = refuse(objects);
   StepCell cell;
   const bool counted = PyFloat_Check(step);
   if (!reason && !counted) reason = read_step(step, cell);
   if (reason) throw std::invalid_argument(reason);
-  append(tensors,
+  append(objects,
          counted ? scalars_index(group, PyFloat_AS_DOUBLE(step)) : count_step(step, cell, group),
          owner);
 }
 
-const char* Table::refuse(const Tensors& tensors) {
-  if (!describe(tensors.param, param_)) return "param has no memory that a kernel can use";
-  if (!describe(tensors.grad, grad_)) return "grad has no memory that a kernel can use";
-  if (!describe(tensors.exp_avg, exp_avg_)) return "exp_avg has no memory that a kernel can use";
-  if (!describe(tensors.exp_avg_sq, exp_avg_sq_)) {
+const char* Table::refuse(const Objects& objects) {
+  if (!describe(objects.param, param_)) return "param has no memory that a kernel can use";
+  if (!describe(objects.grad, grad_)) return "grad has no memory that a kernel can use";
+  if (!describe(objects.exp_avg, exp_avg_)) return "exp_avg has no memory that a kernel can use";
+  if (!describe(objects.exp_avg_sq, exp_avg_sq_)) {
     return "exp_avg_sq has no memory that a kernel can use";
   }
   const TensorInfo* others[] = {&grad_, &exp_avg_, &exp_avg_sq_};
@@ -237,9 +248,9 @@ const char* Table::refuse(const Tensors& tensors) {
     if (!same_layout(param_, *other)) return "param, grad and moments differ in strides";
   }
   const TensorInfo* infos[] = {&param_, &grad_, &exp_avg_, &exp_avg_sq_};
-  PyObject* const objects[] = {tensors.param, tensors.grad, tensors.exp_avg, tensors.exp_avg_sq};
+  PyObject* const all[] = {objects.param, objects.grad, objects.exp_avg, objects.exp_avg_sq};
   for (int i = 0; i < 4; ++i) {
-    if (is_negated(objects[i], *infos[i])) {
+    if (is_negated(all[i], *infos[i])) {
       return "a tensor is a negated view (is_neg() is true); call resolve_neg() on it";
     }
   }
@@ -263,17 +274,15 @@ int64_t Table::count_step(PyObject* step, const StepCell& cell, int64_t group) {
   return scalars_index(group, next);
 }
 
-void Table::append(const Tensors& tensors, int64_t scalars, PyObject* owner) {
+void Table::append(const Objects& objects, int64_t scalars, PyObject* owner) {
   Bucket& bucket =
       bucket_of(param_.device, {static_cast<DType>(param_.dtype), static_cast<DType>(grad_.dtype),
                                 static_cast<DType>(exp_avg_.dtype)});
   bucket.segments.push_back(
       {param_.data, grad_.data, exp_avg_.data, exp_avg_sq_.data, param_.numel, scalars});
   bucket.owners.push_back(static_cast<int64_t>(owners_.size()));
-  bucket.params.push_back(Ref::borrow(tensors.param));
-  bucket.grads.push_back(Ref::borrow(tensors.grad));
-  bucket.exp_avgs.push_back(Ref::borrow(tensors.exp_avg));
-  bucket.exp_avg_sqs.push_back(Ref::borrow(tensors.exp_avg_sq));
+  bucket.tensors.push_back({Ref::borrow(objects.param), Ref::borrow(objects.grad),
+                            Ref::borrow(objects.exp_avg), Ref::borrow(objects.exp_avg_sq)});
   owners_.push_back(Ref::borrow(owner));
 }
 
@@ -389,9 +398,7 @@ void Table::release() {
   for (Bucket& bucket : buckets_) {
     bucket.segments.clear();
     bucket.owners.clear();
-    for (auto* held : {&bucket.params, &bucket.grads, &bucket.exp_avgs, &bucket.exp_avg_sqs}) {
-      held->clear();
-    }
+    bucket.tensors.clear();
   }
   counts_.clear();
   scalars_.clear();

@@ -12,6 +12,11 @@
 
 namespace radam {
 
+// Held until release(): no memory of a segment can go away meanwhile.
+struct Tensors {
+  Ref param, grad, exp_avg, exp_avg_sq;
+};
+
 // The segments of one device and dtype set: what one launch steps.
 struct Bucket {
   Bucket(const Device& device, const DTypeSet& dtypes) : device(device), dtypes(dtypes) {}
@@ -20,9 +25,8 @@ struct Bucket {
   const Device device;
   const DTypeSet dtypes;
   std::vector<Segment> segments;
-  std::vector<int64_t> owners;  // of each segment: where in Table::owners()
-  // Held until release(): no memory of a segment can go away meanwhile.
-  std::vector<Ref> params, grads, exp_avgs, exp_avg_sqs;
+  std::vector<int64_t> owners;   // of each segment: where in Table::owners()
+  std::vector<Tensors> tensors;  // of each segment
 };
 
 // A step count that occurs in a group. Every distinct one wants StepScalars of its own.
@@ -68,7 +72,7 @@ class Table {
   const std::vector<Ref>& owners() const { return owners_; }
 
  private:
-  struct Tensors {
+  struct Objects {
     PyObject *param, *grad, *exp_avg, *exp_avg_sq;
   };
   // Where a step tensor keeps its count: a float or a double, or nowhere.
@@ -79,11 +83,6 @@ class Table {
   struct Entry {
     PyObject* param = nullptr;  // borrowed, and only compared until the walk finds it again
     PyObject* state = nullptr;  // likewise
-    // What the last step found. The step tensor and its memory are held: 4 bytes, and as long as
-    // the moments are where they were, its count is too.
-    Ref step, step_storage;
-    StepCell cell;
-    char *exp_avg = nullptr, *exp_avg_sq = nullptr;
   };
   struct Advance {
     StepCell cell;
@@ -98,11 +97,10 @@ class Table {
 
   bool knows(PyObject* state);
   bool collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype);
-  bool find_step(Entry& entry, PyObject* step);
-  const char* refuse(const Tensors& tensors);
+  const char* refuse(const Objects& objects);
   const char* read_step(PyObject* step, StepCell& cell);
   int64_t count_step(PyObject* step, const StepCell& cell, int64_t group);
-  void append(const Tensors& tensors, int64_t scalars, PyObject* owner);
+  void append(const Objects& objects, int64_t scalars, PyObject* owner);
   int64_t scalars_index(int64_t group, double step);
   Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
   bool written_unchanged();

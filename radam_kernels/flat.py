@@ -35,8 +35,7 @@ def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
     for (device, dtype), members in chunks.items():
         _, views = _views([tensors[i] for i in members], dtype, device)
         for i, view in zip(members, views, strict=True):
-            # An empty view has no address to own.
-            results[i] = torch.from_dlpack(view) if view.numel() else torch.empty_like(view)
+            results[i] = view
     return results
 
 
@@ -45,9 +44,10 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
     """Moves parameters into one flat buffer for each dtype and device; returns the buffers.
 
     Each parameter stays the same object, with the same values, shape and strides; its memory is a
-    view of the buffer from now on, starting on a multiple of 256 bytes, in the order given. A
+    part of the buffer from now on, starting on a multiple of 256 bytes, in the order given. A
     parameter given several times (tied weights) is moved once. Views of a parameter made before
-    (`p.data[0]`, `p.view(-1)`) go on showing the old memory: flatten before making any.
+    (`p.data[0]`, `p.view(-1)`) go on showing the old memory: flatten before making any. Saving or
+    copying one parameter does not drag the others along, as with `zeros_like`.
 
     Args:
         params: dense tensors of any dtype and device.
@@ -88,14 +88,20 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
 def _views(
     tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """One new buffer of zeros, and views of it laid out like the tensors."""
-    unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
+    """One new buffer of zeros, and parts of it laid out like the tensors."""
+    size = torch.empty((), dtype=dtype).element_size()
+    unit = _ALIGNMENT // size
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
         end += -(-tensor.numel() // unit) * unit
-    buffer = torch.zeros(end, dtype=dtype, device=device)
-    return buffer, [
-        buffer.as_strided(tensor.shape, tensor.stride(), offset)
+    room = torch.zeros(end + unit, dtype=dtype, device=device)
+    skip = -room.data_ptr() % _ALIGNMENT // size  # torch aligns to 64 bytes on the CPU
+    buffer = room[skip : skip + end]
+    views = (
+        buffer.as_strided(tensor.shape, tensor.stride(), skip + offset)
         for tensor, offset in zip(tensors, offsets, strict=True)
-    ]
+    )
+    # Through DLPack each becomes a tensor with a storage of its own on the same memory, which it
+    # keeps alive; an empty one has no address to own.
+    return buffer, [torch.from_dlpack(v) if v.numel() else torch.empty_like(v) for v in views]

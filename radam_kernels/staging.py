@@ -80,12 +80,16 @@ def _fit(grad: Tensor, param: Tensor) -> Tensor:
     codes = [cpu.dtype_code(_REAL.get(t, t)) for t in (param.dtype, dtype)]
     if grad.is_complex() != param.is_complex() or not cpu.supported(*codes, codes[0]):
         dtype = moment_dtype(param, None)  # wide enough for any gradient that fits the parameter
-    same_layout = all(
-        n == 1 or a == b for n, a, b in zip(param.shape, param.stride(), grad.stride(), strict=True)
-    )
-    if dtype == grad.dtype and same_layout and not grad.is_conj() and not grad.is_neg():
+    if dtype == grad.dtype and _laid_out_like(grad, param):
         return grad
     return torch.empty_like(param, dtype=dtype).copy_(grad)
+
+
+def _laid_out_like(tensor: Tensor, param: Tensor) -> bool:
+    """Whether a tensor of the parameter's shape has its strides too, and its values in memory."""
+    strides = zip(param.shape, param.stride(), tensor.stride(), strict=True)
+    same = all(n == 1 or a == b for n, a, b in strides)
+    return same and not tensor.is_conj() and not tensor.is_neg()
 
 
 def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
@@ -197,17 +201,8 @@ def check_state(state: dict[str, Any], param: Tensor, name: object) -> None:
 
 def fits(moment: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can step a moment as it stands."""
-    return (
-        moment.dtype == dtype
-        and moment.device == param.device
-        and is_dense(moment)
-        and not moment.is_conj()
-        and not moment.is_neg()
-        and all(
-            n == 1 or a == b
-            for n, a, b in zip(param.shape, param.stride(), moment.stride(), strict=True)
-        )
-    )
+    at_home = moment.dtype == dtype and moment.device == param.device
+    return at_home and _laid_out_like(moment, param)
 
 
 def flat_moments(params: list[Tensor], dtypes: list[torch.dtype]) -> list[dict[str, Tensor]]:

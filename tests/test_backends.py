@@ -108,6 +108,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 Streams = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+@pytest.fixture(autouse=True)
+def one_thread_for_torch():
+    """The kernels are told their threads; torch would wake its own for each small comparison."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Arena:
     """Segments in one block of memory, each stream between guard bytes.
 
@@ -124,12 +133,13 @@ class Arena:
                 begin = end + offset * stream.element_size()
                 self.places.append((begin, begin + stream.nbytes, stream.dtype))
                 end = -(-(begin + stream.nbytes) // 64) * 64 + 64
-        memory = torch.full((end,), SENTINEL, dtype=torch.uint8)
-        self.guards = torch.ones(end, dtype=torch.bool)
+        memory = np.full(end, SENTINEL, np.uint8)
+        self.guards = np.ones(end, bool)
         for (begin, stop, _), stream in zip(self.places, sum(segments, ()), strict=True):
-            memory[begin:stop] = stream.view(torch.uint8)
+            memory[begin:stop] = stream.view(torch.uint8).numpy()
             self.guards[begin:stop] = False
-        self.memory = memory.to(device)
+        self.memory = torch.empty(end, dtype=torch.uint8, device=device)
+        self.memory.copy_(torch.from_numpy(memory))
         assert self.memory.data_ptr() % 64 == 0
 
     def rows(self, scalars: Sequence[int]) -> np.ndarray:
@@ -145,7 +155,9 @@ class Arena:
 
     def read(self) -> list[Streams]:
         memory = self.memory.cpu()
-        assert (memory[self.guards] == SENTINEL).all(), "a byte outside the segments was written"
+        assert (memory.numpy()[self.guards] == SENTINEL).all(), (
+            "a byte outside the segments was written"
+        )
         streams = [memory[begin:stop].view(dtype) for begin, stop, dtype in self.places]
         return [tuple(streams[i : i + 4]) for i in range(0, len(streams), 4)]
 
@@ -569,7 +581,8 @@ BETAS = (0.0, 1e-300, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999, 0.99999
 @pytest.mark.parametrize("rectification", schedule.FORMS)
 @pytest.mark.parametrize("beta2", BETAS)
 def test_scalars_are_the_same_in_both_languages(rectification, beta2):
-    for beta1, rho_threshold in product(BETAS, (4.0, 4.5, 5.0, 6.0, float("inf"))):
+    lower = (2.0, 3.0) if rectification == "exact" else ()
+    for beta1, rho_threshold in product(BETAS, (*lower, 4.0, 4.5, 5.0, 6.0, float("inf"))):
         group = dict(rectification=rectification, rho_threshold=rho_threshold, lr=0.3)
         assert_same_scalars(group_of(**group, betas=(beta1, beta2)), STEPS)
 

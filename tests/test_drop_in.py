@@ -294,17 +294,33 @@ def test_gradients_laid_out_differently_from_their_parameters(form, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=["conjugated", "negated"])
-def test_lazily_conjugated_and_negated_gradients(dtype):
-    p, q = (Parameter(0.01 * randn(9, dtype=dtype)) for _ in range(2))
+@pytest.mark.parametrize("size", [9, 1])
+def test_lazily_conjugated_and_negated_gradients(dtype, size):
+    p, q = (Parameter(0.01 * randn(size, dtype=dtype)) for _ in range(2))
     lazy, resolved = RAdam([p], lr=0.1), RAdam([q], lr=0.1)
     for step in range(1, 8):
         # The imaginary part of a conjugate is a real tensor, with the wrong signs in memory.
-        g = randn(9, dtype=torch.complex64, seed=step).conj()
+        g = randn(size, dtype=torch.complex64, seed=step).conj()
         p.grad = g if dtype.is_complex else g.imag
         assert p.grad.is_conj() or p.grad.is_neg()
         q.grad = p.grad.resolve_conj().resolve_neg()
         lazy.step()
         resolved.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=["conjugated", "negated"])
+@pytest.mark.parametrize("size", [9, 1])
+def test_lazily_conjugated_and_negated_parameters(dtype, size):
+    conjugated = randn(size, dtype=torch.complex64).conj()
+    p = Parameter(conjugated if dtype.is_complex else conjugated.imag)
+    q = Parameter(p.detach().resolve_conj().resolve_neg().contiguous())
+    lazy, resolved = RAdam([p], lr=0.1, weight_decay=0.1), RAdam([q], lr=0.1, weight_decay=0.1)
+    for step in range(1, 8):
+        p.grad = q.grad = gradient(q, 0, step)
+        lazy.step()
+        resolved.step()
+    assert p.is_conj() or p.is_neg()
     assert torch.equal(p, q)
 
 

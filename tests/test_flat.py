@@ -1,5 +1,6 @@
 """Flat buffers, and the tables of segments that GPU kernels read from them."""
 
+import copy
 import gc
 import io
 import weakref
@@ -170,14 +171,23 @@ def test_flattened_parameters_are_views_of_the_buffer_in_order():
     [buffer] = radam_kernels.flatten_(params)
     offsets = [p.data_ptr() - buffer.data_ptr() for p in params]
     assert offsets == [0, 256, 512, 1024]
-    assert all(
-        p.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for p in params
-    )
     buffer.fill_(7)
     assert all((p == 7).all() for p in params)
     with torch.no_grad():
         params[1][0] = 9
     assert buffer[64] == 9
+    assert [p.untyped_storage().nbytes() for p in params] == [4 * p.numel() for p in params]
+
+
+def test_a_model_can_be_flattened_again_and_so_can_its_copy():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    before = [p.detach().clone() for p in model.parameters()]
+    radam_kernels.flatten_(model.parameters())
+    copied = copy.deepcopy(model)
+    radam_kernels.RAdam(model.parameters(), flatten=True)
+    radam_kernels.RAdam(copied.parameters(), flatten=True)
+    for found in (model, copied):
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), before, strict=True))
 
 
 def test_the_old_memory_of_flattened_parameters_is_freed():

@@ -477,11 +477,11 @@ def test_the_number_of_threads_does_not_change_a_bit(threads):
 # Several processes, here one.
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
+@pytest.fixture
+def process_group(tmp_path):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    store = dist.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -527,6 +527,25 @@ def test_dtensor_parameters(process_group):
     assert state["exp_avg"].placements == sharded.placements
     assert torch.equal(sharded.full_tensor(), whole)
     assert torch.equal(state["exp_avg"].full_tensor(), optimizers[1].state[whole]["exp_avg"])
+
+
+def test_a_replicated_gradient_of_a_sharded_parameter():
+    """The first of two ranks, without the other one: nothing needs to be sent."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        p = Parameter(tensor.DTensor.from_local(torch.zeros(3, 4), mesh, [tensor.Shard(0)]))
+        grad = torch.arange(24.0).view(6, 4)
+        p.grad = tensor.DTensor.from_local(grad, mesh, [tensor.Replicate()])
+        optimizer = RAdam([p], lr=1.0)
+        optimizer.step()
+        torch.testing.assert_close(p.to_local(), -grad[:3])
+        assert optimizer.state[p]["exp_avg"].to_local().shape == (3, 4)
+        assert optimizer.state[p]["exp_avg"].shape == (6, 4)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_fully_sharded_parameters(process_group):

@@ -16,7 +16,7 @@ def why_not(device_type: str) -> str | None:
 def step_(bucket, table, groups) -> None:
     rows = [group_scalars(groups[group], step) for group, step in table.counts]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
-    for *tensors, row in zip(*bucket.tensors(), bucket.scalars(), strict=True):
+    for tensors, row in zip(bucket.tensors(), bucket.scalars(), strict=True):
         radam_update_(*tensors, rows[row], compute)
 
 
