@@ -33,7 +33,13 @@ DTypeSet dtype_set(int param, int grad, int state) {
 }
 
 // Python has checked the tensors; counts, pointers and alignment are cheap to check once more.
-void check(const Segment* segments, int64_t count, const DTypeSet& dtypes, int64_t scalars) {
+void check(const Segment* segments, int64_t count, const DTypeSet& dtypes, const StepScalars* rows,
+           int64_t scalars) {
+  if (count < 0 || (count > 0 && (!segments || !rows))) {
+    throw py::value_error("expected tables with rows, got " + std::to_string(count) +
+                          " segments and " + std::to_string(scalars) +
+                          " rows of scalars, or the address of a table is null");
+  }
   for (int64_t i = 0; i < count; ++i) {
     const Segment& s = segments[i];
     const auto aligned = [&](const void* data, DType dtype) {
@@ -60,16 +66,11 @@ void step(uintptr_t segments, int64_t count, int param, int grad, int state, uin
                           std::to_string(isa));
   }
   const DTypeSet dtypes = dtype_set(param, grad, state);
-  check(pointer<const Segment>(segments), count, dtypes, scalars_count);
+  check(pointer<const Segment>(segments), count, dtypes, pointer<const StepScalars>(scalars),
+        scalars_count);
   py::gil_scoped_release released;
   step_cpu(pointer<const Segment>(segments), count, dtypes, pointer<const StepScalars>(scalars),
            threads, sets[static_cast<size_t>(isa)]);
-}
-
-py::list list_of(const std::vector<Ref>& refs) {
-  py::list list(refs.size());
-  for (size_t i = 0; i < refs.size(); ++i) list[i] = py::handle(refs[i].get());
-  return list;
 }
 
 py::list tensors(const Bucket& bucket) {
@@ -208,7 +209,8 @@ PYBIND11_MODULE(_cpu, m) {
            "The buckets, once StepScalars are made of the groups' options and no segment is found "
            "to use memory that another one writes. Raises ValueError or Overlap.")
       .def(
-          "advance", [](Table& table) { return list_of(table.advance()); },
+          "advance",
+          [](Table& table) { return py::reinterpret_steal<py::list>(table.advance().release()); },
           "Writes the new step counts and lets go of every tensor; returns the owners.")
       .def(
           "scalars",
@@ -220,5 +222,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("release", &Table::release)
       .def("buckets", &Table::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("counts", &counts)
-      .def_property_readonly("owners", [](const Table& table) { return list_of(table.owners()); });
+      .def_property_readonly("owners", [](const Table& table) {
+        return py::reinterpret_borrow<py::list>(table.owners());
+      });
 }

@@ -280,10 +280,10 @@ void Table::append(const Objects& objects, int64_t scalars, PyObject* owner) {
                                 static_cast<DType>(exp_avg_.dtype)});
   bucket.segments.push_back(
       {param_.data, grad_.data, exp_avg_.data, exp_avg_sq_.data, param_.numel, scalars});
-  bucket.owners.push_back(static_cast<int64_t>(owners_.size()));
+  bucket.owners.push_back(PyList_GET_SIZE(owners_.get()));
   bucket.tensors.push_back({Ref::borrow(objects.param), Ref::borrow(objects.grad),
                             Ref::borrow(objects.exp_avg), Ref::borrow(objects.exp_avg_sq)});
-  owners_.push_back(Ref::borrow(owner));
+  if (PyList_Append(owners_.get(), owner) != 0) throw PythonError();
 }
 
 int64_t Table::scalars_index(int64_t group, double step) {
@@ -302,16 +302,18 @@ Bucket& Table::bucket_of(const Device& device, const DTypeSet& dtypes) {
   return buckets_.emplace_back(device, dtypes);
 }
 
-bool Table::written_unchanged() {
+// Whether the segments write to the memory that verified_ does; or with `grads`, read it as well.
+bool Table::unchanged(bool grads) const {
   size_t i = 0;
   for (const Bucket& bucket : buckets_) {
     for (const Segment& s : bucket.segments) {
       if (i == verified_.size()) return false;
-      const Segment& old = verified_[i++];
-      if (s.param != old.param || s.exp_avg != old.exp_avg || s.exp_avg_sq != old.exp_avg_sq ||
-          s.numel != old.numel) {
-        return false;
-      }
+      const auto& [dtypes, old] = verified_[i++];
+      const bool same = grads ? s.grad == old.grad
+                              : dtypes == bucket.dtypes && s.param == old.param &&
+                                    s.exp_avg == old.exp_avg && s.exp_avg_sq == old.exp_avg_sq &&
+                                    s.numel == old.numel;
+      if (!same) return false;
     }
   }
   return i == verified_.size();
@@ -319,7 +321,7 @@ bool Table::written_unchanged() {
 
 std::optional<Overlap> Table::find_overlap() {
   const auto bytes = [](DType dtype, int64_t numel) { return numel * kDTypeSizes[dtype]; };
-  if (!written_unchanged()) {
+  if (!unchanged(false)) {
     verified_.clear();
     written_.clear();
     for (const Bucket& bucket : buckets_) {
@@ -333,19 +335,18 @@ std::optional<Overlap> Table::find_overlap() {
         write(s.param, bucket.dtypes.param, "param");
         write(s.exp_avg, bucket.dtypes.state, "exp_avg");
         write(s.exp_avg_sq, bucket.dtypes.state, "exp_avg_sq");
-        verified_.push_back(s);
       }
     }
     std::sort(written_.begin(), written_.end(),
               [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
     for (size_t i = 1; i < written_.size(); ++i) {
       const Interval &a = written_[i - 1], &b = written_[i];
-      if (b.begin < a.end) {
-        verified_.clear();
-        return Overlap{a.owner, b.owner, a.stream, b.stream};
-      }
+      if (b.begin < a.end) return Overlap{a.owner, b.owner, a.stream, b.stream};
     }
+  } else if (unchanged(true)) {
+    return std::nullopt;
   }
+  verified_.clear();
   for (const Bucket& bucket : buckets_) {
     for (size_t i = 0; i < bucket.segments.size(); ++i) {
       const Segment& s = bucket.segments[i];
@@ -360,6 +361,9 @@ std::optional<Overlap> Table::find_overlap() {
       const Interval& before = *(after - 1);
       if (before.end > begin) return Overlap{bucket.owners[i], before.owner, "grad", before.stream};
     }
+  }
+  for (const Bucket& bucket : buckets_) {
+    for (const Segment& s : bucket.segments) verified_.push_back({bucket.dtypes, s});
   }
   return std::nullopt;
 }
@@ -381,7 +385,7 @@ const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
   return scalars_;
 }
 
-std::vector<Ref> Table::advance() {
+Ref Table::advance() {
   for (const Advance& advance : advances_) {
     if (advance.cell.is_double) {
       *static_cast<double*>(advance.cell.data) = advance.next;
@@ -389,7 +393,7 @@ std::vector<Ref> Table::advance() {
       *static_cast<float*>(advance.cell.data) = static_cast<float>(advance.next);
     }
   }
-  std::vector<Ref> owners = std::move(owners_);
+  Ref owners = std::move(owners_);
   release();
   return owners;
 }
@@ -403,7 +407,7 @@ void Table::release() {
   counts_.clear();
   scalars_.clear();
   advances_.clear();
-  owners_.clear();
+  owners_ = Ref::steal(PyList_New(0));
 }
 
 std::vector<Bucket*> Table::buckets() {

@@ -61,15 +61,15 @@ class Table {
   const std::vector<StepScalars>& scalars(PyObject* groups);
 
   // Writes the new step counts, once the update has been launched, and lets go of every tensor.
-  // Returns the owners.
-  std::vector<Ref> advance();
+  // Returns the list of owners.
+  Ref advance();
 
   // Lets go of every tensor.
   void release();
 
   std::vector<Bucket*> buckets();
   const std::vector<Count>& counts() const { return counts_; }
-  const std::vector<Ref>& owners() const { return owners_; }
+  PyObject* owners() const { return owners_.get(); }  // a list
 
  private:
   struct Objects {
@@ -89,6 +89,10 @@ class Table {
     double next;
     Ref step;
   };
+  struct Verified {
+    DTypeSet dtypes;
+    Segment segment;
+  };
   struct Interval {
     const char *begin, *end;
     int64_t owner;
@@ -103,7 +107,7 @@ class Table {
   void append(const Objects& objects, int64_t scalars, PyObject* owner);
   int64_t scalars_index(int64_t group, double step);
   Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
-  bool written_unchanged();
+  bool unchanged(bool grads) const;
 
   TensorInfo param_, grad_, exp_avg_, exp_avg_sq_, step_;
   std::vector<Entry> entries_;                                // one a parameter, in order
@@ -112,9 +116,9 @@ class Table {
   std::vector<Count> counts_;
   std::vector<StepScalars> scalars_;
   std::vector<Advance> advances_;
-  std::vector<Ref> owners_;
-  std::vector<Segment> verified_;  // the segments that written_ was made from
-  std::vector<Interval> written_;  // sorted, disjoint
+  Ref owners_ = Ref::steal(PyList_New(0));
+  std::vector<Verified> verified_;  // the segments last found good; written_ was made from them
+  std::vector<Interval> written_;   // sorted, disjoint
 };
 
 }  // namespace radam

@@ -3,6 +3,8 @@
 // (DLPack 1.3). Older versions are asked through their Python attributes.
 #include "tensor_info.h"
 
+#include <algorithm>
+
 namespace radam {
 namespace {
 
@@ -44,7 +46,7 @@ const DLPackExchangeAPI* find_exchange_api() {
 }
 
 const DLPackExchangeAPI* exchange_api() {
-  static const DLPackExchangeAPI* api = find_exchange_api();
+  static const DLPackExchangeAPI* const api = find_exchange_api();
   return api;
 }
 
@@ -64,9 +66,9 @@ int64_t count(const TensorInfo& info) {
   return numel;
 }
 
-void describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorInfo& info) {
+bool describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorInfo& info) {
   DLTensor t;
-  if (api.dltensor_from_py_object_no_sync(tensor, &t) != 0) throw PythonError();
+  if (api.dltensor_from_py_object_no_sync(tensor, &t) != 0) return false;
   info.data = static_cast<char*>(t.data) + t.byte_offset;
   info.device = t.device;
   info.dtype = dtype_of(t.dtype);
@@ -74,6 +76,7 @@ void describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorIn
   info.sizes = t.shape;
   info.strides = t.strides;
   info.numel = count(info);
+  return true;
 }
 
 // Interned once and never released.
@@ -87,7 +90,7 @@ struct Names {
   PyObject* stride = PyUnicode_InternFromString("stride");
 };
 
-void describe_by_attributes(PyObject* tensor, TensorInfo& info) {
+bool describe_by_attributes(PyObject* tensor, TensorInfo& info) try {
   static const Names names;
   const auto get = [&](PyObject* name) { return Ref::steal(PyObject_GetAttr(tensor, name)); };
   const auto call = [&](PyObject* name) {
@@ -111,7 +114,9 @@ void describe_by_attributes(PyObject* tensor, TensorInfo& info) {
   info.strides = info.storage + kMaxDims;
   info.numel = count(info);
   info.data = static_cast<char*>(PyLong_AsVoidPtr(call(names.data_ptr).get()));
-  if (PyErr_Occurred()) throw PythonError();
+  return !PyErr_Occurred();
+} catch (const PythonError&) {
+  return false;
 }
 
 }  // namespace
@@ -132,19 +137,13 @@ int dtype_code(PyObject* torch_dtype) {
 
 bool describe(PyObject* tensor, TensorInfo& info) {
   const DLPackExchangeAPI* api = exchange_api();
-  try {
-    if (api) {
-      describe_by_dlpack(*api, tensor, info);
-    } else {
-      describe_by_attributes(tensor, info);
-    }
-  } catch (const PythonError&) {
-    // A wish to stop is not a fact about the tensor.
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw;
-    PyErr_Clear();
-    return false;
+  if (api ? describe_by_dlpack(*api, tensor, info) : describe_by_attributes(tensor, info)) {
+    return info.data != nullptr || info.numel == 0;
   }
-  return info.data != nullptr || info.numel == 0;
+  // A wish to stop is not a fact about the tensor.
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError();
+  PyErr_Clear();
+  return false;
 }
 
 bool is_dense(const TensorInfo& info) {
@@ -171,16 +170,12 @@ bool is_dense(const TensorInfo& info) {
 }
 
 bool same_shape(const TensorInfo& a, const TensorInfo& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int i = 0; i < a.ndim; ++i) {
-    if (a.sizes[i] != b.sizes[i]) return false;
-  }
-  return true;
+  return a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes);
 }
 
 bool same_layout(const TensorInfo& a, const TensorInfo& b) {
   for (int i = 0; i < a.ndim; ++i) {
-    if (a.sizes[i] != 1 && a.strides[i] != b.strides[i]) return false;
+    if (a.strides[i] != b.strides[i] && a.sizes[i] != 1) return false;
   }
   return true;
 }

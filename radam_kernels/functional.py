@@ -47,7 +47,7 @@ def radam_(
 
     Raises:
         ValueError: lists of different lengths, tensors that do not fit each other or share memory,
-            or a hyperparameter out of range. Nothing is changed.
+            or betas, eps or a threshold out of range. Nothing is changed.
         RuntimeError: no such backend works for these tensors here. Nothing is changed.
     """
     lists = [

@@ -29,6 +29,8 @@ def launch(table, groups: list[dict[str, Any]], backend: str, name: Callable[[in
         buckets = table.prepare(groups)
     except cpu.Overlap as overlap:
         owner, stream, other, other_stream = overlap.args
+        if stream == other_stream and name(owner) == name(other):
+            raise ValueError(f"{name(owner)} is given twice; leave one out") from None
         raise ValueError(
             f"{stream} of {name(owner)} shares memory with {other_stream} of {name(other)}; "
             "a step writes to it: clone one of them, or leave one out"

@@ -57,8 +57,7 @@ class Magnitudes:
 
 # Each operation and each narrowed scalar errs by half a unit. Worst observed: 0.54, 1.55, 1.67.
 ONE_STEP = Tolerances(exp_avg=1.0, exp_avg_sq=2.0, param=3.0)
-# Every step adds errors, and in a hundred the second moment forgets none. Worst observed: 3.3, 22.4,
-# 9.6.
+# In a hundred steps the second moment forgets no error. Worst observed: 3.3, 22.4, 9.6.
 HUNDRED_STEPS = Tolerances(exp_avg=5.0, exp_avg_sq=30.0, param=15.0)
 
 

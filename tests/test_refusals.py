@@ -403,7 +403,7 @@ def test_a_parameter_given_twice():
     p = Parameter(randn(5))
     optimizer = RAdam([p, p])
     p.grad = randn(5)
-    words = ("param 0 of group 0", "shares memory", "leave one out")
+    words = ("param 0 of group 0", "given twice", "leave one out")
     assert_step_refused(optimizer, ValueError, *words)
 
 
