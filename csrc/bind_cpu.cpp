@@ -20,18 +20,6 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-DTypeSet dtype_set(int param, int grad, int state) {
-  const DTypeSet dtypes = {static_cast<DType>(param), static_cast<DType>(grad),
-                           static_cast<DType>(state)};
-  for (int code : {param, grad, state}) {
-    if (code < 0 || code >= kDTypes) {
-      throw py::value_error("dtype code: expected 0 to 3, got " + std::to_string(code));
-    }
-  }
-  if (!supported(dtypes)) throw py::value_error("float64 goes with float64 only");
-  return dtypes;
-}
-
 // Python has checked the tensors; counts, pointers and alignment are cheap to check once more.
 void check(const Segment* segments, int64_t count, const DTypeSet& dtypes, const StepScalars* rows,
            int64_t scalars) {

@@ -11,18 +11,6 @@ namespace py = pybind11;
 namespace radam {
 namespace {
 
-DTypeSet dtype_set(int param, int grad, int state) {
-  for (int code : {param, grad, state}) {
-    if (code < 0 || code >= kDTypes) {
-      throw py::value_error("dtype code: expected 0 to 3, got " + std::to_string(code));
-    }
-  }
-  const DTypeSet dtypes = {static_cast<DType>(param), static_cast<DType>(grad),
-                           static_cast<DType>(state)};
-  if (!supported(dtypes)) throw py::value_error("float64 goes with float64 only");
-  return dtypes;
-}
-
 void step(uintptr_t segments, uintptr_t work, int64_t blocks, int param, int grad, int state,
           uintptr_t scalars, int64_t scalars_count, uintptr_t device_scalars, int device,
           uintptr_t stream) {

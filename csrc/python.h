@@ -5,6 +5,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstdint>
 #include <utility>
 
 namespace radam {
@@ -44,6 +45,13 @@ class Ref {
 
 inline Ref attribute(PyObject* object, const char* name) {
   return Ref::steal(PyObject_GetAttrString(object, name));
+}
+
+// A borrowed item of a dict, or null.
+inline PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(dict, key);
+  if (!found && PyErr_Occurred()) throw PythonError();
+  return found;
 }
 
 inline int64_t to_int(PyObject* number) {

@@ -2,8 +2,9 @@
 // steps (gradients, pointers, state, step counts) needs no detection, and nothing can go stale.
 #include "table.h"
 
-#include <algorithm>
 #include <stdexcept>
+
+#include "hyperparameters.h"
 
 namespace radam {
 namespace {
@@ -11,38 +12,19 @@ namespace {
 // Names that a step looks up, interned once and never released.
 struct Names {
 #define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
-  RADAM_NAME(betas);
-  RADAM_NAME(decoupled_weight_decay);
-  RADAM_NAME(degenerated_to_sgd);
-  RADAM_NAME(eps);
-  RADAM_NAME(exact);
   RADAM_NAME(exp_avg);
   RADAM_NAME(exp_avg_sq);
-  RADAM_NAME(first_order);
   RADAM_NAME(grad);
-  RADAM_NAME(grad_scale);
   RADAM_NAME(is_neg);
-  RADAM_NAME(lr);
-  RADAM_NAME(maximize);
   RADAM_NAME(params);
-  RADAM_NAME(rectification);
-  RADAM_NAME(rho_threshold);
   RADAM_NAME(state_dtype);
   RADAM_NAME(step);
-  RADAM_NAME(weight_decay);
 #undef RADAM_NAME
 };
 
 const Names& names() {
   static const Names interned;
   return interned;
-}
-
-// A borrowed item of a dict, or null.
-PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* found = PyDict_GetItemWithError(dict, key);
-  if (!found && PyErr_Occurred()) throw PythonError();
-  return found;
 }
 
 // The three items of a parameter's state; false if one is missing.
@@ -63,53 +45,6 @@ bool find_items(PyObject* state, PyObject*& step, PyObject*& exp_avg, PyObject*&
   exp_avg = item(state, names().exp_avg);
   exp_avg_sq = item(state, names().exp_avg_sq);
   return step && exp_avg && exp_avg_sq;
-}
-
-// A borrowed item of a dict that must be there.
-PyObject* required(PyObject* dict, PyObject* key) {
-  PyObject* found = item(dict, key);
-  if (!found) {
-    PyErr_SetObject(PyExc_KeyError, key);
-    throw PythonError();
-  }
-  return found;
-}
-
-// A number, or a tensor of one element.
-double number(PyObject* value) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double x = PyFloat_AsDouble(value);
-  if (x == -1.0 && PyErr_Occurred()) throw PythonError();
-  return x;
-}
-
-bool flag(PyObject* group, PyObject* key) {
-  const int truth = PyObject_IsTrue(required(group, key));
-  if (truth < 0) throw PythonError();
-  return truth != 0;
-}
-
-// Fills `h` from a parameter group; false where a value is not even of the right kind.
-bool read_hyperparameters(PyObject* group, Hyperparameters& h) {
-  const Names& n = names();
-  const Ref betas = Ref::steal(PySequence_Tuple(required(group, n.betas)));
-  if (PyTuple_GET_SIZE(betas.get()) != 2) return false;
-  PyObject* form = required(group, n.rectification);
-  if (!PyUnicode_Check(form)) return false;
-  h.exact = PyUnicode_Compare(form, n.exact) == 0;
-  if (!h.exact && PyUnicode_Compare(form, n.first_order) != 0) return false;
-  PyObject* grad_scale = item(group, n.grad_scale);
-  h.grad_scale = grad_scale ? number(grad_scale) : 1.0;
-  h.beta1 = number(PyTuple_GET_ITEM(betas.get(), 0));
-  h.beta2 = number(PyTuple_GET_ITEM(betas.get(), 1));
-  h.lr = number(required(group, n.lr));
-  h.eps = number(required(group, n.eps));
-  h.weight_decay = number(required(group, n.weight_decay));
-  h.rho_threshold = number(required(group, n.rho_threshold));
-  h.decoupled_weight_decay = flag(group, n.decoupled_weight_decay);
-  h.maximize = flag(group, n.maximize);
-  h.degenerated_to_sgd = flag(group, n.degenerated_to_sgd);
-  return true;
 }
 
 // param.grad, a new reference. For the plain types it calls the getter of the attribute, which is
@@ -300,72 +235,6 @@ Bucket& Table::bucket_of(const Device& device, const DTypeSet& dtypes) {
     if (bucket.device == device && bucket.dtypes == dtypes) return bucket;
   }
   return buckets_.emplace_back(device, dtypes);
-}
-
-// Whether the segments write to the memory that verified_ does; or with `grads`, read it as well.
-bool Table::unchanged(bool grads) const {
-  size_t i = 0;
-  for (const Bucket& bucket : buckets_) {
-    for (const Segment& s : bucket.segments) {
-      if (i == verified_.size()) return false;
-      const auto& [dtypes, old] = verified_[i++];
-      const bool same = grads ? s.grad == old.grad
-                              : dtypes == bucket.dtypes && s.param == old.param &&
-                                    s.exp_avg == old.exp_avg && s.exp_avg_sq == old.exp_avg_sq &&
-                                    s.numel == old.numel;
-      if (!same) return false;
-    }
-  }
-  return i == verified_.size();
-}
-
-std::optional<Overlap> Table::find_overlap() {
-  const auto bytes = [](DType dtype, int64_t numel) { return numel * kDTypeSizes[dtype]; };
-  if (!unchanged(false)) {
-    verified_.clear();
-    written_.clear();
-    for (const Bucket& bucket : buckets_) {
-      for (size_t i = 0; i < bucket.segments.size(); ++i) {
-        const Segment& s = bucket.segments[i];
-        const auto write = [&](const void* data, DType dtype, const char* stream) {
-          const char* begin = static_cast<const char*>(data);
-          if (s.numel)
-            written_.push_back({begin, begin + bytes(dtype, s.numel), bucket.owners[i], stream});
-        };
-        write(s.param, bucket.dtypes.param, "param");
-        write(s.exp_avg, bucket.dtypes.state, "exp_avg");
-        write(s.exp_avg_sq, bucket.dtypes.state, "exp_avg_sq");
-      }
-    }
-    std::sort(written_.begin(), written_.end(),
-              [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-    for (size_t i = 1; i < written_.size(); ++i) {
-      const Interval &a = written_[i - 1], &b = written_[i];
-      if (b.begin < a.end) return Overlap{a.owner, b.owner, a.stream, b.stream};
-    }
-  } else if (unchanged(true)) {
-    return std::nullopt;
-  }
-  verified_.clear();
-  for (const Bucket& bucket : buckets_) {
-    for (size_t i = 0; i < bucket.segments.size(); ++i) {
-      const Segment& s = bucket.segments[i];
-      const char* begin = static_cast<const char*>(s.grad);
-      const char* end = begin + bytes(bucket.dtypes.grad, s.numel);
-      // A gradient that is its own parameter is read before that element is written.
-      if (s.grad == s.param && bucket.dtypes.grad == bucket.dtypes.param) continue;
-      const auto after =
-          std::lower_bound(written_.begin(), written_.end(), end,
-                           [](const Interval& a, const char* at) { return a.begin < at; });
-      if (after == written_.begin() || s.numel == 0) continue;
-      const Interval& before = *(after - 1);
-      if (before.end > begin) return Overlap{bucket.owners[i], before.owner, "grad", before.stream};
-    }
-  }
-  for (const Bucket& bucket : buckets_) {
-    for (const Segment& s : bucket.segments) verified_.push_back({bucket.dtypes, s});
-  }
-  return std::nullopt;
 }
 
 const std::vector<StepScalars>& Table::scalars(PyObject* groups) {

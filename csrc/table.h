@@ -3,41 +3,19 @@
 
 #include <deque>
 #include <optional>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "bucket.h"
+#include "overlap.h"
 #include "schedule.h"
-#include "tensor_info.h"
 
 namespace radam {
-
-// Held until release(): no memory of a segment can go away meanwhile.
-struct Tensors {
-  Ref param, grad, exp_avg, exp_avg_sq;
-};
-
-// The segments of one device and dtype set: what one launch steps.
-struct Bucket {
-  Bucket(const Device& device, const DTypeSet& dtypes) : device(device), dtypes(dtypes) {}
-  Bucket(const Bucket&) = delete;
-
-  const Device device;
-  const DTypeSet dtypes;
-  std::vector<Segment> segments;
-  std::vector<int64_t> owners;   // of each segment: where in Table::owners()
-  std::vector<Tensors> tensors;  // of each segment
-};
 
 // A step count that occurs in a group. Every distinct one wants StepScalars of its own.
 struct Count {
   int64_t group;
   double step;  // including this step
-};
-
-struct Overlap {
-  int64_t owner, other;              // where in Table::owners()
-  std::string stream, other_stream;  // "param", "grad", "exp_avg" or "exp_avg_sq"
 };
 
 class Table {
@@ -54,7 +32,7 @@ class Table {
            int64_t group, PyObject* owner);
 
   // The first pair of segments where memory that this step writes is written or read by another.
-  std::optional<Overlap> find_overlap();
+  std::optional<Overlap> find_overlap() { return overlap_check_.find(buckets_); }
 
   // StepScalars of every count, from the options of its group; made once, until release(). Options
   // that no step can be made of are left to radam_kernels.schedule, which says what is wrong.
@@ -89,16 +67,6 @@ class Table {
     double next;
     Ref step;
   };
-  struct Verified {
-    DTypeSet dtypes;
-    Segment segment;
-  };
-  struct Interval {
-    const char *begin, *end;
-    int64_t owner;
-    const char* stream;
-  };
-
   bool knows(PyObject* state);
   bool collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype);
   const char* refuse(const Objects& objects);
@@ -107,7 +75,6 @@ class Table {
   void append(const Objects& objects, int64_t scalars, PyObject* owner);
   int64_t scalars_index(int64_t group, double step);
   Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
-  bool unchanged(bool grads) const;
 
   TensorInfo param_, grad_, exp_avg_, exp_avg_sq_, step_;
   std::vector<Entry> entries_;                                // one a parameter, in order
@@ -117,8 +84,7 @@ class Table {
   std::vector<StepScalars> scalars_;
   std::vector<Advance> advances_;
   Ref owners_ = Ref::steal(PyList_New(0));
-  std::vector<Verified> verified_;  // the segments last found good; written_ was made from them
-  std::vector<Interval> written_;   // sorted, disjoint
+  OverlapCheck overlap_check_;
 };
 
 }  // namespace radam
