@@ -261,6 +261,14 @@ def test_a_refusal_tells_which_tensors_and_what_they_were():
         radam_([p, p], [g, g.half().view(6)], [m, m], [v, v], step=1, **USUAL)
 
 
+@pytest.mark.parametrize("i", range(1, 4))
+def test_empty_tensors_of_several_devices_are_refused(i):
+    tensors = list(streams((0,)))
+    tensors[i] = torch.empty(0, device="meta")
+    with pytest.raises(ValueError, match="several devices"):
+        radam_(*tensors, step=1, **USUAL)
+
+
 def test_overlapping_parts_are_refused():
     p, g, m, v = streams((10,))
     with pytest.raises(
@@ -306,10 +314,12 @@ def test_a_backend_that_does_not_work_is_refused_and_nothing_changed():
     assert all(map(torch.equal, tensors, before))
 
 
-def test_a_negated_view_is_refused():
+@pytest.mark.parametrize("i", range(4))
+def test_a_negated_view_is_refused(i):
     # The imaginary part of a conjugate holds its signs turned round in memory.
     negated = torch.ones(1, dtype=torch.complex64).conj().imag.view(1)
     assert negated.is_neg()
-    p, _, m, v = streams((1,))
+    tensors = list(streams((1,)))
+    tensors[i] = negated
     with pytest.raises(ValueError, match="resolve_neg"):
-        radam_(p, negated, m, v, step=1, **USUAL)
+        radam_(*tensors, step=1, **USUAL)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from radam_kernels import modules
 from radam_kernels.fingerprint import fingerprint
@@ -31,11 +32,11 @@ def copy(to: Path, *, csrc: bool = True, compiled: bool = True) -> Path:
 
 
 def imported(tree: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = "import radam_kernels; print(radam_kernels.__file__)"
-    return subprocess.run(
-        [sys.executable, "-c", command], cwd=tree, env=environment, capture_output=True, text=True
-    )
+    # Without `site`, an editable install has no say in where the modules of the package are.
+    path = os.pathsep.join([str(tree), str(Path(torch.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-S", "-c", "import radam_kernels; print(radam_kernels.__file__)"]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
 def refusal(tree: Path) -> str:

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -282,6 +283,39 @@ def test_moments_are_freed(how):
         del optimizer
         gc.collect()
     assert all(moment() is None for moment in moments)
+
+
+def test_a_step_leaves_no_reference_behind():
+    optimizer = RAdam([{"params": parameters()}, {"params": parameters(torch.float64)}])
+    step(optimizer, 2)
+    held = [optimizer.param_groups, optimizer.state]
+    for group in optimizer.param_groups:
+        held += [group, group["params"], group["betas"]]
+        for p in group["params"]:
+            held += [p, p.grad, optimizer.state[p], *optimizer.state[p].values()]
+    before = [sys.getrefcount(x) for x in held]
+    for _ in range(10):
+        optimizer.step()
+    assert [sys.getrefcount(x) for x in held] == before
+
+
+def test_steps_that_need_python_leave_no_reference_behind():
+    optimizer = RAdam([Parameter(randn(8)[::2]), Parameter(randn(3, dtype=torch.complex64))])
+    step(optimizer, 2)
+    params = params_of(optimizer)
+
+    def references():
+        gc.collect()
+        tensors = [x for p in params for x in (p, p.grad, *optimizer.state[p].values())]
+        return [sys.getrefcount(x) for x in tensors], len(gc.get_objects())
+
+    references()  # what caches it fills is there from here on
+    before, objects = references()
+    for _ in range(50):
+        optimizer.step()
+    after, more = references()
+    assert after == before
+    assert more - objects < 50
 
 
 def resident() -> int:
@@ -780,6 +814,64 @@ EDITS = [
 @pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
 def test_edits_between_steps_are_picked_up(edit):
     assert_edit_is_picked_up(edit)
+
+
+def remove_the_first(optimizer, params):
+    optimizer.param_groups[0]["params"].pop(0)
+
+
+def move_to_another_group(optimizer, params):
+    groups = optimizer.param_groups
+    groups[1]["params"].append(groups[0]["params"].pop(1))
+
+
+def rotate_states(optimizer, params):
+    states = [optimizer.state[p] for p in params]
+    for p, state in zip(params, states[1:] + states[:1], strict=True):
+        optimizer.state[p] = state
+
+
+def take_the_first_state(optimizer, params):
+    optimizer.mine = optimizer.state.pop(params[0])
+
+
+def take_the_last_state(optimizer, params):
+    optimizer.mine = optimizer.state.pop(params[-1])
+
+
+def put_another_state(optimizer, params):
+    optimizer.mine = optimizer.state[params[1]]
+    optimizer.state[params[1]] = {k: 2 * v for k, v in optimizer.mine.items()}
+
+
+def exchange_the_first(optimizer, params):
+    optimizer.mine = params[0]  # and its state stays, as of a parameter that may come back
+    optimizer.param_groups[0]["params"][0] = Parameter(randn(20, seed=42))
+
+
+EDITS_AMONG_ALIKE = [
+    reorder_parameters,
+    remove_the_first,
+    move_to_another_group,
+    rotate_states,
+    take_the_first_state,
+    take_the_last_state,
+    put_another_state,
+    exchange_the_first,
+]
+
+
+@pytest.mark.parametrize("edit", EDITS_AMONG_ALIKE, ids=lambda f: f.__name__)
+def test_edits_among_parameters_of_one_shape_are_picked_up(edit):
+    # Where all shapes are the same, nothing but the parameter tells which state is whose.
+    same = [Parameter(randn(20, seed=i)) for i in range(5)]
+    a = RAdam([{"params": same}, {"params": [Parameter(randn(20))], "lr": 0.01}], lr=0.1)
+    b = twin(a, TorchRAdam, foreach=False)
+    for optimizer in (a, b):
+        step(optimizer, 4)
+        edit(optimizer, params_of(optimizer))
+        step(optimizer, 6, first=5)
+    assert_same(a, b, rtol=1e-5, atol=2e-6)
 
 
 def test_a_step_may_be_replaced_by_a_number():
