@@ -98,10 +98,16 @@ def _views(
     room = torch.zeros(end + unit, dtype=dtype, device=device)
     skip = -room.data_ptr() % _ALIGNMENT // size  # torch aligns to 64 bytes on the CPU
     buffer = room[skip : skip + end]
-    views = (
-        buffer.as_strided(tensor.shape, tensor.stride(), skip + offset)
+    return buffer, [
+        _own(buffer.as_strided(tensor.shape, tensor.stride(), skip + offset))
         for tensor, offset in zip(tensors, offsets, strict=True)
-    )
-    # Through DLPack each becomes a tensor with a storage of its own on the same memory, which it
-    # keeps alive; an empty one has no address to own.
-    return buffer, [torch.from_dlpack(v) if v.numel() else torch.empty_like(v) for v in views]
+    ]
+
+
+def _own(view: Tensor) -> Tensor:
+    """The view as a tensor whose storage is just its own memory, which it keeps alive."""
+    if not view.numel():  # no address to own
+        return torch.empty_like(view)
+    owned = torch.from_dlpack(view)
+    # torch 2.6 forgets the strides of dimensions of size one, which tell memory formats apart.
+    return owned if owned.stride() == view.stride() else owned.as_strided(view.shape, view.stride())

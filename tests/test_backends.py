@@ -1,5 +1,6 @@
 """Holds every kernel to the reference, to the last bit."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -268,6 +269,48 @@ def test_triton_on_a_large_odd_tensor(check):
 def test_threads_divide_elements_wherever_segments_end(check, dtypes):
     sizes = (5000, 0, 257, 12345, 0, 0, 3, 9999, 1, 8191, 1, 0, 20001, 0)
     check(FAST_KERNELS, [ordinary(n, dtypes, n) for n in sizes], SCALARS)
+
+
+# Argument: the file of _cpu, where torch and its OpenMP shall stay out.
+STEP_ON_MANY_THREADS = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+import numpy as np
+if len(sys.argv) == 2:
+    spec = spec_from_file_location("_cpu", sys.argv[1])
+    cpu = module_from_spec(spec)
+    spec.loader.exec_module(cpu)
+else:
+    from radam_kernels.modules import cpu
+n, threads = 100_003, 7
+p, g, m, v = streams = [np.full(n, x, np.float32) for x in (0, 1, 0, 0)]
+row = np.array([[*(x.ctypes.data for x in streams), n, 0]])
+scalars = np.array([[1, 0, 1, 0.25, 0.5, 0.5, 0, 1, 2]], float)
+for _ in range(2):
+    cpu.step(row.ctypes.data, 1, 0, 0, 0, scalars.ctypes.data, 1, threads)
+assert (m == 0.4375).all() and (v == 0.75).all() and (p == -0.6875).all(), (p, m, v)
+print(cpu.threads_from())
+"""
+
+
+def step_on_many_threads(*arguments: str, **environment: str) -> str:
+    """Each element is stepped once by each of two steps, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEP_ON_MANY_THREADS, *arguments],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_team_of_fewer_threads_than_asked_for_steps_everything():
+    step_on_many_threads(OMP_THREAD_LIMIT="2")
+
+
+def test_threads_without_an_openmp_step_everything():
+    assert step_on_many_threads(cpu.__file__) == "std::thread"
 
 
 @by_dtypes

@@ -398,6 +398,66 @@ def test_parameters_that_come_to_overlap_in_mid_training():
     assert_step_refused(optimizer, ValueError, "param 0", "param 2", "clone")
 
 
+def test_parameters_that_come_to_overlap_are_refused_every_time():
+    optimizer = RAdam([Parameter(randn(5, seed=i)) for i in range(3)])
+    give_gradients(optimizer)
+    optimizer.step()
+    first, _, last = params_of(optimizer)
+    last.data, own = first.data, last.data
+    for _ in range(3):
+        assert_step_refused(optimizer, ValueError, "param 0", "param 2", "clone")
+    last.data = own
+    optimizer.step()
+    first.grad = own  # the memory that is written now, not that of the refused steps
+    assert_step_refused(optimizer, ValueError, "grad of param 0 of group 0", "param 2 of group 0")
+
+
+def test_a_parameter_that_is_cast_into_its_neighbours_memory():
+    base = torch.zeros(40)
+    optimizer = RAdam([Parameter(base.bfloat16()[:20]), Parameter(base[10:30])])
+    first, _ = params_of(optimizer)
+    first.data = base.view(torch.bfloat16)[:20]
+    give_gradients(optimizer)
+    optimizer.step()
+    optimizer.step()
+    first.grad = None
+    first.data = base[:20]  # it begins where it did and has as many elements, each twice as large
+    give_gradients(optimizer)
+    assert_step_refused(optimizer, ValueError, "param 0", "param 1", "clone")
+
+
+def test_a_parameter_that_grows_into_its_neighbours_memory():
+    base = torch.zeros(40)
+    optimizer = RAdam([Parameter(base[:10]), Parameter(base[20:])])
+    first, _ = params_of(optimizer)
+    memory = {key: torch.zeros(30) for key in MOMENTS}
+    give_gradients(optimizer)
+    optimizer.step()
+    for length in (20, 30):
+        first.grad = None
+        first.data = base[:length]
+        optimizer.state[first].update({key: memory[key][:length] for key in MOMENTS})
+        give_gradients(optimizer)
+        if length == 20:
+            optimizer.step()
+    assert_step_refused(optimizer, ValueError, "param 0", "param 1", "clone")
+
+
+@pytest.mark.parametrize("offset", [-4, 0, 7, 19])
+def test_a_gradient_that_touches_what_is_written_is_refused(offset):
+    optimizer = RAdam([Parameter(randn(5)), Parameter(randn(20))])
+    first, second = params_of(optimizer)
+    base = torch.zeros(60)
+    second.data = base[20:40]
+    give_gradients(optimizer)
+    optimizer.step()
+    for start in (15, 40):  # right before it and right after it is nothing that matters
+        first.grad = base[start : start + 5]
+        optimizer.step()
+    first.grad = base[20 + offset : 25 + offset]
+    assert_step_refused(optimizer, ValueError, "grad of param 0 of group 0", "param 1 of group 0")
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_parameter_given_twice():
     p = Parameter(randn(5))
@@ -438,6 +498,7 @@ def spoilt_state(edit):
 
 BAD_STATE = {
     "no exp_avg": (lambda s: s.pop("exp_avg"), "lacks ['exp_avg']"),
+    "no exp_avg_sq": (lambda s: s.pop("exp_avg_sq"), "lacks ['exp_avg_sq']"),
     "no step": (lambda s: s.pop("step"), "lacks ['step']"),
     "only a step": (lambda s: [s.pop(k) for k in MOMENTS], "lacks ['exp_avg', 'exp_avg_sq']"),
     "another shape": (lambda s: s.update(exp_avg=torch.zeros(4, 5)), "got (4, 5)"),

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from radam_kernels import RAdam
+from radam_kernels import RAdam, radam_
 
 TorchRAdam = torch.optim.RAdam
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -243,6 +243,23 @@ def test_a_float32_count_stops_at_2_to_the_24_as_torchs_does():
     count.fill_(2**24 - 1)
     step(optimizer, 3)
     assert count == 2**24
+
+
+def test_a_float32_count_that_has_stopped_is_what_the_step_computes_with():
+    betas = (1 - 1e-9, 0.999)  # so that the bias correction still tells 2**24 from the next
+    p = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = RAdam([p], lr=0.1, betas=betas)
+    step(optimizer)
+    optimizer.state[p]["step"].fill_(2**24)
+    by_hand = [
+        [x.detach().clone() for x in (p, p.grad, *(optimizer.state[p][key] for key in MOMENTS))]
+        for _ in range(2)
+    ]
+    optimizer.step()
+    for tensors, count in zip(by_hand, (2**24, 2**24 + 1), strict=True):
+        radam_(*tensors, step=count, lr=0.1, beta1=betas[0], beta2=betas[1], eps=1e-8)
+    assert torch.equal(p, by_hand[0][0])
+    assert not torch.equal(p, by_hand[1][0])
 
 
 # Memory.

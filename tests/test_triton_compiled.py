@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from radam_kernels.backends import triton_
+
 pytest.importorskip("triton", reason="triton is not installed")
+if not triton_.COMPILES_EXACTLY:
+    pytest.skip("this Triton flushes subnormals, and is refused", allow_module_level=True)
 
 # Records what launch_ hands to the kernel, and compiles just that for sm_90. In a process of its
 # own: where triton interprets, it compiles nothing.

@@ -7,12 +7,15 @@ from .device_tables import device_tables, refuse_capture, scalars_rows, upload
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
 try:
+    import triton
+
     from .triton_kernel import CHUNK, INTERPRETED, launch_
 except ImportError as error:
     INTERPRETED = False
     _missing = f"Triton can't be imported ({error}); pip install triton"
 else:
     _missing = None
+    COMPILES_EXACTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 def why_not(device_type: str) -> str | None:
@@ -20,6 +23,11 @@ def why_not(device_type: str) -> str | None:
         return _missing
     if INTERPRETED:
         return None if device_type == "cpu" else "TRITON_INTERPRET=1: only CPU tensors are stepped"
+    if not COMPILES_EXACTLY:
+        return (
+            f"Triton {triton.__version__} compiles division and square root so that subnormals are "
+            "flushed to zero; 3.6 and later do not"
+        )
     if device_type != "cuda":
         return f"Triton steps GPU tensors only; {_INTERPRETER}"
     return None if torch.cuda.is_available() else f"torch finds no GPU; {_INTERPRETER}"

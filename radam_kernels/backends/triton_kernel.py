@@ -11,6 +11,7 @@ from ..schedule import Action, StepScalars
 CHUNK = 4096  # elements that one program steps
 
 # Kernels see constants of the module only as tl.constexpr.
+_SKIP = tl.constexpr(int(Action.SKIP))
 _HOLD = tl.constexpr(int(Action.HOLD))
 _MOMENTUM = tl.constexpr(int(Action.MOMENTUM))
 _RECTIFIED = tl.constexpr(int(Action.RECTIFIED))
@@ -54,16 +55,20 @@ def _radam_update(p, g, m, v, s, l2, action):
 
 
 @triton.jit
-def _pointer(address, DTYPE: tl.constexpr):
+def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     # bfloat16 travels as its bits: the interpreter would truncate instead of rounding.
     if DTYPE == _FLOAT32:
-        return address.to(tl.pointer_type(tl.float32))
+        pointer = address.to(tl.pointer_type(tl.float32))
     elif DTYPE == _BFLOAT16:
-        return address.to(tl.pointer_type(tl.uint16))
+        pointer = address.to(tl.pointer_type(tl.uint16))
     elif DTYPE == _FLOAT16:
-        return address.to(tl.pointer_type(tl.float16))
+        pointer = address.to(tl.pointer_type(tl.float16))
     else:
-        return address.to(tl.pointer_type(tl.float64))
+        pointer = address.to(tl.pointer_type(tl.float64))
+    # Here and not at the call, where Triton before 3.9 forgets it.
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -91,9 +96,11 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _step_block(
-    p_ptr, g_ptr, m_ptr, v_ptr, mask, s, l2, action,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    param, grad, exp_avg, exp_avg_sq, at, mask, s, l2, action,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    p_ptr, g_ptr = _pointer(param, PARAM, ALIGNED) + at, _pointer(grad, GRAD, ALIGNED) + at
+    m_ptr, v_ptr = _pointer(exp_avg, STATE, ALIGNED) + at, _pointer(exp_avg_sq, STATE, ALIGNED) + at
     p = _widen(tl.load(p_ptr, mask), PARAM)
     g = _widen(tl.load(g_ptr, mask), GRAD)
     m = _widen(tl.load(m_ptr, mask), STATE)
@@ -130,25 +137,18 @@ def radam_step_kernel(
     l2 = s[1] != 0
 
     at = begin + tl.arange(0, BLOCK)
-    p_ptr, g_ptr = _pointer(param, PARAM), _pointer(grad, GRAD)
-    m_ptr, v_ptr = _pointer(exp_avg, STATE), _pointer(exp_avg_sq, STATE)
-    if action != 0:
+    if action != _SKIP:
         # A mask of unknown divisibility would turn 16-byte accesses into single ones.
         if (begin + BLOCK <= numel) & (((param | grad | exp_avg | exp_avg_sq) & 15) == 0):
             _step_block(
-                tl.multiple_of(p_ptr, 16) + at, tl.multiple_of(g_ptr, 16) + at,
-                tl.multiple_of(m_ptr, 16) + at, tl.multiple_of(v_ptr, 16) + at,
-                None, s, l2, action, PARAM, GRAD, STATE,
+                param, grad, exp_avg, exp_avg_sq, at, None, s, l2, action,
+                PARAM, GRAD, STATE, True,
             )  # fmt: skip
         else:
             _step_block(
-                p_ptr + at, g_ptr + at, m_ptr + at, v_ptr + at,
-                at < numel, s, l2, action, PARAM, GRAD, STATE,
+                param, grad, exp_avg, exp_avg_sq, at, at < numel, s, l2, action,
+                PARAM, GRAD, STATE, False,
             )  # fmt: skip
-
-
-# triton.jit has looked at TRITON_INTERPRET, which has several spellings.
-INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
 
 
 def launch_(segments: Tensor, work: Tensor, scalars: Tensor, dtypes: tuple[int, int, int]) -> None:
