@@ -11,7 +11,7 @@ try:
 
     from .triton_kernel import CHUNK, INTERPRETED, launch_
 except ImportError as error:
-    INTERPRETED = False
+    INTERPRETED = COMPILES_EXACTLY = False
     _missing = f"Triton can't be imported ({error}); pip install triton"
 else:
     _missing = None

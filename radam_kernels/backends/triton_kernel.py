@@ -151,6 +151,10 @@ def radam_step_kernel(
             )  # fmt: skip
 
 
+# triton.jit has looked at TRITON_INTERPRET, which has several spellings.
+INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
+
+
 def launch_(segments: Tensor, work: Tensor, scalars: Tensor, dtypes: tuple[int, int, int]) -> None:
     """Launches the kernel on the current stream: tables as tensors, dtypes as codes."""
     if len(work):
