@@ -28,23 +28,40 @@ const Names& names() {
 }
 
 // The three items of a parameter's state; false if one is missing.
-bool find_items(PyObject* state, PyObject*& step, PyObject*& exp_avg, PyObject*& exp_avg_sq) {
+bool find_items(PyObject* state, Ref& step, Ref& exp_avg, Ref& exp_avg_sq) {
   PyObject *keys[3], *values[3];
   Py_ssize_t position = 0;
   int n = 0;
   while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
   // Nearly always in the order in which they were put there, under interned names.
-  if (n == 3 && keys[0] == names().step && keys[1] == names().exp_avg &&
-      keys[2] == names().exp_avg_sq) {
-    step = values[0];
-    exp_avg = values[1];
-    exp_avg_sq = values[2];
-    return true;
+  if (n < 3 || keys[0] != names().step || keys[1] != names().exp_avg ||
+      keys[2] != names().exp_avg_sq) {
+    values[0] = item(state, names().step);
+    values[1] = item(state, names().exp_avg);
+    values[2] = item(state, names().exp_avg_sq);
   }
-  step = item(state, names().step);
-  exp_avg = item(state, names().exp_avg);
-  exp_avg_sq = item(state, names().exp_avg_sq);
-  return step && exp_avg && exp_avg_sq;
+  if (!values[0] || !values[1] || !values[2]) return false;
+  step = Ref::borrow(values[0]);
+  exp_avg = Ref::borrow(values[1]);
+  exp_avg_sq = Ref::borrow(values[2]);
+  return true;
+}
+
+// Calls visit(group index, group, param) for every parameter, holding the latter two meanwhile.
+template <typename Visit>
+void for_each_param(PyObject* groups, const Visit& visit) {
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    const Ref group = Ref::borrow(PyList_GET_ITEM(groups, g));
+    if (!PyDict_Check(group.get())) throw std::invalid_argument("param_groups must hold dicts");
+    const Ref params = Ref::borrow(item(group.get(), names().params));
+    if (!params.get() || !PyList_Check(params.get())) {
+      throw std::invalid_argument("the \"params\" of a parameter group must be a list");
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i) {
+      const Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));
+      visit(static_cast<int64_t>(g), group.get(), param.get());
+    }
+  }
 }
 
 // param.grad, a new reference. For the plain types it calls the getter of the attribute, which is
@@ -72,10 +89,10 @@ Ref gradient(PyObject* param) {
 }
 
 // A lazily negated tensor holds the wrong signs in memory. Asking costs as much as everything else
-// that a step asks of a tensor; but such a tensor is the imaginary part of a conjugate, and so no
-// imaginary part starts on 16 bytes.
+// that a step asks of a tensor; but such a tensor is the imaginary part of a conjugate: it has a
+// stride of two, and is dense only if it has one element. (Nor do they start on 16 bytes, mostly.)
 bool is_negated(PyObject* tensor, const TensorInfo& info) {
-  if (reinterpret_cast<uintptr_t>(info.data) % 16 == 0) return false;
+  if (info.numel != 1 && reinterpret_cast<uintptr_t>(info.data) % 16 == 0) return false;
   const Ref result = Ref::steal(PyObject_CallMethodNoArgs(tensor, names().is_neg));
   return result.get() != Py_False;
 }
@@ -98,51 +115,47 @@ bool Table::knows(PyObject* state) {
 
 Ref Table::collect(PyObject* groups, PyObject* state) {
   release();
+  // The gradients first: a parameter may be of a class whose `grad` runs code, which may do
+  // anything.
+  for_each_param(
+      groups, [&](int64_t, PyObject*, PyObject* param) { gradients_.push_back(gradient(param)); });
   // Hashing a tensor runs Python code, so parameters are looked up only when the state's items
   // are others than at the last step.
   if (!knows(state)) entries_.clear();
   Ref pending = Ref::steal(PyList_New(0));
   size_t position = 0;
-  for (Py_ssize_t group = 0; group < PyList_GET_SIZE(groups); ++group) {
-    const Ref options = Ref::borrow(PyList_GET_ITEM(groups, group));
-    if (!PyDict_Check(options.get())) throw std::invalid_argument("param_groups must hold dicts");
-    const Ref params = Ref::borrow(item(options.get(), names().params));
-    if (!params.get() || !PyList_Check(params.get())) {
-      throw std::invalid_argument("the \"params\" of a parameter group must be a list");
+  for_each_param(groups, [&](int64_t group, PyObject* options, PyObject* param) {
+    if (position == gradients_.size()) throw std::runtime_error("param_groups changed in a step");
+    if (position == entries_.size()) entries_.emplace_back();
+    Entry& entry = entries_[position];
+    PyObject* const grad = gradients_[position++].get();
+    if (entry.param != param) {
+      entry = Entry();
+      entry.state = item(state, param);
+      entry.param = param;
     }
-    PyObject* requested = item(options.get(), names().state_dtype);
-    const int requested_dtype = requested ? dtype_code(requested) : -1;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i, ++position) {
-      const Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));
-      const Ref grad = gradient(param.get());
-      if (position == entries_.size()) entries_.emplace_back();
-      Entry& entry = entries_[position];
-      if (entry.param != param.get()) {
-        entry = Entry();
-        entry.param = param.get();
-        entry.state = item(state, param.get());
-      }
-      if (grad.get() == Py_None) continue;
-      if (collect_one(entry, grad.get(), group, requested_dtype)) continue;
-      const Ref row = Ref::steal(Py_BuildValue("(nOO)", group, param.get(), grad.get()));
-      if (PyList_Append(pending.get(), row.get()) != 0) throw PythonError();
-    }
-  }
+    if (grad == Py_None || collect_one(entry, grad, group, options)) return;
+    const Ref row = Ref::steal(Py_BuildValue("(LOO)", group, param, grad));
+    if (PyList_Append(pending.get(), row.get()) != 0) throw PythonError();
+  });
+  gradients_.clear();
   return pending;
 }
 
-bool Table::collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype) {
+bool Table::collect_one(const Entry& entry, PyObject* grad, int64_t group, PyObject* options) {
   if (!entry.state || !PyDict_Check(entry.state)) return false;
-  PyObject *step, *exp_avg, *exp_avg_sq;
+  Ref step, exp_avg, exp_avg_sq;
   if (!find_items(entry.state, step, exp_avg, exp_avg_sq)) return false;
-  const Objects objects = {entry.param, grad, exp_avg, exp_avg_sq};
+  const Objects objects = {entry.param, grad, exp_avg.get(), exp_avg_sq.get()};
   if (refuse(objects)) return false;
-  if (exp_avg_.dtype != state_dtype(static_cast<DType>(param_.dtype), requested_dtype)) {
+  PyObject* requested = item(options, names().state_dtype);
+  if (exp_avg_.dtype !=
+      state_dtype(static_cast<DType>(param_.dtype), requested ? dtype_code(requested) : -1)) {
     return false;
   }
   StepCell cell;
-  if (read_step(step, cell)) return false;
-  append(objects, count_step(step, cell, group), entry.param);
+  if (read_step(step.get(), cell)) return false;
+  append(objects, count_step(step.get(), cell, group), entry.param);
   return true;
 }
 
@@ -239,17 +252,18 @@ Bucket& Table::bucket_of(const Device& device, const DTypeSet& dtypes) {
 
 const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
   for (size_t i = scalars_.size(); i < counts_.size(); ++i) {
-    PyObject* group = PyList_GetItem(groups, counts_[i].group);
-    if (!group) throw PythonError();
+    const Count count = counts_[i];
+    const Ref group = Ref::borrow(PyList_GetItem(groups, count.group));
+    if (!group.get()) throw PythonError();
     Hyperparameters options;
-    if (!read_hyperparameters(group, options) || !valid(options, counts_[i].step)) {
+    if (!read_hyperparameters(group.get(), options) || !valid(options, count.step)) {
       const Ref schedule = Ref::steal(PyImport_ImportModule("radam_kernels.schedule"));
       Ref::steal(
-          PyObject_CallMethod(schedule.get(), "group_scalars", "Od", group, counts_[i].step));
+          PyObject_CallMethod(schedule.get(), "group_scalars", "Od", group.get(), count.step));
       throw std::invalid_argument(
           "hyperparameters that radam_kernels.schedule takes, but no kernel");
     }
-    scalars_.push_back(step_scalars(options, counts_[i].step));
+    scalars_.push_back(step_scalars(options, count.step));
   }
   return scalars_;
 }
@@ -276,6 +290,7 @@ void Table::release() {
   counts_.clear();
   scalars_.clear();
   advances_.clear();
+  gradients_.clear();
   owners_ = Ref::steal(PyList_New(0));
 }
 

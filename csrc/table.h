@@ -68,7 +68,7 @@ class Table {
     Ref step;
   };
   bool knows(PyObject* state);
-  bool collect_one(Entry& entry, PyObject* grad, int64_t group, int requested_dtype);
+  bool collect_one(const Entry& entry, PyObject* grad, int64_t group, PyObject* options);
   const char* refuse(const Objects& objects);
   const char* read_step(PyObject* step, StepCell& cell);
   int64_t count_step(PyObject* step, const StepCell& cell, int64_t group);
@@ -77,6 +77,7 @@ class Table {
   Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
 
   TensorInfo param_, grad_, exp_avg_, exp_avg_sq_, step_;
+  std::vector<Ref> gradients_;                                // only while collecting
   std::vector<Entry> entries_;                                // one a parameter, in order
   std::vector<std::pair<PyObject*, PyObject*>> known_state_;  // the state's items, in order
   std::deque<Bucket> buckets_;

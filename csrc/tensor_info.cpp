@@ -42,7 +42,7 @@ const DLPackExchangeAPI* find_exchange_api() {
   if (!capsule) PyErr_Clear();
   if (!PyCapsule_IsValid(capsule, kName)) return nullptr;
   const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, kName));
-  return api->header.major == 1 ? api : nullptr;
+  return api->header.major == 1 && api->dltensor_from_py_object_no_sync ? api : nullptr;
 }
 
 const DLPackExchangeAPI* exchange_api() {
@@ -73,6 +73,7 @@ bool describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorIn
   info.device = t.device;
   info.dtype = dtype_of(t.dtype);
   info.ndim = t.ndim;
+  if (info.ndim > kMaxDims) return false;
   info.sizes = t.shape;
   info.strides = t.strides;
   info.numel = count(info);
@@ -106,6 +107,7 @@ bool describe_by_attributes(PyObject* tensor, TensorInfo& info) try {
   const Ref sizes = get(names.shape), strides = call(names.stride);
   info.ndim = static_cast<int32_t>(PyTuple_Size(sizes.get()));
   if (info.ndim < 0) throw PythonError();
+  if (info.ndim > kMaxDims) return false;
   for (int i = 0; i < info.ndim; ++i) {
     info.storage[i] = to_int(PyTuple_GetItem(sizes.get(), i));
     info.storage[kMaxDims + i] = to_int(PyTuple_GetItem(strides.get(), i));
@@ -141,7 +143,7 @@ bool describe(PyObject* tensor, TensorInfo& info) {
     return info.data != nullptr || info.numel == 0;
   }
   // A wish to stop is not a fact about the tensor.
-  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError();
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError();
   PyErr_Clear();
   return false;
 }

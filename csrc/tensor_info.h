@@ -18,7 +18,7 @@ struct Device {
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 
-constexpr int kMaxDims = 64;  // torch's own limit
+constexpr int kMaxDims = 64;  // tensors of more are not described
 
 struct TensorInfo {
   char* data = nullptr;

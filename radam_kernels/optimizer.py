@@ -105,7 +105,6 @@ class RAdam(Optimizer):
         check_name(backend)
         self._backend = backend
         self._flatten = False  # not while the groups come in: all of them share one buffer
-        self._table = cpu.Table()
         super().__init__(params, defaults)
         if flatten:
             flatten_(p for group in self.param_groups for p in group["params"])
@@ -137,15 +136,20 @@ class RAdam(Optimizer):
                 loss = closure()
         made: list[Tensor] = []
         staged: list[Staged] = []
+        groups = self.param_groups
+        # Taken out, so that a step in another thread, or within this one, has a table of its own.
+        table = self.__dict__.pop("_table", None) or cpu.Table()
         try:
-            if pending := self._table.collect(self.param_groups, self.state):
-                staged = self._attend(pending, made)
-            launch(self._table, self.param_groups, self._backend, self._owner_name)
+            if pending := table.collect(groups, self.state):
+                staged = self._attend(table, pending, made)
+            launch(table, groups, self._backend, lambda i: str(_Name(table.owners[i], groups)))
         except BaseException:
             for owner in made:
                 del self.state[owner]
-            self._table.release()
+            table.release()
             raise
+        finally:
+            self._table = table
         for item in staged:
             if item.copied:
                 with torch.no_grad():
@@ -153,7 +157,7 @@ class RAdam(Optimizer):
         return loss
 
     @torch.no_grad()
-    def _attend(self, pending: list[tuple], made: list[Tensor]) -> list[Staged]:
+    def _attend(self, table, pending: list[tuple], made: list[Tensor]) -> list[Staged]:
         """Puts into the table what collect() left aside. Checks all of it before it changes any.
 
         `made` receives the parameters whose state is made here.
@@ -165,7 +169,7 @@ class RAdam(Optimizer):
             if self.state.get(owner):
                 check_state(self.state[owner], owner, name)
         if any(item.copied for item in staged):
-            owners = [*self._table.owners, *(item.owner for item in staged)]
+            owners = [*table.owners, *(item.owner for item in staged)]
             if pair := find_sharing(owners):
                 name, other = (str(_Name(owners[i], self.param_groups)) for i in pair)
                 raise ValueError(
@@ -176,7 +180,7 @@ class RAdam(Optimizer):
         for (index, owner, _), item in zip(pending, staged, strict=True):
             state = self.state[owner]
             try:
-                self._table.add(
+                table.add(
                     real(item.param),
                     real(item.grad),
                     *(real(local(state[key])) for key in MOMENTS),
@@ -232,7 +236,6 @@ class RAdam(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_flatten", False)
-        self.__dict__.setdefault("_table", cpu.Table())
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -260,9 +263,6 @@ class RAdam(Optimizer):
                 local(moment).copy_(local(_unshield(state[key])))
             state.update(moments)
             state["step"] = as_step(state["step"], "a parameter").clone()
-
-    def _owner_name(self, i: int) -> str:
-        return str(_Name(self._table.owners[i], self.param_groups))
 
 
 class _Name:

@@ -4,6 +4,7 @@ import inspect
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -786,3 +787,22 @@ def test_the_cpu_kernel_gives_the_bits_of_the_reference(groups):
         assert same_bits(p, q), f"param {i}"
         for key, value in ours.state[p].items():
             assert same_bits(value, reference.state[q][key]), f"{key} of param {i}"
+
+
+def test_a_negated_gradient_of_one_element_is_read_with_its_sign():
+    # z.conj().imag is lazily negated; on numpy's memory it can start on 16 bytes.
+    room = np.zeros(16, np.float32)
+    skip = (3 - room.ctypes.data // 4) % 4
+    z = torch.view_as_complex(torch.from_numpy(room[skip : skip + 2]).reshape(1, 2))
+    z.fill_(1 + 2j)
+    steps = []
+    for cls in (RAdam, torch.optim.RAdam):
+        p = Parameter(torch.zeros(1))
+        p.grad = z.conj().imag
+        assert p.grad.is_neg()
+        assert p.grad.data_ptr() % 16 == 0
+        optimizer = cls([p], lr=0.1)
+        for _ in range(3):
+            optimizer.step()
+        steps.append(p.item())
+    assert steps[0] == pytest.approx(steps[1])

@@ -404,3 +404,7 @@ def test_tables_are_copies_of_what_the_host_goes_on_to_change():
     source.fill(segments)
     source.table.scalars([{**group, "lr": 2.0}])
     assert np.array_equal(scalars, kept)
+
+
+def test_tensors_of_very_many_dimensions_are_not_taken_for_dense():
+    assert not flat.is_dense(torch.zeros([1] * 150 + [2, 3]).transpose(-1, -2))

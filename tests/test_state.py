@@ -891,6 +891,19 @@ def test_edits_among_parameters_of_one_shape_are_picked_up(edit):
     assert_same(a, b, rtol=1e-5, atol=2e-6)
 
 
+def test_a_subclass_may_have_a_grad_of_its_own():
+    class Doubled(Parameter):
+        @property
+        def grad(self):
+            return 2 * torch.ones(3)
+
+    p = Doubled(torch.zeros(3))
+    optimizer = RAdam([p], lr=0.5)
+    optimizer.step()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), -2.0))
+
+
 def test_a_step_may_be_replaced_by_a_number():
     def by(value):
         optimizer = RAdam(parameters(), lr=0.1)
