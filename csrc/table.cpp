@@ -138,6 +138,8 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
     const Ref row = Ref::steal(Py_BuildValue("(LOO)", group, param, grad));
     if (PyList_Append(pending.get(), row.get()) != 0) throw PythonError();
   });
+  // What ran meanwhile may have changed the state, and an entry may be newer than what is known.
+  if (!knows(state)) entries_.clear();
   gradients_.clear();
   return pending;
 }

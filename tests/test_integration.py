@@ -588,8 +588,8 @@ def test_distributed_checkpoint_state_dicts(process_group):
     assert_same_parameters(other, model, rtol=0, atol=0)
 
 
-# Each of these runs in a process of its own, where freed memory is overwritten: what went wrong here
-# was a crash, or the use of memory that was somebody else's by then.
+# Each of these runs in a process of its own, where freed memory is overwritten: what went wrong
+# here was a crash, or the use of memory that was somebody else's by then.
 HOSTILE = {
     "a gradient that clears the state": """
 class Hostile(torch.nn.Parameter):
