@@ -65,8 +65,9 @@ void for_each_param(PyObject* groups, const Visit& visit) {
 }
 
 // param.grad, a new reference. For the plain types it calls the getter of the attribute, which is
-// always the same, instead of looking for it in every class of the type.
-Ref gradient(PyObject* param) {
+// always the same, instead of looking for it in every class of the type; for others it takes back
+// the trust that no Python code has run.
+Ref gradient(PyObject* param, bool& trusted) {
   struct Plain {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
     PyGetSetDef* grad = nullptr;
@@ -85,6 +86,7 @@ Ref gradient(PyObject* param) {
   if (plain.grad && (Py_TYPE(param) == plain.parameter || Py_TYPE(param) == plain.tensor)) {
     return Ref::steal(plain.grad->get(param, plain.grad->closure));
   }
+  trusted = false;
   return Ref::steal(PyObject_GetAttr(param, names().grad));
 }
 
@@ -115,32 +117,26 @@ bool Table::knows(PyObject* state) {
 
 Ref Table::collect(PyObject* groups, PyObject* state) {
   release();
-  // The gradients first: a parameter may be of a class whose `grad` runs code, which may do
-  // anything.
-  for_each_param(
-      groups, [&](int64_t, PyObject*, PyObject* param) { gradients_.push_back(gradient(param)); });
   // Hashing a tensor runs Python code, so parameters are looked up only when the state's items
-  // are others than at the last step.
-  if (!knows(state)) entries_.clear();
+  // are others than at the last step; and from the first one on that is another, or that is of a
+  // class whose `grad` may run code, which may do anything.
+  bool trusted = knows(state);
   Ref pending = Ref::steal(PyList_New(0));
   size_t position = 0;
   for_each_param(groups, [&](int64_t group, PyObject* options, PyObject* param) {
-    if (position == gradients_.size()) throw std::runtime_error("param_groups changed in a step");
-    if (position == entries_.size()) entries_.emplace_back();
-    Entry& entry = entries_[position];
-    PyObject* const grad = gradients_[position++].get();
-    if (entry.param != param) {
-      entry = Entry();
-      entry.state = item(state, param);
-      entry.param = param;
+    const Ref grad = gradient(param, trusted);
+    trusted = trusted && position < entries_.size() && entries_[position].param == param;
+    if (!trusted) {
+      entries_.resize(position);
+      entries_.push_back({param, item(state, param)});
     }
-    if (grad == Py_None || collect_one(entry, grad, group, options)) return;
-    const Ref row = Ref::steal(Py_BuildValue("(LOO)", group, param, grad));
+    const Entry entry = entries_[position++];
+    if (grad.get() == Py_None || collect_one(entry, grad.get(), group, options)) return;
+    const Ref row = Ref::steal(Py_BuildValue("(LOO)", group, param, grad.get()));
     if (PyList_Append(pending.get(), row.get()) != 0) throw PythonError();
   });
   // What ran meanwhile may have changed the state, and an entry may be newer than what is known.
-  if (!knows(state)) entries_.clear();
-  gradients_.clear();
+  if (!trusted && !knows(state)) entries_.clear();
   return pending;
 }
 
@@ -292,7 +288,6 @@ void Table::release() {
   counts_.clear();
   scalars_.clear();
   advances_.clear();
-  gradients_.clear();
   owners_ = Ref::steal(PyList_New(0));
 }
 

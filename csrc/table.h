@@ -59,8 +59,7 @@ class Table {
     bool is_double = false;
   };
   struct Entry {
-    PyObject* param = nullptr;  // borrowed, and only compared until the walk finds it again
-    PyObject* state = nullptr;  // likewise
+    PyObject *param, *state;  // borrowed, and only compared until the walk finds them again
   };
   struct Advance {
     StepCell cell;
@@ -77,7 +76,6 @@ class Table {
   Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
 
   TensorInfo param_, grad_, exp_avg_, exp_avg_sq_, step_;
-  std::vector<Ref> gradients_;                                // only while collecting
   std::vector<Entry> entries_;                                // one a parameter, in order
   std::vector<std::pair<PyObject*, PyObject*>> known_state_;  // the state's items, in order
   std::deque<Bucket> buckets_;
