@@ -75,6 +75,7 @@ struct OverlapError {};
 
 std::vector<Bucket*> prepare(Table& table, const py::list& groups) {
   table.scalars(groups.ptr());
+  table.read_device_groups(groups.ptr());
   if (const auto found = table.find_overlap()) {
     const auto what =
         py::make_tuple(found->owner, found->stream, found->other, found->other_stream);
@@ -87,10 +88,37 @@ std::vector<Bucket*> prepare(Table& table, const py::list& groups) {
 // Python has checked the tensors of a bucket, and nothing has changed them since.
 void step_bucket(const Bucket& bucket, Table& table, const py::list& groups, int threads) {
   if (bucket.device.type != kCPU) throw py::value_error("the bucket's tensors are not on the CPU");
-  const StepScalars* scalars = table.scalars(groups.ptr()).data();
+  if (bucket.capturable && bucket.scalars.size() != bucket.counters.size()) {
+    throw py::value_error("advance() the bucket first");
+  }
+  const StepScalars* scalars =
+      bucket.capturable ? bucket.scalars.data() : table.scalars(groups.ptr()).data();
   py::gil_scoped_release released;
   step_cpu(bucket.segments.data(), static_cast<int64_t>(bucket.segments.size()), bucket.dtypes,
            scalars, threads, instruction_sets()[0]);
+}
+
+// Moves the counts of a capturable bucket on, where they are in the host's memory.
+void advance_bucket(Bucket& bucket, uintptr_t grad_scale, uintptr_t found_inf) {
+  if (bucket.device.type != kCPU) throw py::value_error("the bucket's counts are not on the CPU");
+  const Scaling scaling = {pointer<const float>(grad_scale), pointer<const float>(found_inf)};
+  bucket.scalars.clear();
+  for (const Counter& counter : bucket.counters) {
+    bucket.scalars.push_back(advance(counter, bucket.hyperparameters.data(), scaling));
+  }
+}
+
+py::list steps(const Bucket& bucket) {
+  py::list rows;
+  for (size_t i = 0; i < bucket.counters.size(); ++i) {
+    rows.append(py::make_tuple(py::handle(bucket.steps[i].get()), bucket.counters[i].group));
+  }
+  return rows;
+}
+
+template <typename Row>
+py::bytes as_bytes(const std::vector<Row>& rows) {
+  return py::bytes(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Row));
 }
 
 py::list counts(const Table& table) {
@@ -177,6 +205,24 @@ PYBIND11_MODULE(_cpu, m) {
             return rows;
           },
           "The row of StepScalars that each segment obeys.")
+      .def_readonly("capturable", &Bucket::capturable,
+                    "Whether the step counts lie on the bucket's device, and advance there.")
+      .def_property_readonly(
+          "segment_rows", [](const Bucket& b) { return as_bytes(b.segments); },
+          "The segments as bytes, 48 a row.")
+      .def_property_readonly(
+          "counter_rows", [](const Bucket& b) { return as_bytes(b.counters); },
+          "Where the step counts are, as bytes, 16 a row; capturable only.")
+      .def_property_readonly(
+          "hyperparameter_rows", [](const Bucket& b) { return as_bytes(b.hyperparameters); },
+          "What the counters' groups say, as bytes, 72 a row; capturable only.")
+      .def_property_readonly(
+          "scalar_rows", [](const Bucket& b) { return as_bytes(b.scalars); },
+          "The StepScalars that advance() made, as bytes, 72 a row.")
+      .def("steps", &steps, "(step tensor, group index) of each segment; capturable only.")
+      .def("advance", &advance_bucket, py::arg("grad_scale"), py::arg("found_inf"),
+           "Moves the step counts on, on the CPU; capturable only. Takes the addresses of one "
+           "float each, or 0.")
       .def("step", &step_bucket, "Steps the bucket's segments on so many threads at most.")
       .def("tensors", &tensors, "(param, grad, exp_avg, exp_avg_sq) of each segment.");
 
@@ -187,12 +233,16 @@ PYBIND11_MODULE(_cpu, m) {
              return py::reinterpret_steal<py::list>(
                  table.collect(groups.ptr(), state.ptr()).release());
            })
-      .def("add",
-           [](Table& table, py::handle param, py::handle grad, py::handle exp_avg,
-              py::handle exp_avg_sq, py::handle step, int64_t group, py::handle owner) {
-             table.add(param.ptr(), grad.ptr(), exp_avg.ptr(), exp_avg_sq.ptr(), step.ptr(), group,
-                       owner.ptr());
-           })
+      .def(
+          "add",
+          [](Table& table, py::handle param, py::handle grad, py::handle exp_avg,
+             py::handle exp_avg_sq, py::handle step, int64_t group, py::handle owner,
+             bool capturable) {
+            table.add(param.ptr(), grad.ptr(), exp_avg.ptr(), exp_avg_sq.ptr(), step.ptr(), group,
+                      owner.ptr(), capturable);
+          },
+          py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+          py::arg("step"), py::arg("group"), py::arg("owner"), py::arg("capturable") = false)
       .def("prepare", &prepare, py::return_value_policy::reference_internal,
            "The buckets, once StepScalars are made of the groups' options and no segment is found "
            "to use memory that another one writes. Raises ValueError or Overlap.")
@@ -207,6 +257,12 @@ PYBIND11_MODULE(_cpu, m) {
             return py::make_tuple(reinterpret_cast<uintptr_t>(rows.data()), rows.size());
           },
           "Address and number of the rows of StepScalars that the segments obey.")
+      .def(
+          "scalar_rows",
+          [](Table& table, const py::list& groups) {
+            return as_bytes(table.scalars(groups.ptr()));
+          },
+          "These rows as bytes, 72 each.")
       .def("release", &Table::release)
       .def("buckets", &Table::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("counts", &counts)

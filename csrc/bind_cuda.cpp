@@ -11,17 +11,42 @@ namespace py = pybind11;
 namespace radam {
 namespace {
 
-void step(uintptr_t segments, uintptr_t work, int64_t blocks, int param, int grad, int state,
-          uintptr_t scalars, int64_t scalars_count, uintptr_t device_scalars, int device,
-          uintptr_t stream) {
-  if (blocks > 0 && (segments % 16 != 0 || work % 8 != 0 || !segments || !work)) {
-    throw py::value_error("the tables are null or not aligned");
+// An address on the device, of a table that has rows.
+template <typename T>
+T* table(uintptr_t address, int64_t rows) {
+  if (rows < 0 || (rows > 0 && (!address || address % 8 != 0))) {
+    throw py::value_error("a table of " + std::to_string(rows) + " rows at address " +
+                          std::to_string(address) + ": expected one that is there and aligned");
   }
-  step_cuda({dtype_set(param, grad, state), reinterpret_cast<const Segment*>(segments),
-             reinterpret_cast<const Work*>(work), blocks,
-             reinterpret_cast<const StepScalars*>(scalars), scalars_count,
-             reinterpret_cast<const StepScalars*>(device_scalars), device,
-             reinterpret_cast<void*>(stream)});
+  return reinterpret_cast<T*>(address);
+}
+
+void step(uintptr_t segments, uintptr_t work, int run, int64_t blocks, int param, int grad,
+          int state, uintptr_t scalars, int64_t scalars_count, uintptr_t device_scalars, int device,
+          uintptr_t stream) {
+  step_cuda({dtype_set(param, grad, state), table<const Segment>(segments, blocks),
+             table<const Work>(work, blocks), run, blocks,
+             table<const StepScalars>(scalars, scalars_count), scalars_count,
+             table<const StepScalars>(device_scalars, 0), device, reinterpret_cast<void*>(stream)});
+}
+
+void advance_counters(uintptr_t counters, int64_t count, uintptr_t groups, uintptr_t scalars,
+                      uintptr_t grad_scale, uintptr_t found_inf, int device, uintptr_t stream) {
+  advance_cuda(
+      {table<const Counter>(counters, count),
+       count,
+       table<const Hyperparameters>(groups, count),
+       table<StepScalars>(scalars, count),
+       {reinterpret_cast<const float*>(grad_scale), reinterpret_cast<const float*>(found_inf)},
+       device,
+       reinterpret_cast<void*>(stream)});
+}
+
+void upload(uintptr_t to, const py::bytes& from, int device, uintptr_t stream) {
+  const std::string_view bytes = from;
+  const int64_t size = static_cast<int64_t>(bytes.size());
+  if (size % 8 != 0) throw py::value_error("expected whole rows of eight bytes");
+  upload_cuda(table<char>(to, size), bytes.data(), size, device, reinterpret_cast<void*>(stream));
 }
 
 int version(cudaError_t (*ask)(int*)) {
@@ -43,11 +68,18 @@ PYBIND11_MODULE(_cuda, m) {
       "chunk",
       [](int param, int grad, int state) { return cuda_chunk(dtype_set(param, grad, state)); },
       "Elements that one block steps.");
-  m.def("step", &step, py::arg("segments"), py::arg("work"), py::arg("blocks"), py::arg("param"),
-        py::arg("grad"), py::arg("state"), py::arg("scalars"), py::arg("scalars_count"),
-        py::arg("device_scalars"), py::arg("device"), py::arg("stream"),
+  m.def("step", &step, py::arg("segments"), py::arg("work"), py::arg("run"), py::arg("blocks"),
+        py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("scalars"),
+        py::arg("scalars_count"), py::arg("device_scalars"), py::arg("device"), py::arg("stream"),
         "Launches one step: tables by their addresses on the device, scalars on the host "
         "(at most inline_scalars rows) or on the device, dtypes as codes.");
+  m.def("advance", &advance_counters, py::arg("counters"), py::arg("count"), py::arg("groups"),
+        py::arg("scalars"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("device"),
+        py::arg("stream"),
+        "Moves step counts on and makes a row of StepScalars for each, all by their addresses on "
+        "the device; grad_scale and found_inf may be 0.");
+  m.def("upload", &upload, py::arg("to"), py::arg("rows"), py::arg("device"), py::arg("stream"),
+        "Copies bytes to an address on the device, in stream order; a CUDA graph keeps them.");
   m.def("why_not", &why_not_cuda, "Why no kernel runs on this device; empty if they do.");
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });

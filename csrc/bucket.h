@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "advance.h"
 #include "tensor_info.h"
 
 namespace radam {
@@ -14,14 +15,32 @@ struct Tensors {
 
 // The segments of one device and dtype set: what one launch steps.
 struct Bucket {
-  Bucket(const Device& device, const DTypeSet& dtypes) : device(device), dtypes(dtypes) {}
+  Bucket(const Device& device, const DTypeSet& dtypes, bool capturable)
+      : device(device), dtypes(dtypes), capturable(capturable) {}
   Bucket(const Bucket&) = delete;
 
   const Device device;
   const DTypeSet dtypes;
+  const bool capturable;  // whether the step counts are on the device too, and advance there
   std::vector<Segment> segments;
   std::vector<int64_t> owners;   // of each segment: where in Table::owners()
   std::vector<Tensors> tensors;  // of each segment
+
+  // Only where capturable. Segment i obeys the scalars that counter i leads to.
+  std::vector<Counter> counters;
+  std::vector<Ref> steps;                        // the tensors that hold the counts
+  std::vector<Hyperparameters> hyperparameters;  // by index of the group; zeros for other groups
+  std::vector<StepScalars> scalars;              // where the host advances
+
+  void release() {
+    segments.clear();
+    owners.clear();
+    tensors.clear();
+    counters.clear();
+    steps.clear();
+    hyperparameters.clear();
+    scalars.clear();
+  }
 };
 
 }  // namespace radam

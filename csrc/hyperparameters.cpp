@@ -1,6 +1,8 @@
 // Reads the options of a parameter group; what is out of range is not its business.
 #include "hyperparameters.h"
 
+#include <stdexcept>
+
 namespace radam {
 namespace {
 
@@ -46,9 +48,28 @@ bool flag(PyObject* group, PyObject* key) {
   return truth != 0;
 }
 
+void read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
+  h.lr_data = nullptr;
+  h.lr_dtype = 0;
+  TensorInfo info;
+  if (device && !PyFloat_CheckExact(lr) && describe(lr, info) && info.numel == 1 &&
+      info.dtype >= 0 && (info.device.type != kCPU || device->type == kCPU)) {
+    if (!(info.device == *device)) {
+      throw std::invalid_argument(
+          "lr is a tensor on another GPU than the parameters of its group; move it to theirs, or "
+          "give a number");
+    }
+    h.lr = 0.0;
+    h.lr_data = info.data;
+    h.lr_dtype = info.dtype;
+  } else {
+    h.lr = number(lr);
+  }
+}
+
 }  // namespace
 
-bool read_hyperparameters(PyObject* group, Hyperparameters& h) {
+bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device) {
   static const Names n;
   const Ref betas = Ref::steal(PySequence_Tuple(required(group, n.betas)));
   if (PyTuple_GET_SIZE(betas.get()) != 2) return false;
@@ -60,7 +81,7 @@ bool read_hyperparameters(PyObject* group, Hyperparameters& h) {
   h.grad_scale = grad_scale ? number(grad_scale) : 1.0;
   h.beta1 = number(PyTuple_GET_ITEM(betas.get(), 0));
   h.beta2 = number(PyTuple_GET_ITEM(betas.get(), 1));
-  h.lr = number(required(group, n.lr));
+  read_lr(required(group, n.lr), h, device);
   h.eps = number(required(group, n.eps));
   h.weight_decay = number(required(group, n.weight_decay));
   h.rho_threshold = number(required(group, n.rho_threshold));

@@ -5,18 +5,26 @@
 #include <algorithm>
 
 namespace radam {
+namespace {
+
+const void* step_of(const Bucket& bucket, size_t i) {
+  return bucket.capturable ? bucket.counters[i].step : nullptr;
+}
+
+}  // namespace
 
 // Whether the segments write to the memory that verified_ does; or with `grads`, read it as well.
 bool OverlapCheck::unchanged(const std::deque<Bucket>& buckets, bool grads) const {
   size_t i = 0;
   for (const Bucket& bucket : buckets) {
-    for (const Segment& s : bucket.segments) {
+    for (size_t j = 0; j < bucket.segments.size(); ++j) {
       if (i == verified_.size()) return false;
-      const auto& [dtypes, old] = verified_[i++];
+      const Segment& s = bucket.segments[j];
+      const auto& [dtypes, old, step] = verified_[i++];
       const bool same = grads ? s.grad == old.grad
                               : dtypes == bucket.dtypes && s.param == old.param &&
                                     s.exp_avg == old.exp_avg && s.exp_avg_sq == old.exp_avg_sq &&
-                                    s.numel == old.numel;
+                                    s.numel == old.numel && step == step_of(bucket, j);
       if (!same) return false;
     }
   }
@@ -24,21 +32,24 @@ bool OverlapCheck::unchanged(const std::deque<Bucket>& buckets, bool grads) cons
 }
 
 std::optional<Overlap> OverlapCheck::find(const std::deque<Bucket>& buckets) {
-  const auto bytes = [](DType dtype, int64_t numel) { return numel * kDTypeSizes[dtype]; };
+  const auto bytes = [](int dtype, int64_t numel) { return numel * kDTypeSizes[dtype]; };
   if (!unchanged(buckets, false)) {
     verified_.clear();
     written_.clear();
     for (const Bucket& bucket : buckets) {
       for (size_t i = 0; i < bucket.segments.size(); ++i) {
         const Segment& s = bucket.segments[i];
-        const auto write = [&](const void* data, DType dtype, const char* stream) {
+        const auto write = [&](const void* data, int dtype, int64_t numel, const char* stream) {
           const char* begin = static_cast<const char*>(data);
-          if (s.numel)
-            written_.push_back({begin, begin + bytes(dtype, s.numel), bucket.owners[i], stream});
+          const char* end = begin + bytes(dtype, numel);
+          if (numel) written_.push_back({begin, end, bucket.owners[i], stream});
         };
-        write(s.param, bucket.dtypes.param, "param");
-        write(s.exp_avg, bucket.dtypes.state, "exp_avg");
-        write(s.exp_avg_sq, bucket.dtypes.state, "exp_avg_sq");
+        write(s.param, bucket.dtypes.param, s.numel, "param");
+        write(s.exp_avg, bucket.dtypes.state, s.numel, "exp_avg");
+        write(s.exp_avg_sq, bucket.dtypes.state, s.numel, "exp_avg_sq");
+        if (bucket.capturable) {
+          write(bucket.counters[i].step, bucket.counters[i].dtype, 1, "step");
+        }
       }
     }
     std::sort(written_.begin(), written_.end(),
@@ -67,7 +78,9 @@ std::optional<Overlap> OverlapCheck::find(const std::deque<Bucket>& buckets) {
     }
   }
   for (const Bucket& bucket : buckets) {
-    for (const Segment& s : bucket.segments) verified_.push_back({bucket.dtypes, s});
+    for (size_t i = 0; i < bucket.segments.size(); ++i) {
+      verified_.push_back({bucket.dtypes, bucket.segments[i], step_of(bucket, i)});
+    }
   }
   return std::nullopt;
 }

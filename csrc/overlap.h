@@ -12,7 +12,7 @@ namespace radam {
 
 struct Overlap {
   int64_t owner, other;              // where in Table::owners()
-  std::string stream, other_stream;  // "param", "grad", "exp_avg" or "exp_avg_sq"
+  std::string stream, other_stream;  // a field of Segment, or "step"
 };
 
 class OverlapCheck {
@@ -24,6 +24,7 @@ class OverlapCheck {
   struct Verified {
     DTypeSet dtypes;
     Segment segment;
+    const void* step;  // null if it is not for the device to write
   };
   struct Interval {
     const char *begin, *end;

@@ -3,6 +3,8 @@
 // order, so that on the host they give the same bits.
 #pragma once
 
+#include <cstdint>
+
 #include "radam_math.h"
 
 namespace radam {
@@ -10,7 +12,10 @@ namespace radam {
 struct Hyperparameters {
   double lr, beta1, beta2, eps, weight_decay, rho_threshold, grad_scale;
   bool decoupled_weight_decay, maximize, degenerated_to_sgd, exact;
+  int32_t lr_dtype;     // a DType, of
+  const void* lr_data;  // where lr lies on the device; null if it is `lr`
 };
+static_assert(sizeof(Hyperparameters) == 72, "no padding: rows are compared by their bytes");
 
 RADAM_INLINE bool valid(const Hyperparameters& h, double t) {
   return t >= 1 && t <= 0x1p53 && t == std::floor(t) && h.beta1 >= 0 && h.beta1 < 1 &&

@@ -1,4 +1,4 @@
-// The CUDA kernel: a block steps one chunk of one segment.
+// The CUDA kernels: a block steps one chunk of one segment; and the two small ones around it.
 //
 // It is bound by memory. Per fp32 parameter 28 bytes move (p, g, m, v in; p, m, v out), which at
 // 4.3 TB/s takes 6.5 ps; so the design is about keeping enough of them in flight. Every thread
@@ -7,6 +7,7 @@
 // IEEE division and square root cost tens of instructions an element, which that time hides.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -18,13 +19,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // that a thread steps, one after another
 
-struct Arguments {
-  const Segment* segments;
-  const Work* work;
-  const StepScalars* device_scalars;
-  StepScalars scalars[kInlineScalars];
-};
-
 template <typename P>
 struct Compute {
   using type = float;
@@ -32,6 +26,26 @@ struct Compute {
 template <>
 struct Compute<double> {
   using type = double;
+};
+
+// StepScalars as the kernel wants them; the host makes them where it can.
+template <typename T>
+struct Row {
+  Scalars<T> s;
+  Action action;
+
+  RADAM_INLINE Row() : Row(StepScalars{}) {}
+  RADAM_INLINE explicit Row(const StepScalars& scalars)
+      : s(scalars), action(static_cast<Action>(static_cast<int>(scalars.action))) {}
+};
+
+template <typename T>
+struct Arguments {
+  const Segment* segments;
+  const Work* work;
+  int run;
+  const StepScalars* device_scalars;
+  Row<T> rows[kInlineScalars];
 };
 
 // Elements a thread steps at once: 16 bytes of the narrowest stream.
@@ -90,16 +104,22 @@ __device__ __forceinline__ bool aligned(const Segment& s) {
 
 template <typename P, typename G, typename S>
 __global__ void __launch_bounds__(kThreads)
-    radam_step_kernel(const __grid_constant__ Arguments arguments) {
+    radam_step_kernel(const __grid_constant__ Arguments<typename Compute<P>::type> arguments) {
   using T = typename Compute<P>::type;
   constexpr int kN = kVector<P, G, S>;
+  constexpr int64_t kElements = kChunk<P, G, S>;
 
-  const Work work = arguments.work[blockIdx.x];
-  const Segment segment = arguments.segments[work.segment];
-  const StepScalars* rows = arguments.device_scalars ? arguments.device_scalars : arguments.scalars;
-  const StepScalars& row = rows[segment.scalars];
-  const Scalars<T> s(row);
-  const Action action = static_cast<Action>(static_cast<int>(row.action));
+  const Work work = arguments.work[blockIdx.x >> arguments.run];
+  const Segment* at = arguments.segments + work.segment;
+  int64_t chunk = work.chunk + (blockIdx.x & ((1u << arguments.run) - 1));
+  for (int64_t chunks; chunk >= (chunks = (at->numel + kElements - 1) / kElements); ++at) {
+    chunk -= chunks;
+  }
+  const Segment segment = *at;
+  const Row<T> row = arguments.device_scalars ? Row<T>(arguments.device_scalars[segment.scalars])
+                                              : arguments.rows[segment.scalars];
+  const Scalars<T>& s = row.s;
+  const Action action = row.action;
   if (action == kSkip) return;
   const bool l2 = s.weight_decay != 0;
 
@@ -107,9 +127,8 @@ __global__ void __launch_bounds__(kThreads)
   const G* const grads = static_cast<const G*>(segment.grad);
   S* const exp_avgs = static_cast<S*>(segment.exp_avg);
   S* const exp_avg_sqs = static_cast<S*>(segment.exp_avg_sq);
-  const int64_t begin = work.chunk * kChunk<P, G, S>;
-  const int64_t left = segment.numel - begin;
-  const int64_t end = left < kChunk<P, G, S> ? segment.numel : begin + kChunk<P, G, S>;
+  const int64_t begin = chunk * kElements;
+  const int64_t end = segment.numel - begin < kElements ? segment.numel : begin + kElements;
 
   int64_t done = begin;  // up to here, whole vectors
   if (aligned(segment)) {
@@ -134,6 +153,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kAdvanceThreads =
+    32;  // few: float64 is slow on most GPUs, so use many of their parts
+
+__global__ void __launch_bounds__(kAdvanceThreads)
+    radam_advance_kernel(const __grid_constant__ CudaAdvance a) {
+  const int64_t i = int64_t{blockIdx.x} * kAdvanceThreads + threadIdx.x;
+  if (i < a.count) a.scalars[i] = advance(a.counters[i], a.groups, a.scaling);
+}
+
+// What fits into the arguments of a launch, whose limit is 4 KB before CUDA 12.1.
+struct Payload {
+  static constexpr int kWords = 500;
+  uint64_t* to;
+  int64_t count;
+  uint64_t words[kWords];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    radam_upload_kernel(const __grid_constant__ Payload payload) {
+  for (int i = threadIdx.x; i < payload.count; i += kThreads) payload.to[i] = payload.words[i];
+}
+
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
@@ -153,6 +194,21 @@ class DeviceGuard {
  private:
   int before_ = 0;
 };
+
+template <typename Argument>
+void launch(void (*kernel)(Argument), const Argument& argument, int64_t blocks, int threads,
+            int device, void* stream, const char* name) {
+  if (blocks < 0 || blocks > INT32_MAX) {
+    throw std::runtime_error("too many blocks for one launch: " + std::to_string(blocks));
+  }
+  if (blocks == 0) return;
+  const DeviceGuard guard(device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, argument), name);
+}
 
 // Calls visit(P{}, G{}, S{}) with the types of a supported dtype set.
 template <typename Visit>
@@ -180,28 +236,37 @@ int64_t cuda_chunk(const DTypeSet& dtypes) {
 }
 
 void step_cuda(const CudaStep& step) {
-  if (step.blocks == 0) return;
-  if (step.blocks < 0 || step.blocks > INT32_MAX) {
-    throw std::runtime_error("too many blocks for one launch: " + std::to_string(step.blocks));
+  if (step.run < 0 || step.run > 30) {
+    throw std::runtime_error("run: expected 0 to 30, got " + std::to_string(step.run));
   }
   if (!step.device_scalars && (!step.scalars || step.scalars_count > kInlineScalars)) {
     throw std::runtime_error(std::to_string(step.scalars_count) + " rows of scalars; at most " +
                              std::to_string(kInlineScalars) + " travel with the launch");
   }
-  Arguments arguments = {step.segments, step.work, step.device_scalars, {}};
-  for (int64_t i = 0; !step.device_scalars && i < step.scalars_count; ++i) {
-    arguments.scalars[i] = step.scalars[i];
-  }
-  const DeviceGuard guard(step.device);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(step.blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(step.stream);
   with_dtypes(step.dtypes, [&](auto p, auto g, auto s) {
-    check(cudaLaunchKernelEx(&config, radam_step_kernel<decltype(p), decltype(g), decltype(s)>,
-                             arguments),
-          "radam_step_kernel");
+    using T = typename Compute<decltype(p)>::type;
+    Arguments<T> arguments = {step.segments, step.work, step.run, step.device_scalars, {}};
+    for (int64_t i = 0; !step.device_scalars && i < step.scalars_count; ++i) {
+      arguments.rows[i] = Row<T>(step.scalars[i]);
+    }
+    launch(radam_step_kernel<decltype(p), decltype(g), decltype(s)>, arguments, step.blocks,
+           kThreads, step.device, step.stream, "radam_step_kernel");
   });
+}
+
+void advance_cuda(const CudaAdvance& advance) {
+  launch(radam_advance_kernel, advance, (advance.count + kAdvanceThreads - 1) / kAdvanceThreads,
+         kAdvanceThreads, advance.device, advance.stream, "radam_advance_kernel");
+}
+
+void upload_cuda(void* to, const void* from, int64_t size, int device, void* stream) {
+  constexpr int64_t kBytes = sizeof(Payload::words);
+  for (int64_t done = 0; done < size; done += kBytes) {
+    const int64_t bytes = std::min(size - done, kBytes);
+    Payload payload = {reinterpret_cast<uint64_t*>(static_cast<char*>(to) + done), bytes / 8, {}};
+    memcpy(payload.words, static_cast<const char*>(from) + done, static_cast<size_t>(bytes));
+    launch(radam_upload_kernel, payload, 1, kThreads, device, stream, "radam_upload_kernel");
+  }
 }
 
 const char* why_not_cuda(int device) {

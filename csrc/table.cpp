@@ -12,6 +12,7 @@ namespace {
 // Names that a step looks up, interned once and never released.
 struct Names {
 #define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
+  RADAM_NAME(capturable);
   RADAM_NAME(exp_avg);
   RADAM_NAME(exp_avg_sq);
   RADAM_NAME(grad);
@@ -123,7 +124,11 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
   bool trusted = knows(state);
   Ref pending = Ref::steal(PyList_New(0));
   size_t position = 0;
-  for_each_param(groups, [&](int64_t group, PyObject* options, PyObject* param) {
+  int64_t last_group = -1;
+  GroupOptions options{};
+  for_each_param(groups, [&](int64_t group, PyObject* dict, PyObject* param) {
+    if (group != last_group) options = read_options(dict);
+    last_group = group;
     const Ref grad = gradient(param, trusted);
     trusted = trusted && position < entries_.size() && entries_[position].param == param;
     if (!trusted) {
@@ -140,34 +145,47 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
   return pending;
 }
 
-bool Table::collect_one(const Entry& entry, PyObject* grad, int64_t group, PyObject* options) {
+Table::GroupOptions Table::read_options(PyObject* group) {
+  PyObject* dtype = item(group, names().state_dtype);
+  PyObject* capturable = item(group, names().capturable);
+  const int truth = capturable ? PyObject_IsTrue(capturable) : 0;
+  if (truth < 0) throw PythonError();
+  return {dtype ? dtype_code(dtype) : -1, truth == 1};
+}
+
+bool Table::collect_one(const Entry& entry, PyObject* grad, int64_t group,
+                        const GroupOptions& options) {
   if (!entry.state || !PyDict_Check(entry.state)) return false;
   Ref step, exp_avg, exp_avg_sq;
   if (!find_items(entry.state, step, exp_avg, exp_avg_sq)) return false;
   const Objects objects = {entry.param, grad, exp_avg.get(), exp_avg_sq.get()};
   if (refuse(objects)) return false;
-  PyObject* requested = item(options, names().state_dtype);
-  if (exp_avg_.dtype !=
-      state_dtype(static_cast<DType>(param_.dtype), requested ? dtype_code(requested) : -1)) {
+  if (exp_avg_.dtype != state_dtype(static_cast<DType>(param_.dtype), options.state_dtype)) {
     return false;
   }
-  StepCell cell;
-  if (read_step(step.get(), cell)) return false;
-  append(objects, count_step(step.get(), cell, group), entry.param);
+  if (read_step(step.get(), options.capturable)) return false;
+  if (options.capturable) {
+    append_capturable(objects, step.get(), group, entry.param);
+  } else {
+    append(objects, count_step(step.get(), group), entry.param);
+  }
   return true;
 }
 
 void Table::add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* exp_avg_sq,
-                PyObject* step, int64_t group, PyObject* owner) {
+                PyObject* step, int64_t group, PyObject* owner, bool capturable) {
   const Objects objects = {param, grad, exp_avg, exp_avg_sq};
   const char* reason = refuse(objects);
-  StepCell cell;
   const bool counted = PyFloat_Check(step);
-  if (!reason && !counted) reason = read_step(step, cell);
+  if (!reason && !counted) reason = read_step(step, capturable);
   if (reason) throw std::invalid_argument(reason);
-  append(objects,
-         counted ? scalars_index(group, PyFloat_AS_DOUBLE(step)) : count_step(step, cell, group),
-         owner);
+  if (counted) {
+    append(objects, scalars_index(group, PyFloat_AS_DOUBLE(step)), owner);
+  } else if (capturable) {
+    append_capturable(objects, step, group, owner);
+  } else {
+    append(objects, count_step(step, group), owner);
+  }
 }
 
 const char* Table::refuse(const Objects& objects) {
@@ -203,27 +221,38 @@ const char* Table::refuse(const Objects& objects) {
   return nullptr;
 }
 
-const char* Table::read_step(PyObject* step, StepCell& cell) {
-  if (!describe(step, step_) || step_.device.type != kCPU || step_.numel != 1 ||
-      (step_.dtype != kFloat32 && step_.dtype != kFloat64)) {
-    return "step must be one float32 or float64 in a CPU tensor";
+const char* Table::read_step(PyObject* step, bool capturable) {
+  const bool good = describe(step, step_) && step_.numel == 1 &&
+                    (step_.dtype == kFloat32 || step_.dtype == kFloat64);
+  if (capturable) {
+    return good && step_.device == param_.device
+               ? nullptr
+               : "step must be one float32 or float64 in a tensor on the parameter's device, "
+                 "as capturable is true";
   }
-  cell = {step_.data, step_.dtype == kFloat64};
-  return nullptr;
+  return good && step_.device.type == kCPU ? nullptr
+                                           : "step must be one float32 or float64 in a CPU tensor";
 }
 
-int64_t Table::count_step(PyObject* step, const StepCell& cell, int64_t group) {
-  // Added in the tensor's own type: a float32 count stays at 2^24, as torch's does.
-  const double next = cell.is_double ? *static_cast<double*>(cell.data) + 1.0
-                                     : static_cast<double>(*static_cast<float*>(cell.data) + 1.0f);
-  advances_.push_back({cell, next, Ref::borrow(step)});
+int64_t Table::count_step(PyObject* step, int64_t group) {
+  const double next = next_count(step_.data, step_.dtype);
+  advances_.push_back({step_.data, step_.dtype, next, Ref::borrow(step)});
   return scalars_index(group, next);
 }
 
 void Table::append(const Objects& objects, int64_t scalars, PyObject* owner) {
-  Bucket& bucket =
-      bucket_of(param_.device, {static_cast<DType>(param_.dtype), static_cast<DType>(grad_.dtype),
-                                static_cast<DType>(exp_avg_.dtype)});
+  append_to(bucket_of(false), objects, scalars, owner);
+}
+
+void Table::append_capturable(const Objects& objects, PyObject* step, int64_t group,
+                              PyObject* owner) {
+  Bucket& bucket = bucket_of(true);
+  append_to(bucket, objects, static_cast<int64_t>(bucket.counters.size()), owner);
+  bucket.counters.push_back({step_.data, step_.dtype, static_cast<int32_t>(group)});
+  bucket.steps.push_back(Ref::borrow(step));
+}
+
+void Table::append_to(Bucket& bucket, const Objects& objects, int64_t scalars, PyObject* owner) {
   bucket.segments.push_back(
       {param_.data, grad_.data, exp_avg_.data, exp_avg_sq_.data, param_.numel, scalars});
   bucket.owners.push_back(PyList_GET_SIZE(owners_.get()));
@@ -241,12 +270,30 @@ int64_t Table::scalars_index(int64_t group, double step) {
   return static_cast<int64_t>(counts_.size()) - 1;
 }
 
-Bucket& Table::bucket_of(const Device& device, const DTypeSet& dtypes) {
+// The bucket for the tensors last described.
+Bucket& Table::bucket_of(bool capturable) {
+  const DTypeSet dtypes = {static_cast<DType>(param_.dtype), static_cast<DType>(grad_.dtype),
+                           static_cast<DType>(exp_avg_.dtype)};
   for (Bucket& bucket : buckets_) {
-    if (bucket.device == device && bucket.dtypes == dtypes) return bucket;
+    if (bucket.device == param_.device && bucket.dtypes == dtypes &&
+        bucket.capturable == capturable) {
+      return bucket;
+    }
   }
-  return buckets_.emplace_back(device, dtypes);
+  return buckets_.emplace_back(param_.device, dtypes, capturable);
 }
+
+namespace {
+
+// Raises what radam_kernels.schedule has to say of options that no step can be made of.
+void check(PyObject* group, bool read, const Hyperparameters& h, double step) {
+  if (read && valid(h, step)) return;
+  const Ref schedule = Ref::steal(PyImport_ImportModule("radam_kernels.schedule"));
+  Ref::steal(PyObject_CallMethod(schedule.get(), "group_scalars", "Od", group, step));
+  throw std::invalid_argument("hyperparameters that radam_kernels.schedule takes, but no kernel");
+}
+
+}  // namespace
 
 const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
   for (size_t i = scalars_.size(); i < counts_.size(); ++i) {
@@ -254,37 +301,37 @@ const std::vector<StepScalars>& Table::scalars(PyObject* groups) {
     const Ref group = Ref::borrow(PyList_GetItem(groups, count.group));
     if (!group.get()) throw PythonError();
     Hyperparameters options;
-    if (!read_hyperparameters(group.get(), options) || !valid(options, count.step)) {
-      const Ref schedule = Ref::steal(PyImport_ImportModule("radam_kernels.schedule"));
-      Ref::steal(
-          PyObject_CallMethod(schedule.get(), "group_scalars", "Od", group.get(), count.step));
-      throw std::invalid_argument(
-          "hyperparameters that radam_kernels.schedule takes, but no kernel");
-    }
+    check(group.get(), read_hyperparameters(group.get(), options), options, count.step);
     scalars_.push_back(step_scalars(options, count.step));
   }
   return scalars_;
 }
 
-Ref Table::advance() {
-  for (const Advance& advance : advances_) {
-    if (advance.cell.is_double) {
-      *static_cast<double*>(advance.cell.data) = advance.next;
-    } else {
-      *static_cast<float*>(advance.cell.data) = static_cast<float>(advance.next);
+void Table::read_device_groups(PyObject* groups) {
+  for (Bucket& bucket : buckets_) {
+    bucket.hyperparameters.assign(bucket.capturable ? PyList_GET_SIZE(groups) : 0, {});
+    int64_t last = -1;  // of one group all parameters come in a row
+    for (size_t i = 0; i < bucket.counters.size(); ++i) {
+      const int32_t index = bucket.counters[i].group;
+      if (index == last) continue;
+      last = index;
+      const Ref group = Ref::borrow(PyList_GetItem(groups, index));
+      if (!group.get()) throw PythonError();
+      Hyperparameters& row = bucket.hyperparameters[static_cast<size_t>(index)];
+      check(group.get(), read_hyperparameters(group.get(), row, &bucket.device), row, 1.0);
     }
   }
+}
+
+Ref Table::advance() {
+  for (const Advance& advance : advances_) write_count(advance.data, advance.dtype, advance.next);
   Ref owners = std::move(owners_);
   release();
   return owners;
 }
 
 void Table::release() {
-  for (Bucket& bucket : buckets_) {
-    bucket.segments.clear();
-    bucket.owners.clear();
-    bucket.tensors.clear();
-  }
+  for (Bucket& bucket : buckets_) bucket.release();
   counts_.clear();
   scalars_.clear();
   advances_.clear();

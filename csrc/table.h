@@ -25,11 +25,12 @@ class Table {
   // those without state: Python sees to these and calls add().
   Ref collect(PyObject* groups, PyObject* state);
 
-  // Adds one segment. `step` is a step tensor, which advance() will write, or the new count itself.
-  // `owner` is the parameter that the user knows. Raises ValueError with the reason where the
-  // tensors do not fit each other.
+  // Adds one segment. `step` is a step tensor, or the new count itself. The tensor lies on the CPU
+  // and advance() will write it, or where `capturable` beside the parameter, for the device to
+  // advance. `owner` is the parameter that the user knows. Raises ValueError with the reason where
+  // the tensors do not fit each other.
   void add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* exp_avg_sq, PyObject* step,
-           int64_t group, PyObject* owner);
+           int64_t group, PyObject* owner, bool capturable);
 
   // The first pair of segments where memory that this step writes is written or read by another.
   std::optional<Overlap> find_overlap() { return overlap_check_.find(buckets_); }
@@ -37,6 +38,9 @@ class Table {
   // StepScalars of every count, from the options of its group; made once, until release(). Options
   // that no step can be made of are left to radam_kernels.schedule, which says what is wrong.
   const std::vector<StepScalars>& scalars(PyObject* groups);
+
+  // Gives every capturable bucket the hyperparameters that its counters want.
+  void read_device_groups(PyObject* groups);
 
   // Writes the new step counts, once the update has been launched, and lets go of every tensor.
   // Returns the list of owners.
@@ -53,27 +57,31 @@ class Table {
   struct Objects {
     PyObject *param, *grad, *exp_avg, *exp_avg_sq;
   };
-  // Where a step tensor keeps its count: a float or a double, or nowhere.
-  struct StepCell {
-    void* data = nullptr;
-    bool is_double = false;
+  // What a group's options mean for all its parameters.
+  struct GroupOptions {
+    int state_dtype;  // a DType, or -1 for the default
+    bool capturable;
   };
   struct Entry {
     PyObject *param, *state;  // borrowed, and only compared until the walk finds them again
   };
   struct Advance {
-    StepCell cell;
+    void* data;
+    int dtype;
     double next;
     Ref step;
   };
+  static GroupOptions read_options(PyObject* group);
   bool knows(PyObject* state);
-  bool collect_one(const Entry& entry, PyObject* grad, int64_t group, PyObject* options);
+  bool collect_one(const Entry& entry, PyObject* grad, int64_t group, const GroupOptions& options);
   const char* refuse(const Objects& objects);
-  const char* read_step(PyObject* step, StepCell& cell);
-  int64_t count_step(PyObject* step, const StepCell& cell, int64_t group);
+  const char* read_step(PyObject* step, bool capturable);
+  int64_t count_step(PyObject* step, int64_t group);
   void append(const Objects& objects, int64_t scalars, PyObject* owner);
+  void append_capturable(const Objects& objects, PyObject* step, int64_t group, PyObject* owner);
+  void append_to(Bucket& bucket, const Objects& objects, int64_t scalars, PyObject* owner);
   int64_t scalars_index(int64_t group, double step);
-  Bucket& bucket_of(const Device& device, const DTypeSet& dtypes);
+  Bucket& bucket_of(bool capturable);
 
   TensorInfo param_, grad_, exp_avg_, exp_avg_sq_, step_;
   std::vector<Entry> entries_;                                // one a parameter, in order

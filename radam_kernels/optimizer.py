@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import check_name
+from .capture import is_capturing
 from .flat import flatten_
 from .launch import launch
 from .modules import DTYPES, cpu
+from .scaling import UNSCALED, Scaling
 from .schedule import check_rho_threshold
 from .staging import (
     MOMENTS,
@@ -22,10 +24,12 @@ from .staging import (
     find_sharing,
     fits,
     flat_moments,
+    is_step,
     local,
     moment_dtype,
     real,
     stage,
+    step_device,
 )
 
 
@@ -43,7 +47,11 @@ class RAdam(Optimizer):
         eps: added to the square root of `exp_avg_sq`, before bias correction as in torch.
         weight_decay: L2 penalty, or decay of the parameter itself if `decoupled_weight_decay`.
         maximize: maximize the objective instead.
-        capturable, differentiable: only False is supported.
+        capturable: keep the step counts beside the parameters and advance them there, so that
+            nothing waits for the GPU: for CUDA graphs, and for `torch.amp.GradScaler` without its
+            synchronisation. A learning rate in a tensor on that device is read there, at every
+            step or replay; other hyperparameters are part of the graph. Works on the CPU, too.
+        differentiable: only False is supported.
         backend: "auto" (the fastest for each device), "cuda", "triton", "cpu" or "reference".
         flatten: move the parameters into one flat buffer for each dtype and device (`flatten_`).
         rho_threshold: rectify where rho_t is above it. 5.0 is torch's, 4.0 the paper's Algorithm 2.
@@ -55,15 +63,21 @@ class RAdam(Optimizer):
             `torch.bfloat16` with bfloat16 parameters gives torch's memory and torch's trouble: at
             beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep float64 moments.
 
-    The state of a parameter is torch's: `step` (float32, on the CPU, so it stops counting at 2**24
-    as torch's does), `exp_avg` and `exp_avg_sq`. Checkpoints go to and from `torch.optim.RAdam`.
-    Whatever is edited between steps (hyperparameters, state, gradients, `p.data`) is picked up.
+    The state of a parameter is torch's: `step` (float32, so it stops counting at 2**24 as torch's
+    does; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`. Checkpoints go to and from
+    `torch.optim.RAdam`. Whatever is edited between steps (hyperparameters, state, gradients,
+    `p.data`) is picked up.
+
+    Where all groups are `capturable`, `GradScaler.step` hands over its scale and verdict: the
+    gradients are unscaled on the way through the kernel and stay scaled in memory (torch's fused
+    optimizers write them back unscaled), and a step that is skipped is not counted.
 
     Raises:
         ValueError: a hyperparameter out of range. At a step: tensors that can't be stepped or that
             share memory; nothing has been changed then.
-        RuntimeError: a backend that does not work here; at a step: sparse gradients.
-        NotImplementedError: capturable or differentiable.
+        RuntimeError: a backend that does not work here; at a step: sparse gradients, or the capture
+            of a CUDA graph without `capturable` or before a first step has made the state.
+        NotImplementedError: differentiable.
     """
 
     def __init__(
@@ -110,6 +124,11 @@ class RAdam(Optimizer):
             flatten_(p for group in self.param_groups for p in group["params"])
         self._flatten = flatten
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling and the decision to skip to the step."""
+        return all(group["capturable"] for group in self.param_groups)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; with `flatten`, its parameters move into a buffer too."""
         if isinstance(param_group, dict):
@@ -142,7 +161,13 @@ class RAdam(Optimizer):
         try:
             if pending := table.collect(groups, self.state):
                 staged = self._attend(table, pending, made)
-            launch(table, groups, self._backend, lambda i: str(_Name(table.owners[i], groups)))
+            launch(
+                table,
+                groups,
+                self._backend,
+                lambda i: str(_Name(table.owners[i], groups)),
+                self._scaling(),
+            )
         except BaseException:
             for owner in made:
                 del self.state[owner]
@@ -155,6 +180,18 @@ class RAdam(Optimizer):
                 with torch.no_grad():
                     local(item.owner).copy_(item.param)
         return loss
+
+    def _scaling(self) -> Scaling:
+        """What GradScaler has left here for this step."""
+        found = self.__dict__
+        if "found_inf" not in found and "grad_scale" not in found:
+            return UNSCALED
+        if not self._step_supports_amp_scaling:
+            raise RuntimeError(
+                "grad_scale and found_inf are set on the optimizer, and only capturable=True "
+                "heeds them; construct RAdam with it, or delete them and call GradScaler.unscale_"
+            )
+        return Scaling(found.get("grad_scale"), found.get("found_inf"))
 
     @torch.no_grad()
     def _attend(self, table, pending: list[tuple], made: list[Tensor]) -> list[Staged]:
@@ -187,6 +224,7 @@ class RAdam(Optimizer):
                     state["step"],
                     index,
                     owner,
+                    self.param_groups[index]["capturable"],
                 )
             except ValueError as error:
                 raise ValueError(f"{_Name(owner, self.param_groups)}: {error}") from None
@@ -196,17 +234,26 @@ class RAdam(Optimizer):
         """New moments for parameters without state, and for state that its parameter outgrew."""
         owners, dtypes = [], []
         for (index, owner, _), item in zip(pending, staged, strict=True):
-            dtype = moment_dtype(owner, self.param_groups[index]["state_dtype"])
-            state = self.state.get(owner)
-            if not state or not all(fits(local(state[k]), item.param, dtype) for k in MOMENTS):
+            group, state = self.param_groups[index], self.state.get(owner)
+            dtype = moment_dtype(owner, group["state_dtype"])
+            fitting = state and all(fits(local(state[k]), item.param, dtype) for k in MOMENTS)
+            if not fitting:
                 owners.append(owner)
                 dtypes.append(dtype)
-        for _, owner, _ in pending:
+            counted = fitting and is_step(state["step"], step_device(owner, group))
+            if not counted and is_capturing(item.param.device):
+                raise RuntimeError(
+                    f"{_Name(owner, self.param_groups)} has no state that fits it, and what is "
+                    "made while a CUDA graph is captured is made anew at each replay: step once "
+                    "before the capture"
+                )
+        for index, owner, _ in pending:
             state = self.state[owner]
             if not state:
                 made.append(owner)
             # First, as in torch's state; the walk over the state counts on this order.
-            state["step"] = as_step(state.get("step", 0), _Name(owner, self.param_groups))
+            device = step_device(owner, self.param_groups[index])
+            state["step"] = as_step(state.get("step", 0), device)
         for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
             state = self.state[owner]
             for key, moment in moments.items():
@@ -239,13 +286,13 @@ class RAdam(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            if group["capturable"] or group["differentiable"]:
+            if group["differentiable"]:
                 warnings.warn(
-                    "radam_kernels.RAdam goes on with capturable=False and differentiable=False; "
-                    "the loaded state was made with one of them True",
+                    "radam_kernels.RAdam goes on with differentiable=False; the loaded state was "
+                    "made with it True",
                     stacklevel=3,
                 )
-                group.update(capturable=False, differentiable=False)
+                group["differentiable"] = False
         self._gather()
 
     @torch.no_grad()
@@ -254,15 +301,15 @@ class RAdam(Optimizer):
         owners, dtypes = [], []
         for group in self.param_groups:
             for owner in group["params"]:
-                if self.state.get(owner):
+                if state := self.state.get(owner):
                     owners.append(owner)
                     dtypes.append(moment_dtype(owner, group["state_dtype"]))
+                    state["step"] = as_step(state["step"], step_device(owner, group)).clone()
         for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
             state = self.state[owner]
             for key, moment in moments.items():
                 local(moment).copy_(local(_unshield(state[key])))
             state.update(moments)
-            state["step"] = as_step(state["step"], "a parameter").clone()
 
 
 class _Name:
@@ -330,9 +377,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(
             f"Invalid state_dtype: {options['state_dtype']}; expected None or one of {DTYPES[:3]}"
         )
-    for flag in ("capturable", "differentiable"):
-        if options[flag]:
-            raise NotImplementedError(
-                f"radam_kernels.RAdam does not support {flag}=True; use {flag}=False, or "
-                "torch.optim.RAdam for this"
-            )
+    if options["differentiable"]:
+        raise NotImplementedError(
+            "radam_kernels.RAdam does not support differentiable=True; use differentiable=False, "
+            "or torch.optim.RAdam for this"
+        )

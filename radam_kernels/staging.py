@@ -162,26 +162,44 @@ def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
     return _COMPLEX.get(DTYPES[code], torch.complex64)  # there is no complex bfloat16
 
 
-def as_step(value: Any, name: object) -> Tensor:
-    """A step count of any kind as torch keeps it: one float32 (or float64) on the CPU."""
-    dtypes = (torch.float32, torch.float64)
-    if isinstance(value, Tensor):
-        if value.numel() == 1 and value.device.type == "cpu" and value.dtype in dtypes:
-            return value
-        if value.numel() == 1 and not value.is_complex():
-            value = value.item()
-    if not isinstance(value, int | float):
-        raise ValueError(f"step of {name}: expected a number or one in a tensor, got {value!r}")
+_STEP_DTYPES = (torch.float32, torch.float64)
+
+
+def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    """Where the step count of a parameter of this group belongs."""
+    return local(param).device if group["capturable"] else torch.device("cpu")
+
+
+def is_step(value: Any, device: torch.device) -> bool:
+    """Whether a step count can be used as it stands."""
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.dtype in _STEP_DTYPES
+        and value.device == device
+    )
+
+
+def as_step(value: float | Tensor, device: torch.device) -> Tensor:
+    """A step count as torch keeps it: one float32 (or float64) in a tensor."""
+    if is_step(value, device):
+        return value
     dtype = torch.get_default_dtype()
-    dtype = dtype if dtype in dtypes else torch.float32
-    return torch.tensor(float(value), dtype=dtype, device="cpu")  # whatever the default device
+    dtype = dtype if dtype in _STEP_DTYPES else torch.float32
+    return torch.tensor(float(value), dtype=dtype, device=device)  # whatever the default device
 
 
 def check_state(state: dict[str, Any], param: Tensor, name: object) -> None:
     """Raises ValueError for a state that can't be this parameter's."""
     if missing := [key for key in ("step", *MOMENTS) if key not in state]:
         raise ValueError(f"state of {name} lacks {missing}; delete all of it to begin anew")
-    as_step(state["step"], name)
+    step = state["step"]
+    if isinstance(step, Tensor):
+        good = step.numel() == 1 and not step.is_complex()
+    else:
+        good = isinstance(step, int | float)
+    if not good:
+        raise ValueError(f"step of {name}: expected a number or one in a tensor, got {step!r}")
     for key in MOMENTS:
         moment = state[key]
         if not isinstance(moment, Tensor) or moment.shape != param.shape:

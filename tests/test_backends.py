@@ -50,6 +50,7 @@ SCALARS = [
     SKIP,
 ]
 STREAMS = flat.SEGMENT_FIELDS[:4]
+NUMEL = flat.SEGMENT_FIELDS.index("numel")
 SENTINEL = 0xA5
 
 
@@ -75,8 +76,9 @@ def triton_kernel() -> Kernel:
     device = "cpu" if triton_.INTERPRETED else "cuda"
 
     def launch(rows, codes, scalars):
-        work = device_tables._work(rows, triton_.CHUNK)
-        triton_.launch_(*(torch.from_numpy(t).to(device) for t in (rows, work, scalars)), codes)
+        blocks, run, work = device_tables.plan(rows[:, NUMEL], triton_.CHUNK)
+        tables = (torch.from_numpy(t).to(device) for t in (rows, work, scalars))
+        triton_.launch_(*tables, run, blocks, codes)
 
     return Kernel("triton", device, launch)
 
@@ -84,9 +86,9 @@ def triton_kernel() -> Kernel:
 def cuda_kernel() -> Kernel:
     def launch(rows, codes, scalars):
         module = backends.cuda._cuda
-        work = device_tables._work(rows, module.chunk(*codes))
+        blocks, run, work = device_tables.plan(rows[:, NUMEL], module.chunk(*codes))
         segments, work, scalars = (torch.from_numpy(t).cuda() for t in (rows, work, scalars))
-        table = (segments.data_ptr(), work.data_ptr(), len(work), *codes)
+        table = (segments.data_ptr(), work.data_ptr(), run, blocks, *codes)
         module.step(*table, 0, len(scalars), scalars.data_ptr(), 0, 0)
         torch.cuda.synchronize()
 
@@ -600,7 +602,7 @@ def cpp_scalars(group: dict, steps: Sequence[float]) -> np.ndarray:
     one = torch.zeros(1)
     for t in steps:
         table.add(one, one, one, one, float(t), 0, one)
-    return device_tables.scalars_rows(*table.scalars([group]))
+    return np.frombuffer(table.scalar_rows([group])).reshape(-1, len(StepScalars._fields))
 
 
 def assert_same_scalars(group: dict, steps: Sequence[float]) -> None:
@@ -735,7 +737,7 @@ def test_auto_takes_the_cpu_kernel_on_the_cpu(recwarn, resolve_anew):
 
 def test_auto_warns_when_only_the_reference_is_left(monkeypatch, resolve_anew):
     monkeypatch.setattr(
-        backends, "why_not", lambda name, device: None if name == "reference" else "broken"
+        backends, "why_not", lambda name, *_: None if name == "reference" else "broken"
     )
     with pytest.warns(UserWarning, match="slow reference.*doctor"):
         assert backends.resolve("auto", "cpu") is reference.step_
@@ -743,7 +745,7 @@ def test_auto_warns_when_only_the_reference_is_left(monkeypatch, resolve_anew):
 
 def test_a_named_backend_never_gives_way_to_another(monkeypatch, resolve_anew):
     monkeypatch.setattr(
-        backends, "why_not", lambda name, device: "it is broken" if name == "cpu" else None
+        backends, "why_not", lambda name, *_: "it is broken" if name == "cpu" else None
     )
     with pytest.raises(RuntimeError, match=r"'cpu' can't step .*it is broken.*'reference'"):
         backends.resolve("cpu", "cpu")

@@ -1,143 +1,383 @@
-"""The CUDA source, compiled as plain C++ and run on the CPU, gives the bits of the reference."""
+"""The CUDA source, compiled as plain C++ and run on the CPU, gives the bits of the reference.
 
-import ctypes
+It runs in a process of its own under AddressSanitizer and UBSan, behind the real bindings and the
+real Python of the backend; only the CUDA runtime is a stand-in. The last tests plant faults in the
+kernel and see these checks find them.
+"""
+
 import itertools
+import os
+import pickle
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pybind11
 import pytest
 import torch
+from torch import Tensor
 
-from radam_kernels import launch, radam_
-from radam_kernels.backends.device_tables import device_tables
+from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.scaling import Scaling
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
+CSRC = Path(__file__).parent.parent / "csrc"
 DTYPE_SETS = [
     codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
 ]
 SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 5000)
+FORMS = (
+    {},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+)
+# Below the threshold, with and without a step; above it.
+SIDES = ((1, {}), (1, {"degenerated_to_sgd": False}), (8, {}))
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulated kernel with")
-    library = tmp_path_factory.mktemp("emulation") / "emulated.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
-    flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-Wno-unknown-pragmas"]
-    source = str(FOLDER / "emulation.cpp")
-    subprocess.run([compiler, *flags, f"-I{FOLDER}", source, "-o", str(library)], check=True)
-    found = ctypes.CDLL(str(library))
-    found.emulated_chunk.restype = ctypes.c_int64
-    return found
+@dataclass
+class Segment:
+    tensors: list[Tensor]  # param, grad, exp_avg, exp_avg_sq
+    offsets: tuple[int, ...]  # in elements, of where each starts behind 16 bytes
+    step: float | Tensor
+    group: int
 
 
-@pytest.fixture
-def step(emulated, monkeypatch):
-    """radam_ with the emulated kernel in the place of every backend."""
-
-    def step_(bucket, table, groups):
-        chunk = emulated.emulated_chunk(*bucket.dtypes)
-        tables = device_tables(bucket, table, chunk, torch.device("cpu"), 0)
-        address, count = table.scalars(groups)
-        pointer, long = ctypes.c_void_p, ctypes.c_int64
-        failed = emulated.emulated_step(
-            pointer(tables.segments.data_ptr()),
-            pointer(tables.work.data_ptr()),
-            long(len(tables.work)),
-            *bucket.dtypes,
-            pointer(address),
-            long(count),
-            pointer(address if count > 32 else None),
-            1,  # a device that is not the current one
-        )
-        assert not failed
-        assert emulated.emulated_current_device() == 0
-
-    def step(*tensors, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(launch, "resolve", lambda name, device_type: step_)
-            radam_(*tensors, **options)
-
-    return step
+class Crashed(Exception):
+    """The process has ended; most likely a sanitizer ended it."""
 
 
-def make(sizes, dtypes, *, offset=0, seed=0):
-    """Params, grads, exp_avgs and exp_avg_sqs inside larger buffers full of a guard value."""
-    generator = torch.Generator().manual_seed(seed)
-    lists, buffers = [], []
-    for stream, dtype in enumerate((dtypes[0], dtypes[1], dtypes[2], dtypes[2])):
-        lists.append([])
-        for size in sizes:
-            buffer = torch.full((size + offset + 16,), 777.0, dtype=DTYPES[dtype])
-            inside = buffer[offset : offset + size]
-            values = torch.randn(size, generator=generator, dtype=torch.float64)
-            inside.copy_(values.square() if stream == 3 else values)
-            lists[-1].append(inside)
-            buffers.append((buffer, offset, size))
-    return lists, buffers
+class Worker:
+    """A process under AddressSanitizer that runs functions of cuda_emulation/worker.py."""
+
+    def __init__(self, asan: str, log: Path) -> None:
+        self.preload, self.log = asan, log
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        if self.process is None:
+            environment = {
+                **os.environ,
+                "LD_PRELOAD": self.preload,
+                "ASAN_OPTIONS": "detect_leaks=0",
+                "UBSAN_OPTIONS": "print_stacktrace=1",
+            }
+            self.process = subprocess.Popen(
+                [sys.executable, str(FOLDER / "worker.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log.open("wb"),
+                env=environment,
+            )
+        try:
+            pickle.dump((name, arguments), self.process.stdin)
+            self.process.stdin.flush()
+            return pickle.load(self.process.stdout)
+        except (EOFError, BrokenPipeError):
+            self.process.wait()
+            self.process = None
+            raise Crashed(self.log.read_text()[:4000]) from None
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
 
 
-def options(step, **more):
-    return dict(step=step, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8) | more
+def compile_(*arguments: str) -> None:
+    command = ["g++", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    folders = [FOLDER, CSRC]
+    systems = [sysconfig.get_paths()["include"], pybind11.get_include()]
+    command += [*arguments, *(f"-I{f}" for f in folders)]
+    subprocess.run([*command, *itertools.chain(*(("-isystem", s) for s in systems))], check=True)
+
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def build(source: Path, folder: Path, bindings: Path) -> str:
+    """The module of one step_cuda.cu, in a folder of its own."""
+    library = folder / "_cuda.so"
+    # In this order: the includes of emulation.cpp look for step_cuda.cu beside `source` first.
+    compile_(
+        "-shared", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZE,
+        f"-I{source.parent}", str(FOLDER / "emulation.cpp"), str(bindings), "-o", str(library),
+    )  # fmt: skip
+    return str(library)
+
+
+@pytest.fixture(scope="module")
+def bindings(tmp_path_factory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the emulated kernels with")
+    path = tmp_path_factory.mktemp("bindings") / "bind_cuda.o"
+    define = ['-DRADAM_FINGERPRINT=""', '-DRADAM_ARCHITECTURES="emulated"']
+    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(CSRC / "bind_cuda.cpp"), "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, bindings) -> str:
+    return build(CSRC / "step_cuda.cu", tmp_path_factory.mktemp("emulation"), bindings)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):  # the former intercepts what the latter throws
+        found = subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        if not Path(found).is_absolute():
+            pytest.skip(f"g++ has no {name} to run the emulated kernels under")
+        paths.append(found)
+    worker = Worker(" ".join(paths), tmp_path_factory.mktemp("worker") / "stderr.txt")
+    yield worker
+    worker.close()
+
+
+def segment(size: int, codes, generator: torch.Generator, step, group: int, offsets=(0,) * 4):
+    tensors = []
+    for stream, code in enumerate((codes[0], codes[1], codes[2], codes[2])):
+        values = torch.randn(size, generator=generator, dtype=torch.float64)
+        tensors.append((values.square() if stream == 3 else values).to(DTYPES[code]))
+    return Segment(tensors, offsets, step, group)
+
+
+def group(**changes) -> dict[str, Any]:
+    usual = dict(
+        lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False,
+        maximize=False, rho_threshold=5.0, degenerated_to_sgd=True, rectification="first_order",
+    )  # fmt: skip
+    return usual | changes
+
+
+def check(worker, library, same_bits, segments: list[Segment], groups, scaling=None) -> None:
+    """Steps copies of the segments with the emulated kernel and with the reference."""
+    scaling = scaling or Scaling()
+    sizes = [len(s.tensors[0]) for s in segments]
+    streams, steps, whole = worker(
+        "step",
+        library,
+        [torch.cat(stream) for stream in zip(*(s.tensors for s in segments), strict=True)],
+        sizes,
+        [s.offsets for s in segments],
+        [s.step for s in segments],
+        groups,
+        [s.group for s in segments],
+        scaling,
+    )
+    table = cpu.Table()
+    for s in segments:
+        table.add(*s.tensors, s.step, s.group, s.tensors[0], isinstance(s.step, Tensor))
+    launch(table, groups, "reference", str, scaling)
+    ours = zip(*(stream.split(sizes) for stream in streams), strict=True)
+    for i, (s, tensors) in enumerate(zip(segments, ours, strict=True)):
+        for name, a, b in zip("pgmv", tensors, s.tensors, strict=True):
+            assert torch.equal(a, b) or same_bits(a, b), f"{name} of segment {i}: {s}"
+        assert whole[i], f"in front of segment {i}: {s}"
+        if isinstance(s.step, Tensor):
+            assert same_bits(steps[i], s.step), f"step of segment {i}: {s}"
+
+
+def check_product(worker, library, same_bits, codes) -> None:
+    """Sizes x alignments x forms of weight decay x sides of the threshold, in one launch."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [group(**form, **more) for form in FORMS for _, more in SIDES]
+    segments = []
+    units = [16 // DTYPES[code].itemsize for code in (codes[0], codes[1], codes[2], codes[2])]
+    for size, k in itertools.product(SIZES, range(max(units))):
+        for i in range(len(groups)):
+            # Together, or one stream alone.
+            shifted = range(4) if i % 2 else [k % 4]
+            offsets = tuple(k % units[j] if j in shifted else 0 for j in range(4))
+            step = float(SIDES[i % len(SIDES)][0])
+            segments.append(segment(size, codes, generator, step, i, offsets))
+    check(worker, library, same_bits, segments, groups)
+
+
+def check_many(worker, library, same_bits, codes, count=1000) -> None:
+    """So many short segments and a longer one, of many step counts."""
+    generator = torch.Generator().manual_seed(1)
+    segments = [segment(i % 71, codes, generator, float(1 + i % 9), i % 2) for i in range(count)]
+    segments.insert(count // 2, segment(20_000, codes, generator, 8.0, 0))
+    check(worker, library, same_bits, segments, [group(), group(weight_decay=0.1)])
+
+
+def check_far(worker, library, same_bits, codes=(0, 0, 0)) -> None:
+    """The blocks around elements 2^31 and 2^32 of one segment."""
+    numel = 2**32 + 5
+    chunk = 4096 if codes[0] == 0 else 8192
+    blocks = [0, 2**31 // chunk - 1, 2**31 // chunk, 2**32 // chunk - 1, 2**32 // chunk]
+    results, grown = worker("far", library, codes, numel, blocks, group())
+    assert [first for first, *_ in results] == [block * chunk for block in blocks]
+    for first, before, after in results:
+        table = cpu.Table()
+        table.add(*before, 8.0, 0, before[0])
+        launch(table, [group()], "reference", str)
+        for ours, truth in zip(after, before, strict=True):
+            assert same_bits(ours, truth), f"from element {first}"
+    assert grown < 2**27, "memory has been touched all over the place"
 
 
 def names(codes):
     return "-".join(str(DTYPES[c]).removeprefix("torch.") for c in codes)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_SETS, ids=names)
-@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}], ids=["plain", "l2"])
-def test_every_dtype_set_gives_the_bits_of_the_reference(step, same_bits, dtypes, decay):
-    for t in (1, 8):  # below and above the threshold
-        ours, buffers = make(SIZES, dtypes)
-        truth, _ = make(SIZES, dtypes)
-        step(*ours, **options(t, **decay))
-        radam_(*truth, **options(t, **decay), backend="reference")
-        for a, b in zip(itertools.chain(*ours), itertools.chain(*truth), strict=True):
-            assert same_bits(a, b)
-        for buffer, offset, size in buffers:
-            assert (buffer[:offset] == 777).all()
-            assert (buffer[offset + size :] == 777).all()
+every_dtype_set = pytest.mark.parametrize("codes", DTYPE_SETS, ids=names)
 
 
-@pytest.mark.parametrize("offset", range(1, 9))
-@pytest.mark.parametrize("dtypes", [(0, 0, 0), (1, 1, 0), (3, 3, 3)], ids=names)
-def test_segments_may_start_anywhere(step, same_bits, dtypes, offset):
-    ours, buffers = make((5, 257, 5000), dtypes, offset=offset)
-    truth, _ = make((5, 257, 5000), dtypes, offset=offset)
-    more = {"decoupled_weight_decay": True, "weight_decay": 0.1, "maximize": True}
-    step(*ours, **options(7, **more))
-    radam_(*truth, **options(7, **more), backend="reference")
-    for a, b in zip(itertools.chain(*ours), itertools.chain(*truth), strict=True):
-        assert same_bits(a, b)
-    for buffer, before, size in buffers:
-        assert (buffer[:before] == 777).all()
-        assert (buffer[before + size :] == 777).all()
+@every_dtype_set
+def test_every_size_alignment_form_and_side_gives_the_bits_of_the_reference(
+    worker, library, same_bits, codes
+):
+    check_product(worker, library, same_bits, codes)
 
 
-def test_below_the_threshold_the_parameter_can_be_left_alone(step, same_bits):
-    ours, _ = make(SIZES, (0, 0, 0))
-    before = [p.clone() for p in ours[0]]
-    step(*ours, **options(1, degenerated_to_sgd=False))
-    assert all(same_bits(a, b) for a, b in zip(ours[0], before, strict=True))
+@every_dtype_set
+def test_a_thousand_segments_of_many_counts(worker, library, same_bits, codes):
+    check_many(worker, library, same_bits, codes)
 
 
-def test_a_thousand_segments_and_a_large_one_in_one_launch(step, same_bits):
-    sizes = [64] * 1000 + [2**17 + 3]
-    ours, _ = make(sizes, (0, 0, 0))
-    truth, _ = make(sizes, (0, 0, 0))
-    step(*ours, **options(9))
-    radam_(*truth, **options(9), backend="reference")
-    for a, b in zip(itertools.chain(*ours), itertools.chain(*truth), strict=True):
-        assert same_bits(a, b)
+@every_dtype_set
+def test_a_large_odd_tensor(worker, library, same_bits, codes):
+    generator = torch.Generator().manual_seed(2)
+    large = segment(2**20 + 3, codes, generator, 8.0, 0)
+    check(worker, library, same_bits, [large], [group()])
 
 
-def test_a_device_that_is_not_there_is_an_error(emulated):
-    nothing = [ctypes.c_void_p(8), ctypes.c_void_p(8), ctypes.c_int64(1), 0, 0, 0]
-    nothing += [ctypes.c_void_p(8), ctypes.c_int64(0), None]
-    assert emulated.emulated_step(*nothing, 5) == 1  # there is no such device
-    assert emulated.emulated_current_device() == 0
+@pytest.mark.parametrize("count", [1, 2, 5000])
+def test_few_segments_and_more_than_there_are_rows_of_work(worker, library, same_bits, count):
+    check_many(worker, library, same_bits, (0, 0, 0), count)
+
+
+def test_more_scalars_than_travel_with_a_launch(worker, library, same_bits):
+    generator = torch.Generator().manual_seed(3)
+    groups = [group(lr=0.01 * (i + 1)) for i in range(20)]
+    segments = [segment(300, (1, 1, 0), generator, 1.0 + i % 8, i % 20) for i in range(160)]
+    check(worker, library, same_bits, segments, groups)
+
+
+@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 1, 1)], ids=names)
+def test_elements_beyond_2_to_the_31_and_32(worker, library, same_bits, codes):
+    check_far(worker, library, same_bits, codes)
+
+
+@pytest.mark.parametrize("size", [8, 4000, 4008, 48_000])
+def test_an_upload_arrives_whole(worker, library, size):
+    rows = torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes()
+    assert worker("upload", library, rows) == rows
+
+
+def test_a_launch_is_on_its_device_and_leaves_the_caller_on_his(worker, library):
+    assert worker("on_device", library, 1) == (1, 0, "")
+    _, current, error = worker("on_device", library, 5)
+    assert (current, error) == (0, "cudaSetDevice: invalid device")
+
+
+# Counts on the device
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 1, 0), (3, 3, 3)], ids=names)
+def test_counts_on_the_device_advance_there(worker, library, same_bits, codes, dtype):
+    generator = torch.Generator().manual_seed(4)
+    groups = [
+        group(lr=torch.tensor(0.02)),
+        group(weight_decay=0.1, lr=torch.tensor(0.03, dtype=torch.float64)),
+        group(degenerated_to_sgd=False, lr=0.5),
+        group(rectification="exact", rho_threshold=4.0, maximize=True),
+    ]
+    counts = (0, 4, 5, 6, 1000, 2**24)
+    for scaling in (Scaling(), Scaling(torch.tensor(1024.0), torch.tensor(0.0))):
+        segments = [
+            segment(300, codes, generator, torch.tensor(float(n), dtype=dtype), i)
+            for n, i in itertools.product(counts, range(len(groups)))
+        ]
+        check(worker, library, same_bits, segments, groups, scaling)
+        assert segments[0].step == 1
+        stuck = 2**24 if dtype == torch.float32 else 2**24 + 1
+        assert segments[-1].step == stuck, "as torch's counts do"
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, float("nan")])
+def test_found_inf_skips_and_does_not_count(worker, library, same_bits, found_inf):
+    generator = torch.Generator().manual_seed(5)
+    segments = [segment(300, (0, 0, 0), generator, torch.tensor(7.0), 0) for _ in range(3)]
+    before = [[t.clone() for t in s.tensors] for s in segments]
+    scaling = Scaling(torch.tensor(2.0), torch.tensor(found_inf))
+    check(worker, library, same_bits, segments, [group()], scaling)
+    for s, old in zip(segments, before, strict=True):
+        assert s.step == 7
+        assert all(same_bits(a, b) for a, b in zip(s.tensors, old, strict=True))
+
+
+# Faults in the kernel that these checks must find
+
+WRONG = {
+    "a tail is never stepped": ("i < end; i += kThreads", "i < done; i += kThreads"),
+    "an int32 index": (
+        "const int64_t begin = chunk * kElements",
+        "const int32_t begin = static_cast<int32_t>(chunk * kElements)",
+    ),
+    "a wrong alignment branch": ("return all % 16 == 0;", "return all % 8 == 0;"),
+    "a segment one too long": (
+        "? segment.numel : begin + kElements;",
+        "? segment.numel + 1 : begin + kElements;",
+    ),
+    "a walk one too far": ("chunk >= (chunks =", "chunk > (chunks ="),
+    "one moment is not stored": ("store(exp_avg_sqs + i, v);", ""),
+    "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
+}
+# Only float32, for the compiler's sake.
+SMALLER = (
+    "if (dtypes.param == kFloat64) return visit(double{}, double{}, double{});",
+    "return visit(float{}, float{}, float{});",
+)
+CHECKS: tuple[Callable, ...] = (
+    lambda *fixtures: check_product(*fixtures, (0, 0, 0)),
+    lambda *fixtures: check_many(*fixtures, (0, 0, 0), 5000),
+    check_far,
+    lambda *fixtures: test_found_inf_skips_and_does_not_count(*fixtures, 1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory, bindings) -> dict[str, str]:
+    """The module of each fault, and of none."""
+
+    def make(change: tuple[str, str], folder: Path) -> str:
+        source = (CSRC / "step_cuda.cu").read_text()
+        for old, new in (change, SMALLER):
+            assert source.count(old) == 1, f"{old!r} is not in the kernel any more: mend this test"
+            source = source.replace(old, new)
+        (folder / "step_cuda.cu").write_text(source)
+        return build(folder / "step_cuda.cu", folder, bindings)
+
+    changes = {"none": ("namespace radam {", "namespace radam {"), **WRONG}
+    folders = [tmp_path_factory.mktemp("faulty") for _ in changes]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(changes, pool.map(make, changes.values(), folders), strict=True))
+
+
+def caught(worker, library, same_bits) -> bool:
+    for check in CHECKS:
+        try:
+            check(worker, library, same_bits)
+        except (AssertionError, Crashed):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_fault_in_the_kernel_is_caught(worker, faulty, same_bits, fault):
+    assert caught(worker, faulty[fault], same_bits)
+
+
+def test_without_a_fault_nothing_is_caught(worker, faulty, same_bits):
+    assert not caught(worker, faulty["none"], same_bits)

@@ -6,7 +6,6 @@ import io
 import weakref
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +13,6 @@ from hypothesis import strategies as st
 
 import radam_kernels
 from radam_kernels import flat
-from radam_kernels.backends import device_tables
-from radam_kernels.modules import cpu
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -298,112 +295,6 @@ def test_an_optimizer_that_cannot_flatten_refuses_and_leaves_everything():
     assert (good.data_ptr(), other.data_ptr()) == places
     assert len(optimizer.param_groups) == 1
     step(optimizer, [good])
-
-
-# device_tables
-
-
-class Segments:
-    """A table of _cpu, filled anew for each step as an optimizer does it."""
-
-    def __init__(self) -> None:
-        self.table = cpu.Table()
-
-    def fill(self, segments, steps=None):
-        self.table.release()
-        for i, streams in enumerate(segments):
-            self.table.add(*streams, float(steps[i] if steps else 1), 0, streams[0])
-        [bucket] = self.table.buckets()
-        return bucket
-
-    def tables(self, segments, steps=None, chunk=64, stream=0):
-        bucket = self.fill(segments, steps)
-        return device_tables.device_tables(bucket, self.table, chunk, torch.device("cpu"), stream)
-
-
-def streams(n: int):
-    return tuple(torch.zeros(n) for _ in range(4))
-
-
-def test_rows_of_segments_hold_what_their_fields_say():
-    segments = [streams(5), streams(0), streams(70)]
-    tables = Segments().tables(segments, steps=[3, 3, 4])
-    for row, tensors, scalars in zip(tables.segments.tolist(), segments, (0, 0, 1), strict=True):
-        fields = dict(zip(flat.SEGMENT_FIELDS, row, strict=True))
-        if tensors[0].numel():
-            for name, tensor in zip(flat.SEGMENT_FIELDS, tensors, strict=False):
-                assert fields[name] == tensor.data_ptr()
-        assert fields["numel"] == tensors[0].numel()
-        assert fields["scalars"] == scalars
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=20), st.sampled_from([1, 7, 64, 4096]))
-def test_the_work_covers_every_element_just_once(sizes, chunk):
-    tables = Segments().tables([streams(n) for n in sizes], chunk=chunk)
-    assert tables.work.dtype == torch.int32
-    seen = [np.zeros(n, int) for n in sizes]
-    for segment, i in tables.work.tolist():
-        part = seen[segment][i * chunk : (i + 1) * chunk]
-        assert len(part), "a block without work"
-        part += 1
-    assert all((s == 1).all() for s in seen)
-
-
-def test_tables_are_reused_while_nothing_changes():
-    source, segments = Segments(), [streams(5), streams(70)]
-    first = source.tables(segments)
-    assert source.tables(segments) is first
-    assert source.tables(segments, steps=[2, 2]) is first, "scalars travel apart"
-
-
-def test_new_pointers_or_step_counts_renew_the_segments_and_nothing_else():
-    source, segments = Segments(), [streams(5), streams(70)]
-    first = source.tables(segments)
-    rows = first.segments.clone()
-    moved = [segments[0], (segments[1][0], torch.ones(70), *segments[1][2:])]
-    for second in (source.tables(moved), source.tables(moved, steps=[1, 2])):
-        assert second is not first
-        assert second.work is first.work
-        assert not torch.equal(second.segments, rows)
-        # A launch that is still queued reads the old one.
-        assert second.segments.data_ptr() != first.segments.data_ptr()
-        assert torch.equal(first.segments, rows)
-
-
-def test_other_sizes_renew_the_work():
-    source = Segments()
-    first = source.tables([streams(5), streams(70)])
-    work = first.work.clone()
-    second = source.tables([streams(70), streams(5)])
-    assert second.work is not first.work
-    assert torch.equal(first.work, work)
-    assert second.work.tolist() == [[0, 0], [0, 1], [1, 0]]
-    assert source.tables([streams(70), streams(5)], chunk=128).work.tolist() == [[0, 0], [1, 0]]
-
-
-def test_streams_do_not_share_tables():
-    source, segments = Segments(), [streams(5)]
-    first = source.tables(segments, stream=1)
-    second = source.tables(segments, stream=2)
-    assert second is not first
-    assert second.work is not first.work
-    assert source.tables(segments, stream=1) is first
-
-
-def test_tables_are_copies_of_what_the_host_goes_on_to_change():
-    source, segments = Segments(), [streams(5)]
-    tables = source.tables(segments)
-    rows = tables.segments.clone()
-    source.fill([streams(9)] * 1, steps=[7])  # the vector in C++ holds other rows now
-    assert torch.equal(tables.segments, rows)
-
-    [group] = radam_kernels.RAdam([torch.zeros(1)]).param_groups
-    scalars = device_tables.scalars_rows(*source.table.scalars([group]))
-    kept = scalars.copy()
-    source.fill(segments)
-    source.table.scalars([{**group, "lr": 2.0}])
-    assert np.array_equal(scalars, kept)
 
 
 def test_tensors_of_very_many_dimensions_are_not_taken_for_dense():

@@ -138,11 +138,10 @@ def test_the_least_threshold_depends_on_the_form():
         RAdam(p, rho_threshold=1.9, rectification="exact")
 
 
-@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
-def test_capturable_and_differentiable_are_refused_by_name(flag):
-    remedy = f"does not support {flag}=True; use {flag}=False, or torch.optim.RAdam"
+def test_differentiable_is_refused_by_name():
+    remedy = "does not support differentiable=True; use differentiable=False, or torch.optim.RAdam"
     with pytest.raises(NotImplementedError, match=re.escape(remedy)):
-        RAdam([Parameter(torch.ones(1))], **{flag: True})
+        RAdam([Parameter(torch.ones(1))], differentiable=True)
 
 
 @pytest.mark.parametrize(

@@ -551,15 +551,14 @@ def test_a_very_old_checkpoint_lacks_most_group_keys():
     assert b.param_groups[0]["decoupled_weight_decay"] is False
 
 
-@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
-def test_a_checkpoint_made_for_cuda_graphs_goes_on_without_them(flag):
+def test_a_checkpoint_made_to_be_differentiable_goes_on_without():
     a = RAdam([Parameter(torch.ones(5))])
     step(a, 2)
     checkpoint = a.state_dict()
-    checkpoint["param_groups"][0][flag] = True
-    with pytest.warns(UserWarning, match="goes on with capturable=False"):
+    checkpoint["param_groups"][0]["differentiable"] = True
+    with pytest.warns(UserWarning, match="goes on with differentiable=False"):
         a.load_state_dict(checkpoint)
-    assert a.param_groups[0][flag] is False
+    assert a.param_groups[0]["differentiable"] is False
     step(a)
     assert a.state[params_of(a)[0]]["step"] == 3
 

@@ -6,6 +6,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
+from ..scaling import Scaling
+
 # Best first for each type of device; "auto" takes the first that works.
 _MODULES = {"cuda": "cuda", "cpu": "cpu", "triton": "triton_", "reference": "reference"}
 NAMES = tuple(_MODULES)
@@ -15,24 +17,28 @@ _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "referenc
 class Backend(Protocol):
     """What every module in this folder offers."""
 
-    def why_not(self, device_type: str) -> str | None:
-        """Why the backend can't step tensors on "cpu" or "cuda" here; None if it can."""
+    def why_not(self, device_type: str, capturable: bool = False) -> str | None:
+        """Why the backend can't step tensors on "cpu" or "cuda" here; None if it can.
 
-    def step_(self, bucket, table, groups: list[dict[str, Any]]) -> None:
-        """Steps a bucket's segments in place.
+        With `capturable`, their step counts are there too, and the backend has to advance them.
+        """
+
+    def step_(self, bucket, table, groups: list[dict[str, Any]], scaling: Scaling) -> None:
+        """Steps a bucket's segments in place; advances its step counts if it is capturable.
 
         Args:
             bucket: a Bucket of the module _cpu, which has checked the tensors in it: dense, of
                 one layout, on one device, of one supported dtype set, sharing no memory.
             table: the Table that the bucket belongs to, for its scalars.
             groups: the hyperparameters that the scalars come from.
+            scaling: for capturable buckets; its tensors may be on another device.
         """
 
 
 @cache
-def why_not(name: str, device_type: str) -> str | None:
+def why_not(name: str, device_type: str, capturable: bool = False) -> str | None:
     """Why backend `name` can't step tensors on `device_type` here; None if it can."""
-    return _module(name).why_not(device_type)
+    return _module(name).why_not(device_type, capturable)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -58,13 +64,13 @@ def check_name(name: str) -> None:
 
 
 @cache
-def resolve(name: str, device_type: str) -> Callable:
+def resolve(name: str, device_type: str, capturable: bool = False) -> Callable:
     """The step_ function of backend `name`, or of the best one, for tensors on `device_type`.
 
     Raises RuntimeError where there is none. One named explicitly never gives way to another.
     """
     for candidate in _PREFERENCE.get(device_type, ()) if name == "auto" else (name,):
-        if why_not(candidate, device_type) is None:
+        if why_not(candidate, device_type, capturable) is None:
             if name == "auto" and candidate == "reference":
                 warnings.warn(
                     f"radam_kernels: no kernel steps {device_type!r} parameters here, so the slow "
@@ -76,7 +82,7 @@ def resolve(name: str, device_type: str) -> Callable:
         raise RuntimeError(f"no backend steps parameters on {device_type!r} devices; {_working()}")
     raise RuntimeError(
         f"backend {name!r} can't step parameters on {device_type!r}: "
-        f"{why_not(name, device_type)}; {_working()}"
+        f"{why_not(name, device_type, capturable)}; {_working()}"
     )
 
 

@@ -3,9 +3,11 @@
 import torch
 
 
-def why_not(device_type: str) -> str | None:
+def why_not(device_type: str, capturable: bool = False) -> str | None:
     return None if device_type == "cpu" else "the C++ kernel steps CPU tensors only"
 
 
-def step_(bucket, table, groups) -> None:
+def step_(bucket, table, groups, scaling) -> None:
+    if bucket.capturable:
+        bucket.advance(*scaling.on(torch.device("cpu")).addresses())
     bucket.step(table, groups, torch.get_num_threads())

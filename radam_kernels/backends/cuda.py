@@ -1,14 +1,17 @@
 """The handwritten CUDA kernel: 16-byte accesses, any number of tensors in one launch."""
 
 import torch
+from torch import Tensor
 
+from ..capture import is_capturing
 from ..modules import load_optional
-from .device_tables import device_tables, refuse_capture, scalars_rows, upload
+from ..schedule import StepScalars
+from .device_tables import DeviceTables, device_tables
 
 _cuda = load_optional("_cuda")
 
 
-def why_not(device_type: str) -> str | None:
+def why_not(device_type: str, capturable: bool = False) -> str | None:
     if device_type != "cuda":
         return "the CUDA kernel steps CUDA tensors only"
     if _cuda is None:
@@ -22,25 +25,58 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def step_(bucket, table, groups) -> None:
+def step_(bucket, table, groups, scaling) -> None:
     device = torch.device("cuda", bucket.device[1])
-    stream = torch.cuda.current_stream(device)
-    refuse_capture()
-    with torch.cuda.device(device):
-        tables = device_tables(
-            bucket, table, _cuda.chunk(*bucket.dtypes), device, stream.cuda_stream
-        )
+    stream = torch.cuda.current_stream(device).cuda_stream
+    launch_(_cuda, bucket, table, groups, scaling.on(device), device, stream)
+
+
+def launch_(module, bucket, table, groups, scaling, device: torch.device, stream: int) -> None:
+    """Advances the counts where they are on the device, and steps; `module` has the kernels."""
+
+    def upload(rows: bytes) -> Tensor:
+        # Not from pinned memory: arguments of launches need no event to guard them.
+        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
+        module.upload(room.data_ptr(), rows, device.index, stream)
+        return room
+
+    tables = device_tables(bucket, table, stream, upload, keep=not is_capturing(device))
+    segments = bucket.segment_rows
+    at = tables.rows("segments", segments), tables.work(segments, module.chunk(*bucket.dtypes))
+    address, count, rows = 0, 0, None
+    if bucket.capturable:
+        rows = _advance(module, bucket, tables, scaling, device, stream)
+    else:
         address, count = table.scalars(groups)
-        inline = count <= _cuda.inline_scalars
-        rows = None if inline else upload(scalars_rows(address, count), device)
-        _cuda.step(
-            tables.segments.data_ptr(),
-            tables.work.data_ptr(),
-            len(tables.work),
-            *bucket.dtypes,
-            address,
-            count,
-            0 if rows is None else rows.data_ptr(),
-            device.index,
-            stream.cuda_stream,
-        )
+        if count > module.inline_scalars:
+            rows = tables.rows("scalars", table.scalar_rows(groups))
+    module.step(
+        *(tensor.data_ptr() for tensor in at),
+        tables.run,
+        tables.blocks,
+        *bucket.dtypes,
+        address,
+        count,
+        0 if rows is None else rows.data_ptr(),
+        device.index,
+        stream,
+    )
+
+
+def _advance(
+    module, bucket, tables: DeviceTables, scaling, device: torch.device, stream: int
+) -> Tensor:
+    """Moves the counts on and returns the rows of StepScalars, without waiting for either."""
+    counters = bucket.counter_rows
+    at = tables.rows("counters", counters), tables.rows("groups", bucket.hyperparameter_rows)
+    rows = torch.empty((bucket.count, len(StepScalars._fields)), dtype=torch.float64, device=device)
+    module.advance(
+        at[0].data_ptr(),
+        bucket.count,
+        at[1].data_ptr(),
+        rows.data_ptr(),
+        *scaling.addresses(),
+        device.index,
+        stream,
+    )
+    return rows

@@ -1,81 +1,96 @@
-"""The tables that GPU kernels read: segments, and which block steps what; uploaded on change."""
+"""The tables that GPU kernels read, uploaded again only where their rows have changed."""
 
-import ctypes
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..flat import SEGMENT_FIELDS
-from ..schedule import StepScalars
+
+# A row of work for each block, up to so many; then one for each 2, 4, 8 ... blocks.
+_MAX_WORK_ROWS = 4096
+_NUMEL = SEGMENT_FIELDS.index("numel")
+
+Upload = Callable[[bytes], Tensor]
 
 
-@dataclass
 class DeviceTables:
-    """What a launch reads on the device. Never overwritten: a change makes new ones."""
-
-    segments: Tensor  # int64 [segments, 6], rows of SEGMENT_FIELDS
-    work: Tensor  # int32 [blocks, 2]: segment, chunk
-    host_segments: bytes
-    numels: bytes
-    chunk: int
-
-
-def device_tables(bucket, table, chunk: int, device: torch.device, stream: int) -> DeviceTables:
-    """The tables of a bucket, from the last step where nothing has changed.
+    """What the launches of one bucket read on the device. Never overwritten: a change makes new.
 
     A launch that is still queued keeps reading its own tables: their memory goes back to torch's
-    allocator, which hands it out again in stream order only, and the pinned memory of a copy when
-    that copy is done.
+    allocator, which hands it out again in the order of the stream only.
+    """
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+        self._kept: dict[str, tuple[object, Tensor]] = {}
+        self.blocks = self.run = 0  # how many blocks the work is for, and log2 of those of a row
+
+    def rows(self, name: str, rows: bytes) -> Tensor:
+        """The table `name` on the device, with these rows."""
+        return self._keep(name, rows, lambda: rows)
+
+    def work(self, segments: bytes, chunk: int) -> Tensor:
+        """Where each run of blocks begins, for the segments' sizes; sets `blocks` and `run`.
+
+        Args:
+            segments: int64 rows of SEGMENT_FIELDS.
+            chunk: elements that one block steps.
+        """
+        numels = np.frombuffer(segments, np.int64)[_NUMEL :: len(SEGMENT_FIELDS)]
+
+        def make() -> bytes:
+            self.blocks, self.run, rows = plan(numels, chunk)
+            return rows.tobytes()
+
+        return self._keep("work", (numels.tobytes(), chunk), make)
+
+    def _keep(self, name: str, key: object, make: Callable[[], bytes]) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != key:
+            self._kept[name] = kept = (key, self._upload(make()))
+        return kept[1]
+
+
+def device_tables(bucket, table, stream: int, upload: Upload, *, keep: bool = True) -> DeviceTables:
+    """The tables of a bucket as the last step on this stream left them, or empty ones.
 
     Args:
-        chunk: elements that a block steps.
-        stream: of the launch; tables are not shared between streams.
+        upload: copies rows to the bucket's device, in the order of the stream.
+        keep: False for tables of their own, which must not be seen by another step: while a CUDA
+            graph is captured, memory and uploads belong to the graph.
     """
-    key = (bucket.device, bucket.dtypes, stream)
+    if not keep:
+        return DeviceTables(upload)
     cache = table.__dict__.setdefault("device_tables", {})
-    rows = _view(bucket.table[0], bucket.count, ctypes.c_int64, len(SEGMENT_FIELDS))
-    host_segments, numels = rows.tobytes(), rows[:, SEGMENT_FIELDS.index("numel")].tobytes()
-    old = cache.get(key)
-    if old and old.host_segments == host_segments and old.chunk == chunk:
-        return old
-    same_work = old and old.numels == numels and old.chunk == chunk
-    work = old.work if same_work else upload(_work(rows, chunk), device)
-    new = DeviceTables(upload(rows.copy(), device), work, host_segments, numels, chunk)
-    cache[key] = new
-    return new
+    key = (bucket.device, bucket.dtypes, bucket.capturable, stream)
+    if key not in cache:
+        cache[key] = DeviceTables(upload)
+    return cache[key]
 
 
-def upload(rows: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device, in order with the current stream; the host does not wait for it."""
-    host = torch.from_numpy(rows)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+def plan(numels: np.ndarray, chunk: int) -> tuple[int, int, np.ndarray]:
+    """How many blocks step segments of these sizes, log2 of the blocks of a row, and the rows.
+
+    Row i says where block `i << run` begins: int32 [rows, 2], segment and chunk.
+    """
+    blocks = -(-numels // chunk)
+    ends = np.cumsum(blocks)
+    total = int(ends[-1]) if len(ends) else 0
+    run = 0
+    while total > _MAX_WORK_ROWS << run:
+        run += 1
+    starts = np.arange(0, total, 1 << run)
+    segment = np.searchsorted(ends, starts, side="right")
+    return total, run, np.stack([segment, starts - (ends - blocks)[segment]], 1).astype(np.int32)
 
 
-def scalars_rows(address: int, count: int) -> np.ndarray:
-    """A copy of the StepScalars at an address: float64 [count, 9]."""
-    return _view(address, count, ctypes.c_double, len(StepScalars._fields)).copy()
+def upload_pinned(device: torch.device) -> Upload:
+    """An upload by torch: through pinned memory, for which the host does not wait."""
 
+    def upload(rows: bytes) -> Tensor:
+        host = torch.from_numpy(np.frombuffer(rows, np.int64).copy())
+        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
-def refuse_capture() -> None:
-    """Raises RuntimeError while a CUDA graph is being captured: replays would not count steps."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "radam_kernels.RAdam.step can't be captured in a CUDA graph: it counts steps on the "
-            "host; leave it out of the graph, or use torch.optim.RAdam(capturable=True)"
-        )
-
-
-def _work(rows: np.ndarray, chunk: int) -> np.ndarray:
-    """Which chunk of which segment each block steps: int32 [blocks, 2]."""
-    blocks = -(-rows[:, SEGMENT_FIELDS.index("numel")] // chunk)
-    segment = np.repeat(np.arange(len(rows)), blocks)
-    first = np.repeat(np.cumsum(blocks) - blocks, blocks)
-    return np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
-
-
-def _view(address: int, rows: int, kind: type, columns: int) -> np.ndarray:
-    return np.ctypeslib.as_array((kind * (rows * columns)).from_address(address)).reshape(
-        -1, columns
-    )
+    return upload

@@ -8,16 +8,34 @@ from ..modules import DTYPES
 from ..schedule import Action, StepScalars, group_scalars
 
 
-def why_not(device_type: str) -> str | None:
+def why_not(device_type: str, capturable: bool = False) -> str | None:
     return None
 
 
 @torch.no_grad()
-def step_(bucket, table, groups) -> None:
-    rows = [group_scalars(groups[group], step) for group, step in table.counts]
+def step_(bucket, table, groups, scaling) -> None:
+    if bucket.capturable:
+        rows = _advance(bucket, groups, scaling)
+    else:
+        rows = [group_scalars(groups[group], step) for group, step in table.counts]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
     for tensors, row in zip(bucket.tensors(), bucket.scalars(), strict=True):
         radam_update_(*tensors, rows[row], compute)
+
+
+def _advance(bucket, groups, scaling) -> list[StepScalars]:
+    """Moves on step counts that are on the device, and waits for them."""
+    skip = scaling.found_inf is not None and scaling.found_inf.item() != 0
+    loss_scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.item()
+    rows = []
+    for step, group in bucket.steps():
+        if not skip:
+            step += 1
+            options = {**groups[group], "grad_scale": 1.0 / loss_scale}
+            rows.append(group_scalars(options, step.item()))
+        else:
+            rows.append(StepScalars(*[0.0] * 8, action=float(Action.SKIP)))
+    return rows
 
 
 def radam_update_(

@@ -2,7 +2,7 @@
 
 import torch
 
-from .device_tables import device_tables, refuse_capture, scalars_rows, upload
+from .device_tables import device_tables, upload_pinned
 
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
@@ -18,7 +18,7 @@ else:
     COMPILES_EXACTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
-def why_not(device_type: str) -> str | None:
+def why_not(device_type: str, capturable: bool = False) -> str | None:
     if _missing:
         return _missing
     if INTERPRETED:
@@ -30,20 +30,28 @@ def why_not(device_type: str) -> str | None:
         )
     if device_type != "cuda":
         return f"Triton steps GPU tensors only; {_INTERPRETER}"
+    if capturable:
+        return "the Triton kernel does not count steps on the GPU, as capturable=True needs"
     return None if torch.cuda.is_available() else f"torch finds no GPU; {_INTERPRETER}"
 
 
-def step_(bucket, table, groups) -> None:
+def step_(bucket, table, groups, scaling) -> None:
     if INTERPRETED:
-        _step(bucket, table, groups, torch.device("cpu"), 0)
+        _step(bucket, table, groups, scaling, torch.device("cpu"), 0)
         return
     device = torch.device("cuda", bucket.device[1])
-    refuse_capture()
     with torch.cuda.device(device):
-        _step(bucket, table, groups, device, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _step(bucket, table, groups, scaling, device, stream)
 
 
-def _step(bucket, table, groups, device: torch.device, stream: int) -> None:
-    tables = device_tables(bucket, table, CHUNK, device, stream)
-    scalars = upload(scalars_rows(*table.scalars(groups)), device)
-    launch_(tables.segments, tables.work, scalars, bucket.dtypes)
+def _step(bucket, table, groups, scaling, device: torch.device, stream: int) -> None:
+    tables = device_tables(bucket, table, stream, upload_pinned(device))
+    rows = bucket.segment_rows
+    segments, work = tables.rows("segments", rows), tables.work(rows, CHUNK)
+    if bucket.capturable:
+        bucket.advance(*scaling.on(device).addresses())
+        scalars = tables.rows("scalars", bucket.scalar_rows)
+    else:
+        scalars = tables.rows("scalars", table.scalar_rows(groups))
+    launch_(segments, work, scalars, tables.run, tables.blocks, bucket.dtypes)

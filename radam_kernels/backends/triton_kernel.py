@@ -1,5 +1,6 @@
 """The element update in Triton and the kernel around it; csrc/radam_math.h says it in C++."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -112,15 +113,23 @@ def _step_block(
     tl.store(v_ptr, _narrow(v, STATE), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def radam_step_kernel(
-    segments, work, scalars,
+    segments, work, scalars, run,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i steps chunk work[i, 1] of segment work[i, 0]; tables as in device_tables.py."""
+    """Steps one chunk of one segment; tables as in device_tables.py."""
+    # A row of work is for 2^run programs, so walk on from where the first of them begins.
     program = tl.program_id(0).to(tl.int64)
-    segment = segments + tl.load(work + 2 * program).to(tl.int64) * _SEGMENT_WIDTH
-    begin = tl.load(work + 2 * program + 1).to(tl.int64) * BLOCK
+    row = work + 2 * (program >> run)
+    segment = segments + tl.load(row).to(tl.int64) * _SEGMENT_WIDTH
+    chunk = tl.load(row + 1) + (program & ((1 << run) - 1))
+    chunks = tl.cdiv(tl.load(segment + 4), BLOCK)
+    while chunk >= chunks:
+        chunk -= chunks
+        segment += _SEGMENT_WIDTH
+        chunks = tl.cdiv(tl.load(segment + 4), BLOCK)
+    begin = chunk * BLOCK
     param, grad = tl.load(segment), tl.load(segment + 1)
     exp_avg, exp_avg_sq = tl.load(segment + 2), tl.load(segment + 3)
     numel = tl.load(segment + 4)
@@ -155,10 +164,13 @@ def radam_step_kernel(
 INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
 
 
-def launch_(segments: Tensor, work: Tensor, scalars: Tensor, dtypes: tuple[int, int, int]) -> None:
-    """Launches the kernel on the current stream: tables as tensors, dtypes as codes."""
-    if len(work):
+def launch_(
+    segments: Tensor, work: Tensor, scalars: Tensor, run: int, blocks: int, dtypes: tuple[int, ...]
+) -> None:
+    """Launches the kernel on the current stream: tables as tensors of 8-byte words, dtype codes."""
+    if blocks:
         # No autotuning: it would run a kernel that works in place several times over.
-        radam_step_kernel[(len(work),)](
-            segments, work, scalars, *dtypes, CHUNK, num_warps=8, enable_fp_fusion=False
+        radam_step_kernel[(blocks,)](
+            segments, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes, CHUNK,
+            num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

@@ -7,6 +7,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(threads)
@@ -17,7 +18,7 @@ struct uint4 {
 
 struct dim3 {
   unsigned x, y, z;
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 inline thread_local dim3 blockIdx, threadIdx;
@@ -45,7 +46,10 @@ struct cudaLaunchConfig_t {
 };
 struct cudaFuncAttributes {};
 
-inline int emulated_device = 0;
+inline int emulated_device = 0;  // the current one, of two
+// Of a grid of several blocks, run just these.
+inline unsigned emulated_first_block = 0, emulated_end_block = ~0u;
+
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device" : ""; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -57,15 +61,27 @@ inline cudaError_t cudaSetDevice(int device) {
   emulated_device = device;
   return cudaSuccess;
 }
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 
+// The device that was current when a kernel ran last: the launcher's business, and so a test's.
+inline int emulated_launch_device = -1;
+
 template <typename Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
                                const Argument& argument) {
-  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+  emulated_launch_device = emulated_device;
+  const unsigned blocks = config->gridDim.x;
+  for (unsigned block = 0; block < blocks; ++block) {
+    if (blocks > 1 && block < emulated_first_block) block = emulated_first_block;
+    if (blocks > 1 && block >= emulated_end_block) break;
     for (unsigned thread = 0; thread < config->blockDim.x; ++thread) {
       blockIdx = dim3(block, 0, 0);
       threadIdx = dim3(thread, 0, 0);
