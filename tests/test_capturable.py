@@ -1,0 +1,257 @@
+"""Step counts that live beside the parameters: the same steps, and nobody waits for the device."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from radam_kernels import RAdam, available_backends, optimizer
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+BACKENDS = [
+    (name, device)
+    for device, names in (("cpu", ("cpu", "reference", "triton")), ("cuda", ("cuda", "reference")))
+    for name in names
+    if device in DEVICES and available_backends()[name] is None
+    if (name, device) != ("triton", "cpu") or not torch.cuda.is_available()
+]
+every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=lambda value: value)
+every_device = pytest.mark.parametrize("device", DEVICES)
+SHAPES = [(5,), (), (0,), (300, 2), (4097,)]
+
+
+def make(device="cpu", dtype=torch.float32, seed=0) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in SHAPES]
+
+
+def set_grads(params: list[Parameter], seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p)
+
+
+def same(ours: list[Tensor], theirs: list[Tensor], same_bits) -> bool:
+    """The same bits; on a GPU, whose logarithm is another, scalars may be off by one ulp."""
+    if ours[0].device.type == "cpu":
+        return all(map(same_bits, ours, theirs))
+    return all(
+        torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999])
+def test_steps_are_those_of_counts_on_the_host(backend, device, beta2, same_bits):
+    a, b = make(device), make(device)
+    options = dict(betas=(0.9, beta2), weight_decay=0.1, backend=backend)
+    ours = RAdam([{"params": a[:2]}, {"params": a[2:], "lr": 0.1}], capturable=True, **options)
+    host = RAdam([{"params": b[:2]}, {"params": b[2:], "lr": 0.1}], **options)
+    for i in range(12):
+        for params, stepper in ((a, ours), (b, host)):
+            set_grads(params, i)
+            if i % 3 == 1:
+                params[1].grad = None  # falls behind
+            stepper.step()
+        assert same(a, b, same_bits)
+    assert ours.state[a[0]]["step"] == 12
+    assert ours.state[a[1]]["step"] == 8
+
+
+@every_device
+def test_a_learning_rate_in_a_tensor_is_read_at_each_step(device, same_bits):
+    a, b = make(device), make(device)
+    lr = torch.tensor(0.5, device=device)
+    ours, host = RAdam(a, lr=lr, capturable=True), RAdam(b, lr=0.5)
+    for i in range(8):
+        lr.fill_(0.5 / (i + 1))
+        host.param_groups[0]["lr"] = lr.item()
+        for params, stepper in ((a, ours), (b, host)):
+            set_grads(params, i)
+            stepper.step()
+    assert same(a, b, same_bits)
+
+
+@every_device
+def test_the_state_is_torchs_and_goes_there_and_back(device):
+    a, b = make(device), make(device)
+    ours, theirs = RAdam(a, capturable=True), torch.optim.RAdam(b)
+    for i in range(7):
+        set_grads(a, i)
+        ours.step()
+    step = ours.state[a[0]]["step"]
+    assert (step.shape, step.dtype, step.device) == ((), torch.float32, a[0].device)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    again = RAdam(make(device))
+    again.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert again.param_groups[0]["capturable"] is True
+    back = again.state[again.param_groups[0]["params"][0]]["step"]
+    assert (back.item(), back.dtype, back.device) == (7, torch.float32, a[0].device)
+
+
+@every_device
+def test_counts_move_when_the_group_changes_its_mind(device, same_bits):
+    a, b = make(device), make(device)
+    ours, host = RAdam(a), RAdam(b)
+    for i in range(9):
+        ours.param_groups[0]["capturable"] = 3 <= i < 6
+        for params, stepper in ((a, ours), (b, host)):
+            set_grads(params, i)
+            stepper.step()
+        assert ours.state[a[0]]["step"].device.type == (device if 3 <= i < 6 else "cpu")
+    assert ours.state[a[0]]["step"] == 9
+    assert same(a, b, same_bits)
+
+
+def test_a_count_that_is_none_is_left_and_its_parameter_too():
+    params = make()
+    for backend in ("cpu", "reference"):
+        ours = RAdam(params, capturable=True, backend=backend)
+        set_grads(params, 0)
+        ours.step()
+        ours.state[params[0]]["step"].fill_(-5)
+        before = [p.detach().clone() for p in params]
+        ours.step()
+        assert torch.equal(params[0], before[0])
+        assert not torch.equal(params[3], before[3])
+        assert ours.state[params[0]]["step"] == -5
+        assert ours.state[params[3]]["step"] == 2
+
+
+def test_counts_that_share_memory_are_refused():
+    params = make()
+    ours = RAdam(params, capturable=True)
+    set_grads(params, 0)
+    ours.step()
+    ours.state[params[3]]["step"] = ours.state[params[0]]["step"]
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"step of param \d of group 0 shares memory with step of"):
+        ours.step()
+    assert all(map(torch.equal, params, before))
+    assert ours.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(betas=(0.9, 1.5)), "beta2: expected 0 <= beta2 < 1, got 1.5"),
+        (dict(eps=float("nan")), "eps: expected a number >= 0, got nan"),
+        (dict(rho_threshold=3.0), "rho_threshold: expected at least 4.0"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_moves(options, message):
+    params = make()
+    ours = RAdam(params, capturable=True)
+    set_grads(params, 0)
+    ours.step()
+    ours.param_groups[0].update(options)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=message):
+        ours.step()
+    assert all(map(torch.equal, params, before))
+    assert ours.state[params[0]]["step"] == 1
+
+
+def test_state_made_during_a_capture_is_refused(monkeypatch):
+    params = make()
+    ours = RAdam(params, capturable=True)
+    set_grads(params, 0)
+    monkeypatch.setattr(optimizer, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"param 0 of group 0 .*step once before the capture"):
+        ours.step()
+    assert not ours.state
+    monkeypatch.undo()
+    ours.step()
+    monkeypatch.setattr(optimizer, "is_capturing", lambda device: True)
+    ours.state[params[3]]["step"] = 1  # would have to become a tensor
+    with pytest.raises(RuntimeError, match="param 3 of group 0"):
+        ours.step()
+
+
+# GradScaler
+
+
+def amp_steps(device: str, capturable: bool, backend="auto", unscale=False, dtype=torch.float32):
+    """Nine steps under a scaler, of which the fourth has an infinite gradient."""
+    params = make(device, dtype)
+    ours = RAdam(params, lr=0.1, capturable=capturable, backend=backend)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=3)
+    scaler.scale(torch.ones((), device=device))  # makes the scale a tensor
+    for i in range(9):
+        set_grads(params, i, scaler.get_scale())
+        if i == 3:
+            params[3].grad[0, 0] = float("inf")
+        if unscale:
+            scaler.unscale_(ours)
+        scaler.step(ours)
+        scaler.update()
+    return params, ours, scaler
+
+
+@every_backend
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_scaler_gets_the_steps_of_its_default_path(backend, device, unscale, same_bits):
+    a, ours, scaler = amp_steps(device, True, backend, unscale)
+    b, host, other = amp_steps(device, False, backend, unscale)
+    assert same(a, b, same_bits)
+    assert ours.state[a[0]]["step"] == host.state[b[0]]["step"] == 8
+    assert scaler.get_scale() == other.get_scale()
+    assert not {"grad_scale", "found_inf"} & set(vars(ours))
+
+
+@every_device
+def test_gradients_stay_scaled_where_the_step_unscales_them(device):
+    params = make(device)
+    ours = RAdam(params, capturable=True)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    scaler.scale(sum(p.sum() for p in params)).backward()
+    scaler.step(ours)
+    assert all((p.grad == 1024).all() for p in params)
+    torch.testing.assert_close(ours.state[params[0]]["exp_avg"], torch.full_like(params[0], 0.1))
+
+
+@every_backend
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])
+def test_found_inf_of_several_devices_may_be_two(backend, device, found_inf):
+    params = make(device)
+    ours = RAdam(params, capturable=True, backend=backend)
+    set_grads(params, 0)
+    ours.step()
+    before = [p.detach().clone() for p in params]
+    moments = ours.state[params[0]]["exp_avg"].clone()
+    ours.grad_scale = None
+    ours.found_inf = torch.tensor(found_inf)  # may be on another device
+    ours.step()
+    stepped = found_inf == 0
+    assert ours.state[params[0]]["step"] == 1 + stepped
+    assert torch.equal(params[0], before[0]) is not stepped
+    assert torch.equal(ours.state[params[0]]["exp_avg"], moments) is not stepped
+
+
+def test_a_scaler_takes_its_default_path_if_a_group_counts_on_the_host():
+    params = make()
+    groups = [{"params": params[:2]}, {"params": params[2:], "capturable": True}]
+    ours = RAdam(groups)
+    assert not ours._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    set_grads(params, 0, 8.0)
+    scaler.step(ours)
+    assert ours.state[params[0]]["step"] == ours.state[params[3]]["step"] == 1
+    params[0].grad.fill_(float("inf"))
+    scaler.update()
+    scaler.step(ours)
+    assert ours.state[params[0]]["step"] == ours.state[params[3]]["step"] == 1
+
+
+def test_a_verdict_that_would_not_be_heeded_is_refused():
+    params = make()
+    ours = RAdam(params)
+    set_grads(params, 0)
+    ours.found_inf = torch.tensor(1.0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="only capturable=True heeds them"):
+        ours.step()
+    assert all(map(torch.equal, params, before))
