@@ -33,19 +33,12 @@ def step_(bucket, table, groups, scaling) -> None:
 
 def launch_(module, bucket, table, groups, scaling, device: torch.device, stream: int) -> None:
     """Advances the counts where they are on the device, and steps; `module` has the kernels."""
-
-    def upload(rows: bytes) -> Tensor:
-        # Not from pinned memory: arguments of launches need no event to guard them.
-        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
-        module.upload(room.data_ptr(), rows, device.index, stream)
-        return room
-
-    tables = device_tables(bucket, table, stream, upload, keep=not is_capturing(device))
+    tables = tables_of(module, bucket, table, device, stream)
     segments = bucket.segment_rows
     at = tables.rows("segments", segments), tables.work(segments, module.chunk(*bucket.dtypes))
     address, count, rows = 0, 0, None
     if bucket.capturable:
-        rows = _advance(module, bucket, tables, scaling, device, stream)
+        rows = advance(module, bucket, tables, scaling, device, stream)
     else:
         address, count = table.scalars(groups)
         if count > module.inline_scalars:
@@ -63,17 +56,29 @@ def launch_(module, bucket, table, groups, scaling, device: torch.device, stream
     )
 
 
-def _advance(
+def tables_of(module, bucket, table, device: torch.device, stream: int) -> DeviceTables:
+    """The bucket's tables on the device; a graph that is being captured gets its own."""
+
+    def upload(rows: bytes) -> Tensor:
+        # Not from pinned memory: arguments of launches need no event to guard them.
+        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
+        module.upload(room.data_ptr(), rows, device.index, stream)
+        return room
+
+    return device_tables(bucket, table, stream, upload, keep=not is_capturing(device))
+
+
+def advance(
     module, bucket, tables: DeviceTables, scaling, device: torch.device, stream: int
 ) -> Tensor:
-    """Moves the counts on and returns the rows of StepScalars, without waiting for either."""
-    counters = bucket.counter_rows
-    at = tables.rows("counters", counters), tables.rows("groups", bucket.hyperparameter_rows)
+    """Moves the counts on; returns float64 [segments, 9], rows of StepScalars, without waiting."""
+    counters = tables.rows("counters", bucket.counter_rows)
+    hyperparameters = tables.rows("hyperparameters", bucket.hyperparameter_rows)
     rows = torch.empty((bucket.count, len(StepScalars._fields)), dtype=torch.float64, device=device)
     module.advance(
-        at[0].data_ptr(),
+        counters.data_ptr(),
         bucket.count,
-        at[1].data_ptr(),
+        hyperparameters.data_ptr(),
         rows.data_ptr(),
         *scaling.addresses(),
         device.index,
