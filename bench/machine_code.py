@@ -1,0 +1,394 @@
+"""What the compilers made of the step kernels: `python -m bench.machine_code`.
+
+Reads the installed `_cuda` module as it was built, and the Triton kernel compiled for GPUs that
+need not be there. What is counted is the main path: of CUDA's kernel the loop over whole vectors,
+of Triton's, which has no loop, the blocks of the unmasked path. It holds every instruction that can
+run between the loads and the stores, so also the few of steps that are not rectified, and leaves
+out what is called out of line: the slow path of IEEE division and square root, for operands near
+the ends of the exponent range. gfx942 has those inline, where they are counted. `in flight` is what
+the resident threads have loaded before the first of them waits.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from radam_kernels import modules
+
+from .triton_compile import SETS, Codes, Compiled, compile_all
+
+NAMES: tuple[str, ...] = tuple(modules.cpu.dtypes)
+SIZES: tuple[int, ...] = tuple(dtype.itemsize for dtype in modules.DTYPES)
+
+# Measured by copying on an H200, of 4.8e12 by its data sheet; and its boost clock.
+H200_BYTES_PER_SECOND = 4.3e12
+H200_INSTRUCTIONS_PER_SECOND = 132 * 128 * 1.755e9  # multiprocessors, threads a clock, clock
+
+LATENCY = 700e-9  # seconds from a load to its data, under load
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet; a multiprocessor is called compute unit at AMD."""
+
+    name: str
+    multiprocessors: int
+    bytes_per_second: float
+    threads: int = 2048  # resident on a multiprocessor, at most
+    quarter: int = 16384  # registers of each of its four schedulers
+    warp: int = 32
+
+    @property
+    def needs_in_flight(self) -> float:
+        """Bytes a multiprocessor must have in flight for full bandwidth (Little's law)."""
+        return self.bytes_per_second * LATENCY / self.multiprocessors
+
+    def blocks(self, registers: int, threads: int) -> int:
+        """Blocks of so many threads that are resident; registers come in eights."""
+        warps = 4 * (self.quarter // (-(-registers // 8) * 8 * self.warp))
+        return min(warps * self.warp, self.threads) // threads
+
+
+GPUS = {
+    "sm_80": Gpu("A100", 108, 2.0e12),
+    "sm_90": Gpu("H200", 132, 4.8e12),
+    "sm_100": Gpu("B200", 148, 8.0e12),
+    "sm_120": Gpu("RTX 5090", 170, 1.79e12, threads=1536),
+    "gfx942": Gpu("MI300X", 304, 5.3e12, quarter=32768, warp=64),
+}
+
+
+# Bytes by the suffix of the instruction, as NVIDIA and as AMD write it; 4 without one.
+WIDTHS = {"256": 32, "128": 16, "64": 8, "[US]16": 2, "[US]8": 1}
+WIDTHS |= {"x4": 16, "x3": 12, "x2": 8, "[us]?short": 2, "[us]?byte": 1}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str  # such as LDG.E.128, without its predicate
+    operands: str
+    falls_through: bool = True
+    target: int | None = None  # of a branch
+
+    @property
+    def loads(self) -> int:
+        """Bytes that one thread loads from global memory."""
+        return (
+            self._width if self.name.startswith(("LDG", "LD.", "global_load", "flat_load")) else 0
+        )
+
+    @property
+    def stores(self) -> int:
+        return (
+            self._width if self.name.startswith(("STG", "ST.", "global_store", "flat_store")) else 0
+        )
+
+    @property
+    def _width(self) -> int:
+        for suffix, width in WIDTHS.items():
+            if re.search(rf"(\.|dword|_){suffix}(\.|_|$)", self.name):
+                return width
+        return 4
+
+    @property
+    def local(self) -> bool:
+        return self.name.startswith(("LDL", "STL", "scratch_", "buffer_"))
+
+    @property
+    def fused(self) -> bool:
+        """Whether it multiplies and adds floats with one rounding."""
+        fma = r"[FD]FMA2?\b|v_(pk_)?(fma|fmac|fmak|fmamk|mad|mac|fma_mix\w*)_f(16|32|64)"
+        return re.match(fma, self.name) is not None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's machine code, and what was measured on its main path."""
+
+    backend: str
+    codes: Codes
+    arch: str
+    registers: int
+    stack: int  # bytes, which spills would need too
+    threads: int  # of a block
+    code: list[Instruction] = field(repr=False)
+
+    @property
+    def dtypes(self) -> str:
+        return "/".join(NAMES[code] for code in self.codes)
+
+    @property
+    def read(self) -> int:
+        """Bytes of an element that a step reads: param, grad and both moments."""
+        param, grad, state = (SIZES[code] for code in self.codes)
+        return param + grad + 2 * state
+
+    @property
+    def written(self) -> int:
+        return self.read - SIZES[self.codes[1]]
+
+    @cached_property
+    def main(self) -> list[Instruction]:
+        """The largest loop around wide loads, or else what lies between them and wide stores."""
+        code = self.code
+        after: list[list[int]] = [[] for _ in code]
+        before: list[list[int]] = [[] for _ in code]
+        for i, one in enumerate(code):
+            for j in ([i + 1] if one.falls_through else []) + [one.target]:
+                if j is not None and j < len(code):
+                    after[i].append(j)
+                    before[j].append(i)
+
+        def reach(start: Iterable[int], edges: list[list[int]]) -> set[int]:
+            seen, todo = set(), list(start)
+            while todo:
+                for j in edges[todo.pop()]:
+                    if j not in seen:
+                        seen.add(j)
+                        todo.append(j)
+            return seen
+
+        loads = [i for i, one in enumerate(code) if one.loads >= 16]
+        if not loads:
+            return []
+        path: set[int] = set()
+        for i in loads:
+            if i not in path:
+                path = max(path, reach([i], after) & reach([i], before), key=len)
+        if not path:
+            first = loads[0]
+            while before[first] == [first - 1] and after[first - 1] == [first]:
+                first -= 1
+            stores = [i for i, one in enumerate(code) if one.stores >= 16]
+            path = (reach([first], after) | {first}) & (reach(stores, before) | set(stores))
+        return [code[i] for i in sorted(path)]
+
+    @property
+    def local(self) -> int:
+        """Instructions that access local memory, anywhere in the kernel."""
+        return sum(one.local for one in self.code)
+
+    @property
+    def load_widths(self) -> list[int]:
+        return [one.loads for one in self.main if one.loads]
+
+    @property
+    def store_widths(self) -> list[int]:
+        return [one.stores for one in self.main if one.stores]
+
+    @property
+    def elements(self) -> float:
+        """That a thread steps on the main path."""
+        return sum(self.load_widths) / self.read
+
+    @property
+    def instructions(self) -> float:
+        """Of the main path, for each element."""
+        return len(self.main) / self.elements
+
+    @property
+    def fused(self) -> float:
+        return sum(one.fused for one in self.main) / self.elements
+
+    @property
+    def blocks(self) -> int:
+        return GPUS[self.arch].blocks(self.registers, self.threads)
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes that a multiprocessor's resident threads have loaded before they wait."""
+        loaded, pending = 0, set()
+        for one in self.main:
+            used = set(re.findall(r"\bR\d+\b", one.operands))
+            if pending & used or (pending and "vmcnt" in one.operands):
+                break
+            if one.loads:
+                loaded += one.loads
+                # The destination comes first: R4 of R4, [R2.64], or v[4:7] of AMD's.
+                first = int(re.search(r"\d+", one.operands)[0])
+                pending |= {f"R{first + i}" for i in range(one.loads // 4 or 1)}
+        return loaded * self.blocks * self.threads
+
+
+@lru_cache
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with Triton."""
+    triton = find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
+
+
+@lru_cache
+def cuda_module() -> Path | None:
+    module = modules.load_optional("_cuda")
+    return Path(module.__file__) if module else None
+
+
+def dump(file: Path, *what: str) -> str:
+    """cuobjdump's report; it looks for nvdisasm, which lies beside it, on PATH."""
+    tool = Path(cuobjdump() or "cuobjdump")
+    path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [tool, *what, file], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    ).stdout
+
+
+def cuda_architectures() -> list[str]:
+    """For which the module holds machine code."""
+    return re.findall(r"\.(sm_\w+)\.cubin", dump(cuda_module(), "-lelf"))
+
+
+def dtypes_of(symbol: str) -> Codes | None:
+    """From the mangled name of radam_step_kernel<P, G, S>, where S2_, S3_ repeat a type."""
+    found = re.search(r"radam_step_kernelI(.+)EEv", symbol)
+    if not found:
+        return None
+    named: list[str] = []
+    codes = []
+    for builtin, name, again in re.findall(r"([fd])|NS_\d+([a-z]+\d+)E|S(\d)_", found[1] + "E"):
+        if again:
+            name = named[int(again) - 2]
+        elif name:
+            named.append(name)
+        codes.append(NAMES.index(name or {"f": "float32", "d": "float64"}[builtin]))
+    return tuple(codes)
+
+
+def embedded_ptx() -> dict[Codes, str]:
+    """The PTX of each step kernel that the CUDA module carries for GPUs to come."""
+    entries = re.split(r"^\.(?:visible )?entry ", dump(cuda_module(), "-ptx"), flags=re.MULTILINE)
+    named = ((dtypes_of(entry.partition("(")[0]), entry) for entry in entries[1:])
+    return {codes: entry for codes, entry in named if codes}
+
+
+def read_sass(file: Path, arch: str, backend: str, codes: Codes | None = None) -> list[Kernel]:
+    """The step kernels in a module, or the one kernel of a cubin, whose dtypes are `codes`."""
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
+        dump(file, "-res-usage", "-arch", arch),
+    )
+    threads = {}
+    for part in re.split(r"^\.nv\.info\.", dump(file, "-elf", "-arch", arch), flags=re.MULTILINE):
+        limit = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s*0x([0-9a-f]+)", part)
+        threads[part.split()[0]] = int(limit[1], 16) if limit else 1024
+    parts = re.split(r"^\s*Function : ", dump(file, "-sass", "-arch", arch), flags=re.MULTILINE)
+    sass = {part.split()[0]: part for part in parts[1:]}
+    kernels = []
+    for symbol, registers, stack, local in usage:
+        dtypes = codes or dtypes_of(symbol)
+        if dtypes:
+            code = parse_sass(sass[symbol])
+            bytes_ = int(stack) + int(local)
+            kernel = Kernel(backend, dtypes, arch, int(registers), bytes_, threads[symbol], code)
+            kernels.append(kernel)
+    return kernels
+
+
+def parse_sass(text: str) -> list[Instruction]:
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(@\S+ )? *([A-Z][\w.]*) *(.*?) *;", text)
+    at = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    code = []
+    for _, predicate, name, operands in lines:
+        target, always = None, not predicate
+        if name.startswith("BRA"):
+            condition, _, address = operands.rpartition("0x")
+            target, always = at[int(address, 16)], always and not condition
+        ends = always and name.startswith(("BRA", "EXIT", "RET"))
+        code.append(Instruction(name, operands, not ends, target))
+    return code
+
+
+def parse_amdgcn(text: str) -> list[Instruction]:
+    lines, labels = [], {}
+    for line in text.partition(".section\t.rodata")[0].splitlines():
+        label = re.match(r"(\.LBB\w+):", line)
+        if label:
+            labels[label[1]] = len(lines)
+        elif re.match(r"\t[a-z]", line):
+            name, _, operands = line.partition(";")[0].strip().partition(" ")
+            lines.append((name, operands.strip()))
+    return [
+        Instruction(
+            name,
+            operands,
+            name not in ("s_branch", "s_endpgm"),
+            labels[operands] if name.startswith(("s_branch", "s_cbranch")) else None,
+        )
+        for name, operands in lines
+    ]
+
+
+def read_triton(compiled: Compiled) -> Kernel:
+    if "cubin" in compiled.files:
+        file = Path(compiled.files["cubin"])
+        return read_sass(file, compiled.arch, "triton", compiled.codes)[0]
+    text = compiled.text("amdgcn")
+
+    def number(name: str) -> int:
+        return int(re.search(rf"{name}:?\s+(\d+)", text)[1])
+
+    registers, stack = number("TotalNumVgprs"), number("ScratchSize")
+    threads = number(r"\.max_flat_workgroup_size")
+    code = parse_amdgcn(text)
+    return Kernel("triton", compiled.codes, compiled.arch, registers, stack, threads, code)
+
+
+def affordable(bytes_: int) -> float:
+    """Instructions that an H200 can issue in the time in which it moves so many bytes."""
+    return bytes_ / H200_BYTES_PER_SECOND * H200_INSTRUCTIONS_PER_SECOND
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    head = (
+        f"{'param/grad/moments':28}{'kernel':8}{'arch':8}{'regs':>5}{'stack':>6}{'local':>6}"
+        f"{'load':>6}{'store':>6}{'wide':>9}{'elements':>9}{'instr.':>8}{'of':>5}"
+        f"{'threads':>9}{'in flight':>10}{'needs':>7}"
+    )
+    lines = [head]
+    for k in kernels:
+        wide = f"{sum(w >= 16 for w in k.load_widths)}+{sum(w >= 16 for w in k.store_widths)}"
+        afford = f"{affordable(k.read + k.written):.0f}" if k.arch == "sm_90" else ""
+        flight = f"{k.in_flight / 1e3:.0f} kB", f"{GPUS[k.arch].needs_in_flight / 1e3:.0f}"
+        lines.append(
+            f"{k.dtypes:28}{k.backend:8}{k.arch:8}{k.registers:5}{k.stack:6}{k.local:6}"
+            f"{max(k.load_widths, default=0):6}{max(k.store_widths, default=0):6}{wide:>9}"
+            f"{k.elements:9.0f}{k.instructions:8.1f}{afford:>5}{k.blocks * k.threads:9}"
+            f"{flight[0]:>10}{flight[1]:>7}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every dtype set of the CUDA kernel")
+    args = parser.parse_args()
+    if not cuobjdump():
+        parser.error("no cuobjdump on PATH, and none beside Triton: pip install triton")
+    kernels, notes = [], []
+    if cuda_module():
+        for arch in cuda_architectures():
+            if arch in GPUS:
+                kernels += read_sass(cuda_module(), arch, "cuda")
+    else:
+        notes.append("cuda: _cuda was not built here")
+    with tempfile.TemporaryDirectory() as folder:
+        for compiled in compile_all(Path(folder)):
+            if compiled.refused:
+                names = "/".join(NAMES[code] for code in compiled.codes)
+                notes.append(f"triton: {names} for {compiled.arch} refused: {compiled.refused}")
+            elif not compiled.yardstick:
+                kernels.append(read_triton(compiled))
+    shown = [k for k in kernels if args.all or k.codes in SETS]
+    print(table(sorted(shown, key=lambda k: (k.codes, k.backend))), *notes, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Compiles the Triton kernel for GPUs that need not be there: what `launch_` hands to it.
+
+Triton compiles nothing where it interprets, so `compile_all` does it in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+Codes = tuple[int, int, int]  # dtypes of param, grad and moments, as in radam_kernels.modules
+
+# float32, float64, and 16-bit types as parameter, with gradient, and throughout.
+SETS: tuple[Codes, ...] = ((0, 0, 0), (3, 3, 3), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 2))
+TARGETS = ("sm_90", "sm_100", "gfx942")
+# Where a kernel of nothing but one square root and one division is compiled too.
+YARDSTICKS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel; `files` holds the path of its cubin, ptx or amdgcn."""
+
+    codes: Codes
+    arch: str
+    yardstick: bool = False  # not the step, but a square root and a division
+    signature: dict[str, str] = field(default_factory=dict)
+    options: dict[str, bool | int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    refused: str = ""  # why Triton did not compile it
+
+    def text(self, kind: str) -> str:
+        return Path(self.files[kind]).read_text()
+
+
+def compile_all(folder: Path) -> list[Compiled]:
+    """SETS for every one of TARGETS, and the yardsticks, as files in `folder`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(folder)],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"Triton's compilations failed:\n{done.stderr}")
+    return [
+        Compiled(**entry | {"codes": tuple(entry["codes"])}) for entry in json.loads(done.stdout)
+    ]
+
+
+def _compile_all(folder: Path) -> Iterator[Compiled]:
+    import torch
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from radam_kernels.backends import triton_kernel
+
+    pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
+    widths = ((6, torch.int64), (2, torch.int32), (9, torch.float64))
+    tables = [torch.zeros(1, width, dtype=dtype) for width, dtype in widths]
+    step = triton_kernel.radam_step_kernel
+    divide, sqrt = triton_kernel._divide, triton_kernel._sqrt
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> "Recorder":
+            return self
+
+        def __call__(self, *args: object, **options: bool | int) -> None:
+            self.args, self.options = args, options
+
+    def build(compiled: Compiled, kernel: triton.JITFunction, constants: dict) -> Compiled:
+        gpu = compiled.arch.startswith("sm_")
+        target = (
+            GPUTarget("cuda", int(compiled.arch[3:]), 32)
+            if gpu
+            else GPUTarget("hip", compiled.arch, 64)
+        )
+        source = ASTSource(kernel, compiled.signature, constants)
+        try:
+            built = triton.compile(source, target=target, options=compiled.options)
+        except Exception as error:  # of whatever kind: its reason belongs into the table
+            compiled.refused = f"{type(error).__name__}: {error}".splitlines()[0]
+            return compiled
+        name = f"{kernel.__name__}-{'-'.join(map(str, compiled.codes))}-{compiled.arch}"
+        for kind in ("cubin", "ptx") if gpu else ("amdgcn",):
+            path = folder / f"{name}.{kind}"
+            what = built.asm[kind]
+            path.write_bytes(what if isinstance(what, bytes) else what.encode())
+            compiled.files[kind] = str(path)
+        return compiled
+
+    @triton.jit
+    def yardstick(a, b, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        a, b = tl.multiple_of(a, 16) + at, tl.multiple_of(b, 16) + at
+        tl.store(a, divide(tl.load(a), sqrt(tl.load(b))))
+
+    for codes in SETS:
+        triton_kernel.radam_step_kernel = recorder = Recorder()
+        triton_kernel.launch_(*tables, codes)
+        signature, constants = {}, {}
+        for i, (parameter, arg) in enumerate(zip(step.params, recorder.args, strict=True)):
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(i,)] = "constexpr", arg
+            elif torch.is_tensor(arg):
+                signature[parameter.name] = pointers[arg.dtype]
+            else:
+                signature[parameter.name] = "i32" if isinstance(arg, int) else repr(arg)
+        for arch in TARGETS:
+            compiled = Compiled(
+                codes, arch, signature=dict(signature), options=dict(recorder.options)
+            )
+            yield build(compiled, step, constants)
+    for codes, pointer in (((0, 0, 0), "*fp32"), ((3, 3, 3), "*fp64")):
+        for arch in YARDSTICKS:
+            options = {"num_warps": 8, "enable_fp_fusion": False}
+            signature = {"a": pointer, "b": pointer, "BLOCK": "constexpr"}
+            compiled = Compiled(codes, arch, True, signature, options)
+            yield build(compiled, yardstick, {(2,): 2048})
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(compiled) for compiled in _compile_all(Path(sys.argv[1]))]))
