@@ -19,10 +19,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
 
 from radam_kernels import modules
 
+from .instructions import Instruction, main_path, parse_amdgcn, parse_sass
 from .triton_compile import SETS, Codes, Compiled, compile_all
 
 NAMES: tuple[str, ...] = tuple(modules.cpu.dtypes)
@@ -66,49 +68,6 @@ GPUS = {
 }
 
 
-# Bytes by the suffix of the instruction, as NVIDIA and as AMD write it; 4 without one.
-WIDTHS = {"256": 32, "128": 16, "64": 8, "[US]16": 2, "[US]8": 1}
-WIDTHS |= {"x4": 16, "x3": 12, "x2": 8, "[us]?short": 2, "[us]?byte": 1}
-
-
-@dataclass(frozen=True)
-class Instruction:
-    name: str  # such as LDG.E.128, without its predicate
-    operands: str
-    falls_through: bool = True
-    target: int | None = None  # of a branch
-
-    @property
-    def loads(self) -> int:
-        """Bytes that one thread loads from global memory."""
-        return (
-            self._width if self.name.startswith(("LDG", "LD.", "global_load", "flat_load")) else 0
-        )
-
-    @property
-    def stores(self) -> int:
-        return (
-            self._width if self.name.startswith(("STG", "ST.", "global_store", "flat_store")) else 0
-        )
-
-    @property
-    def _width(self) -> int:
-        for suffix, width in WIDTHS.items():
-            if re.search(rf"(\.|dword|_){suffix}(\.|_|$)", self.name):
-                return width
-        return 4
-
-    @property
-    def local(self) -> bool:
-        return self.name.startswith(("LDL", "STL", "scratch_", "buffer_"))
-
-    @property
-    def fused(self) -> bool:
-        """Whether it multiplies and adds floats with one rounding."""
-        fma = r"[FD]FMA2?\b|v_(pk_)?(fma|fmac|fmak|fmamk|mad|mac|fma_mix\w*)_f(16|32|64)"
-        return re.match(fma, self.name) is not None
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A kernel's machine code, and what was measured on its main path."""
@@ -137,39 +96,7 @@ class Kernel:
 
     @cached_property
     def main(self) -> list[Instruction]:
-        """The largest loop around wide loads, or else what lies between them and wide stores."""
-        code = self.code
-        after: list[list[int]] = [[] for _ in code]
-        before: list[list[int]] = [[] for _ in code]
-        for i, one in enumerate(code):
-            for j in ([i + 1] if one.falls_through else []) + [one.target]:
-                if j is not None and j < len(code):
-                    after[i].append(j)
-                    before[j].append(i)
-
-        def reach(start: Iterable[int], edges: list[list[int]]) -> set[int]:
-            seen, todo = set(), list(start)
-            while todo:
-                for j in edges[todo.pop()]:
-                    if j not in seen:
-                        seen.add(j)
-                        todo.append(j)
-            return seen
-
-        loads = [i for i, one in enumerate(code) if one.loads >= 16]
-        if not loads:
-            return []
-        path: set[int] = set()
-        for i in loads:
-            if i not in path:
-                path = max(path, reach([i], after) & reach([i], before), key=len)
-        if not path:
-            first = loads[0]
-            while before[first] == [first - 1] and after[first - 1] == [first]:
-                first -= 1
-            stores = [i for i, one in enumerate(code) if one.stores >= 16]
-            path = (reach([first], after) | {first}) & (reach(stores, before) | set(stores))
-        return [code[i] for i in sorted(path)]
+        return main_path(self.code)
 
     @property
     def local(self) -> int:
@@ -192,11 +119,11 @@ class Kernel:
     @property
     def instructions(self) -> float:
         """Of the main path, for each element."""
-        return len(self.main) / self.elements
+        return len(self.main) / self.elements if self.main else nan
 
     @property
     def fused(self) -> float:
-        return sum(one.fused for one in self.main) / self.elements
+        return sum(one.fused for one in self.main) / self.elements if self.main else nan
 
     @property
     def blocks(self) -> int:
@@ -290,40 +217,6 @@ def read_sass(file: Path, arch: str, backend: str, codes: Codes | None = None) -
             kernel = Kernel(backend, dtypes, arch, int(registers), bytes_, threads[symbol], code)
             kernels.append(kernel)
     return kernels
-
-
-def parse_sass(text: str) -> list[Instruction]:
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(@\S+ )? *([A-Z][\w.]*) *(.*?) *;", text)
-    at = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
-    code = []
-    for _, predicate, name, operands in lines:
-        target, always = None, not predicate
-        if name.startswith("BRA"):
-            condition, _, address = operands.rpartition("0x")
-            target, always = at[int(address, 16)], always and not condition
-        ends = always and name.startswith(("BRA", "EXIT", "RET"))
-        code.append(Instruction(name, operands, not ends, target))
-    return code
-
-
-def parse_amdgcn(text: str) -> list[Instruction]:
-    lines, labels = [], {}
-    for line in text.partition(".section\t.rodata")[0].splitlines():
-        label = re.match(r"(\.LBB\w+):", line)
-        if label:
-            labels[label[1]] = len(lines)
-        elif re.match(r"\t[a-z]", line):
-            name, _, operands = line.partition(";")[0].strip().partition(" ")
-            lines.append((name, operands.strip()))
-    return [
-        Instruction(
-            name,
-            operands,
-            name not in ("s_branch", "s_endpgm"),
-            labels[operands] if name.startswith(("s_branch", "s_cbranch")) else None,
-        )
-        for name, operands in lines
-    ]
 
 
 def read_triton(compiled: Compiled) -> Kernel:

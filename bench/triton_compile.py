@@ -76,14 +76,16 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
         def __call__(self, *args: object, **options: bool | int) -> None:
             self.args, self.options = args, options
 
-    def build(compiled: Compiled, kernel: triton.JITFunction, constants: dict) -> Compiled:
+    def build(
+        compiled: Compiled, kernel: triton.JITFunction, constants: dict, aligned: dict
+    ) -> Compiled:
         gpu = compiled.arch.startswith("sm_")
         target = (
             GPUTarget("cuda", int(compiled.arch[3:]), 32)
             if gpu
             else GPUTarget("hip", compiled.arch, 64)
         )
-        source = ASTSource(kernel, compiled.signature, constants)
+        source = ASTSource(kernel, compiled.signature, constants, aligned)
         try:
             built = triton.compile(source, target=target, options=compiled.options)
         except Exception as error:  # of whatever kind: its reason belongs into the table
@@ -100,8 +102,7 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
     @triton.jit
     def yardstick(a, b, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        a, b = tl.multiple_of(a, 16) + at, tl.multiple_of(b, 16) + at
-        tl.store(a, divide(tl.load(a), sqrt(tl.load(b))))
+        tl.store(a + at, divide(tl.load(a + at), sqrt(tl.load(b + at))))
 
     for codes in SETS:
         triton_kernel.radam_step_kernel = recorder = Recorder()
@@ -118,13 +119,14 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
             compiled = Compiled(
                 codes, arch, signature=dict(signature), options=dict(recorder.options)
             )
-            yield build(compiled, step, constants)
+            yield build(compiled, step, constants, {})
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(2)}
     for codes, pointer in (((0, 0, 0), "*fp32"), ((3, 3, 3), "*fp64")):
         for arch in YARDSTICKS:
             options = {"num_warps": 8, "enable_fp_fusion": False}
             signature = {"a": pointer, "b": pointer, "BLOCK": "constexpr"}
             compiled = Compiled(codes, arch, True, signature, options)
-            yield build(compiled, yardstick, {(2,): 2048})
+            yield build(compiled, yardstick, {(2,): 2048}, aligned)
 
 
 if __name__ == "__main__":

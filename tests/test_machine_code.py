@@ -1,0 +1,218 @@
+"""What speed and equal bits depend on, read from the machine code of the step kernels.
+
+No GPU is needed: `_cuda` is read as it was built, and Triton compiles for a GPU that need not be
+there. `python -m bench.machine_code` prints the same facts as a table.
+"""
+
+import re
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from bench import machine_code
+from bench.machine_code import GPUS, NAMES, SIZES, Kernel
+from bench.triton_compile import SETS, TARGETS, YARDSTICKS, Codes, Compiled, compile_all
+from radam_kernels.backends import triton_
+
+CUDA_SETS = [*product((0, 1, 2), repeat=3), (3, 3, 3)]
+CUDA_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+FUSED_OR_ROUGH = ("fma.", "mad.f", "mad.rn.f", ".approx", ".ftz", "div.full", "rcp.", "rsqrt.")
+
+# Twice what Little's law asks for: threads that compute and store load nothing meanwhile. The
+# compute units of a B200 need half as much again as those of an H200, and get a smaller margin.
+MARGIN = dict.fromkeys(GPUS, 2.0) | {"sm_100": 1.5}
+
+
+def name(codes: Codes) -> str:
+    return "-".join(NAMES[code] for code in codes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tools() -> None:
+    if not machine_code.cuobjdump():
+        pytest.skip("no cuobjdump on PATH, and none beside Triton")
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels() -> dict[tuple[str, Codes], Kernel]:
+    if not machine_code.cuda_module():
+        pytest.skip("_cuda was not built")
+    file = machine_code.cuda_module()
+    built = set(machine_code.cuda_architectures()) & set(CUDA_ARCHITECTURES)
+    kernels = [k for arch in built for k in machine_code.read_sass(file, arch, "cuda")]
+    return {(k.arch, k.codes): k for k in kernels}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str, Codes], Compiled]:
+    """What Triton made: the step kernels, and the yardsticks of one square root and division."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if not triton_.COMPILES_EXACTLY:
+        pytest.skip("this Triton flushes subnormals, and is refused")
+    every = compile_all(tmp_path_factory.mktemp("triton"))
+    return {(c.yardstick, c.arch, c.codes): c for c in every}
+
+
+@pytest.fixture(scope="session")
+def triton_kernels(compiled) -> dict[tuple[str, Codes], Kernel]:
+    steps = [c for c in compiled.values() if not (c.yardstick or c.refused)]
+    return {(c.arch, c.codes): machine_code.read_triton(c) for c in steps}
+
+
+@pytest.fixture(scope="session")
+def fused_in_square_root_and_division(compiled) -> dict[tuple[str, Codes], float]:
+    """Fused operations of an element in a kernel of just these two, by architecture."""
+    fused = {}
+    for (is_yardstick, arch, codes), made in compiled.items():
+        if is_yardstick:
+            main = machine_code.read_triton(made).main
+            elements = sum(one.loads for one in main) / (2 * SIZES[codes[0]])
+            fused[arch, codes] = sum(one.fused for one in main) / elements
+    return fused
+
+
+CUDA_CASES = [("cuda", *case) for case in product(CUDA_ARCHITECTURES, CUDA_SETS)]
+TRITON_CASES = [("triton", *case) for case in product(TARGETS, SETS)]
+
+
+def case_id(case: tuple[str, str, Codes]) -> str:
+    return f"{case[0]}-{case[1]}-{name(case[2])}"
+
+
+def only(arch: str) -> pytest.MarkDecorator:
+    cases = [case for case in CUDA_CASES + TRITON_CASES if case[1] == arch]
+    return pytest.mark.parametrize("kernel", cases, ids=case_id, indirect=True)
+
+
+@pytest.fixture(params=CUDA_CASES + TRITON_CASES, ids=case_id)
+def kernel(request) -> Kernel:
+    backend, *case = request.param
+    kernels = request.getfixturevalue(f"{backend}_kernels")
+    if backend == "cuda" and case[0] not in {arch for arch, _ in kernels}:
+        pytest.skip(f"_cuda was built without {case[0]} (RADAM_CUDA_ARCHS)")
+    return kernels[tuple(case)]
+
+
+@pytest.fixture(params=product(TARGETS, SETS), ids=lambda case: f"{case[0]}-{name(case[1])}")
+def from_triton(request, compiled) -> Compiled:
+    made = compiled[(False, *request.param)]
+    assert not made.refused
+    return made
+
+
+def test_main_path_reads_and_writes_16_bytes_at_a_time(kernel):
+    """In every type: a thread takes as many elements as 16 bytes of the narrowest stream hold."""
+    assert min(kernel.load_widths, default=0) >= 16, Counter(kernel.load_widths)
+    assert min(kernel.store_widths, default=0) >= 16, Counter(kernel.store_widths)
+    assert kernel.elements == int(kernel.elements)
+    # A step that is skipped in part may need its stores once more, on a path of their own.
+    assert sum(kernel.store_widths) >= kernel.elements * kernel.written
+
+
+def test_nothing_spills_and_no_local_memory_is_used(kernel):
+    assert (kernel.stack, kernel.local) == (0, 0)
+
+
+def test_only_square_root_and_division_multiply_and_add_at_once(
+    kernel, fused_in_square_root_and_division
+):
+    codes = (3, 3, 3) if kernel.codes == (3, 3, 3) else (0, 0, 0)
+    assert kernel.fused <= fused_in_square_root_and_division[kernel.arch, codes]
+
+
+def test_registers_leave_room_for_loads_in_flight(kernel):
+    needs = MARGIN[kernel.arch] * GPUS[kernel.arch].needs_in_flight
+    assert kernel.in_flight >= needs, f"{kernel.registers=}, {kernel.blocks=}"
+
+
+@only("sm_90")  # where the copy bandwidth was measured
+def test_instructions_fit_into_the_time_of_the_memory_traffic(kernel):
+    assert kernel.instructions <= machine_code.affordable(kernel.read + kernel.written)
+
+
+@pytest.fixture(scope="session")
+def embedded_ptx() -> dict[Codes, str]:
+    if not machine_code.cuda_module():
+        pytest.skip("_cuda was not built")
+    ptx = machine_code.embedded_ptx()
+    if not ptx:
+        pytest.skip("_cuda was built without PTX (RADAM_CUDA_ARCHS)")
+    return ptx
+
+
+def ptx_instructions(ptx: str) -> Counter[str]:
+    """How often each instruction occurs, without its predicate."""
+    found = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][a-z0-9_.:]+)[ ;]", ptx, re.MULTILINE)
+    return Counter(found)
+
+
+def check_ptx(ptx: str, codes: Codes) -> None:
+    counts = ptx_instructions(ptx)
+    width = "f64" if codes == (3, 3, 3) else "f32"
+    assert counts[f"div.rn.{width}"] == counts[f"sqrt.rn.{width}"] > 0
+    names = " ".join(counts)
+    assert [bad for bad in FUSED_OR_ROUGH if bad in names] == []
+
+
+@pytest.mark.parametrize("codes", CUDA_SETS, ids=name)
+def test_cuda_ptx_rounds_each_operation(embedded_ptx, codes):
+    check_ptx(embedded_ptx[codes], codes)
+    # Without a rounding of its own, ptxas may fuse an operation with the next.
+    free = re.findall(
+        r"(?:add|sub|mul)\.f(?:32|64)", " ".join(ptx_instructions(embedded_ptx[codes]))
+    )
+    assert free == []
+
+
+def test_triton_ptx_rounds_each_operation(from_triton):
+    assert from_triton.options["enable_fp_fusion"] is False  # ptxas is told so too
+    if "ptx" in from_triton.files:
+        check_ptx(from_triton.text("ptx"), from_triton.codes)
+
+
+@only("gfx942")
+def test_triton_on_amd_keeps_subnormals_and_divides_exactly(kernel, compiled):
+    text = compiled[False, "gfx942", kernel.codes].text("amdgcn")
+    assert re.findall(r"\.amdhsa_float_denorm_mode_\w+ (\d)", text) == ["3", "3"]
+    counts = Counter(one.name for one in kernel.main)
+    width = "f64" if kernel.codes == (3, 3, 3) else "f32"
+    # The steps of an IEEE division; an approximate one would be a reciprocal and a product.
+    assert counts[f"v_div_fixup_{width}"] == kernel.elements
+    assert counts[f"v_div_fmas_{width}"] == kernel.elements
+    assert counts[f"v_div_scale_{width}"] == 2 * kernel.elements
+
+
+def test_triton_kernel_takes_tables_and_no_float(from_triton):
+    signature = from_triton.signature
+    assert [signature[table] for table in ("segments", "work", "scalars")] == [
+        "*i64",
+        "*i32",
+        "*fp64",
+    ]
+    others = set(signature.values()) - {"*i64", "*i32", "*fp64"}
+    assert others <= {"constexpr", "i32", "i64"}
+
+
+def test_triton_narrows_scalars_once(from_triton):
+    if "ptx" in from_triton.files:
+        narrowed = ptx_instructions(from_triton.text("ptx"))["cvt.rn.f32.f64"]
+    else:
+        narrowed = len(re.findall(r"\tv_cvt_f32_f64", from_triton.text("amdgcn")))
+    assert narrowed == (0 if from_triton.codes == (3, 3, 3) else 8)
+
+
+def test_every_kernel_of_the_module_is_checked(cuda_kernels):
+    for arch in {arch for arch, _ in cuda_kernels}:
+        assert {codes for a, codes in cuda_kernels if a == arch} == set(CUDA_SETS)
+
+
+def test_yardsticks_cover_every_architecture():
+    assert set(YARDSTICKS) >= {*CUDA_ARCHITECTURES, *TARGETS} == set(GPUS)
+
+
+def test_no_module_of_bench_hides_one_of_python():
+    files = Path(machine_code.__file__).parent.glob("*.py")
+    assert {file.stem for file in files} & sys.stdlib_module_names == set()
