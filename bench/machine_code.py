@@ -248,12 +248,13 @@ def table(kernels: Iterable[Kernel]) -> str:
     lines = [head]
     for k in kernels:
         wide = f"{sum(w >= 16 for w in k.load_widths)}+{sum(w >= 16 for w in k.store_widths)}"
+        load, store = max(k.load_widths, default=0), max(k.store_widths, default=0)
         narrow = sum(w < 16 for w in k.load_widths + k.store_widths)
         afford = f"{affordable(k.read + k.written):.0f}" if k.arch == "sm_90" else ""
         flight = f"{k.in_flight / 1e3:.0f} kB", f"{GPUS[k.arch].needs_in_flight / 1e3:.0f}"
         lines.append(
             f"{k.dtypes:28}{k.backend:8}{k.arch:8}{k.registers:5}{k.stack:6}{k.local:6}"
-            f"{max(k.load_widths, default=0):6}{max(k.store_widths, default=0):6}{wide:>8}{narrow:7}"
+            f"{load:6}{store:6}{wide:>8}{narrow:7}"
             f"{k.elements:9.0f}{k.instructions:8.1f}{afford:>5}{k.blocks * k.threads:9}"
             f"{flight[0]:>10}{flight[1]:>7}"
         )
