@@ -6,7 +6,8 @@ of Triton's, which has no loop, the blocks of the unmasked path. It holds every 
 run between the loads and the stores, so also the few of steps that are not rectified, and leaves
 out what is called out of line: the slow path of IEEE division and square root, for operands near
 the ends of the exponent range. gfx942 has those inline, where they are counted. `in flight` is what
-the resident threads have loaded before the first of them waits.
+the resident threads have loaded before they wait. Of the architectures that the module was built
+for, those are shown whose GPU is among `GPUS`.
 """
 
 import argparse
@@ -241,7 +242,8 @@ def affordable(bytes_: int) -> float:
 
 def table(kernels: Iterable[Kernel]) -> str:
     head = (
-        f"{'param/grad/moments':28}{'kernel':8}{'arch':8}{'regs':>5}{'stack':>6}{'local':>6}"
+        f"{'param/grad/moments':28}{'bytes':>5}  {'kernel':8}{'arch':8}"
+        f"{'regs':>5}{'stack':>6}{'local':>6}"
         f"{'load':>6}{'store':>6}{'wide':>8}{'narrow':>7}{'elements':>9}{'instr.':>8}{'of':>5}"
         f"{'threads':>9}{'in flight':>10}{'needs':>7}"
     )
@@ -253,12 +255,17 @@ def table(kernels: Iterable[Kernel]) -> str:
         afford = f"{affordable(k.read + k.written):.0f}" if k.arch == "sm_90" else ""
         flight = f"{k.in_flight / 1e3:.0f} kB", f"{GPUS[k.arch].needs_in_flight / 1e3:.0f}"
         lines.append(
-            f"{k.dtypes:28}{k.backend:8}{k.arch:8}{k.registers:5}{k.stack:6}{k.local:6}"
+            f"{k.dtypes:28}{k.read + k.written:5}  {k.backend:8}{k.arch:8}"
+            f"{k.registers:5}{k.stack:6}{k.local:6}"
             f"{load:6}{store:6}{wide:>8}{narrow:7}"
             f"{k.elements:9.0f}{k.instructions:8.1f}{afford:>5}{k.blocks * k.threads:9}"
             f"{flight[0]:>10}{flight[1]:>7}"
         )
-    return "\n".join(lines)
+    legend = (
+        "bytes: moved for an element. instr.: of the main path for an element, of what an H200\n"
+        "could issue meanwhile. stack, in flight and needs (by Little's law) in bytes."
+    )
+    return "\n".join([*lines, legend])
 
 
 def main() -> None:
