@@ -64,8 +64,7 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
     from radam_kernels.backends import triton_kernel
 
     pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
-    widths = ((6, torch.int64), (2, torch.int32), (9, torch.float64))
-    tables = [torch.zeros(1, width, dtype=dtype) for width, dtype in widths]
+    tables = [torch.zeros(width, dtype=torch.int64) for width in (6, 1, 9)]
     step = triton_kernel.radam_step_kernel
 
     class Recorder:
@@ -109,7 +108,7 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
 
     for codes in SETS:
         triton_kernel.radam_step_kernel = recorder = Recorder()
-        triton_kernel.launch_(*tables, codes)
+        triton_kernel.launch_(*tables, 0, 1, codes)
         signature, constants = {}, {}
         for i, (parameter, arg) in enumerate(zip(step.params, recorder.args, strict=True)):
             if parameter.is_constexpr:

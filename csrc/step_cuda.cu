@@ -123,17 +123,19 @@ __global__ void __launch_bounds__(kThreads)
   if (action == kSkip) return;
   const bool l2 = s.weight_decay != 0;
 
-  P* const params = static_cast<P*>(segment.param);
-  const G* const grads = static_cast<const G*>(segment.grad);
-  S* const exp_avgs = static_cast<S*>(segment.exp_avg);
-  S* const exp_avg_sqs = static_cast<S*>(segment.exp_avg_sq);
   const int64_t begin = chunk * kElements;
-  const int64_t end = segment.numel - begin < kElements ? segment.numel : begin + kElements;
+  const int64_t left = segment.numel - begin;
+  const int count = static_cast<int>(left < kElements ? left : kElements);
+  P* const params = static_cast<P*>(segment.param) + begin;
+  const G* const grads = static_cast<const G*>(segment.grad) + begin;
+  S* const exp_avgs = static_cast<S*>(segment.exp_avg) + begin;
+  S* const exp_avg_sqs = static_cast<S*>(segment.exp_avg_sq) + begin;
 
-  int64_t done = begin;  // up to here, whole vectors
+  int done = 0;  // up to here, whole vectors
   if (aligned(segment)) {
-    done = end - (end - begin) % kN;
-    for (int64_t i = begin + threadIdx.x * kN; i < done; i += kThreads * kN) {
+    done = count - count % kN;
+#pragma unroll 1
+    for (int i = threadIdx.x * kN; i < done; i += kThreads * kN) {
       auto p = load<P, kN>(params + i);
       const auto g = load<G, kN>(grads + i);
       auto m = load<S, kN>(exp_avgs + i);
@@ -148,7 +150,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   // The rest of a segment, or all of one that does not start on 16 bytes.
-  for (int64_t i = done + threadIdx.x; i < end; i += kThreads) {
+#pragma unroll 1
+  for (int i = done + threadIdx.x; i < count; i += kThreads) {
     step_element(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], s, l2, action);
   }
 }

@@ -320,15 +320,15 @@ def test_found_inf_skips_and_does_not_count(worker, library, same_bits, found_in
 # Faults in the kernel that these checks must find
 
 WRONG = {
-    "a tail is never stepped": ("i < end; i += kThreads", "i < done; i += kThreads"),
+    "a tail is never stepped": ("i < count; i += kThreads", "i < done; i += kThreads"),
     "an int32 index": (
         "const int64_t begin = chunk * kElements",
         "const int32_t begin = static_cast<int32_t>(chunk * kElements)",
     ),
     "a wrong alignment branch": ("return all % 16 == 0;", "return all % 8 == 0;"),
     "a segment one too long": (
-        "? segment.numel : begin + kElements;",
-        "? segment.numel + 1 : begin + kElements;",
+        "left < kElements ? left : kElements",
+        "left < kElements ? left + 1 : kElements",
     ),
     "a walk one too far": ("chunk >= (chunks =", "chunk > (chunks ="),
     "one moment is not stored": ("store(exp_avg_sqs + i, v);", ""),

@@ -116,7 +116,8 @@ def _step_block(
 @triton.jit(do_not_specialize=["run"])
 def radam_step_kernel(
     segments, work, scalars, run,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Steps one chunk of one segment; tables as in device_tables.py."""
     # A row of work is for 2^run programs, so walk on from where the first of them begins.
@@ -145,19 +146,21 @@ def radam_step_kernel(
     action = tl.load(row + 8).to(tl.int32)
     l2 = s[1] != 0
 
-    at = begin + tl.arange(0, BLOCK)
     if action != _SKIP:
         # A mask of unknown divisibility would turn 16-byte accesses into single ones.
         if (begin + BLOCK <= numel) & (((param | grad | exp_avg | exp_avg_sq) & 15) == 0):
             _step_block(
-                param, grad, exp_avg, exp_avg_sq, at, None, s, l2, action,
+                param, grad, exp_avg, exp_avg_sq, begin + tl.arange(0, BLOCK), None, s, l2, action,
                 PARAM, GRAD, STATE, True,
             )  # fmt: skip
         else:
-            _step_block(
-                param, grad, exp_avg, exp_avg_sq, at, at < numel, s, l2, action,
-                PARAM, GRAD, STATE, False,
-            )  # fmt: skip
+            # In small parts: single accesses take many registers, which the path above lacks then.
+            for first in range(begin, tl.minimum(begin + BLOCK, numel), PART):
+                at = first + tl.arange(0, PART)
+                _step_block(
+                    param, grad, exp_avg, exp_avg_sq, at, at < numel, s, l2, action,
+                    PARAM, GRAD, STATE, False,
+                )  # fmt: skip
 
 
 # triton.jit has looked at TRITON_INTERPRET, which has several spellings.
@@ -171,6 +174,6 @@ def launch_(
     if blocks:
         # No autotuning: it would run a kernel that works in place several times over.
         radam_step_kernel[(blocks,)](
-            segments, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes, CHUNK,
-            num_warps=8, enable_fp_fusion=False,
+            segments, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes,
+            CHUNK, CHUNK // 4, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
