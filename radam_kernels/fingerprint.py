@@ -1,4 +1,4 @@
-"""A fingerprint of the C++ and CUDA sources: compiled modules and measurements carry it."""
+"""Fingerprints of the sources: compiled modules carry one, measurements another."""
 
 import hashlib
 import sys
@@ -7,12 +7,25 @@ from pathlib import Path
 
 def fingerprint(root: Path) -> str | None:
     """Twelve hexadecimal digits for the sources under `root`/csrc; None where there are none."""
-    files = sorted((root / "csrc").glob("*.[ch]*"))
+    return _digest({file.name: file for file in _compiled(root)})
+
+
+def measured_fingerprint(root: Path) -> str | None:
+    """The same for all that decides a step's speed: those sources and the package's Python."""
+    files = [*_compiled(root), *(root / "radam_kernels").rglob("*.py")]
+    return _digest({file.relative_to(root).as_posix(): file for file in files})
+
+
+def _compiled(root: Path) -> list[Path]:
+    return list((root / "csrc").glob("*.[ch]*"))
+
+
+def _digest(files: dict[str, Path]) -> str | None:
     if not files:
         return None
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].read_bytes())
     return digest.hexdigest()[:12]
 
 
