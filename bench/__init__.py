@@ -1,1 +1,1 @@
-"""Measures and inspects radam_kernels; each module is a command, `python -m bench.<name>`."""
+"""Measures and inspects radam_kernels: what a step costs, and what the compilers made of it."""
