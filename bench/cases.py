@@ -1,0 +1,68 @@
+"""What is measured: one tensor of each size, and the parameter lists of models; in which order."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .models import MODELS
+
+SMALL = "1,000 tensors of 64"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The most telling first: what comes last is what a lack of time costs.
+FIRST, MIDDLE, REST = (26, 28), (20, 30), (24, 22, 18, 16, 14, 12, 10)
+
+
+class Case(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shapes: Sequence[tuple[int, ...]]
+    host: bool = False  # measure the host with gradients new at each step, too
+
+    @property
+    def elements(self) -> int:
+        return sum(map(prod, self.shapes))
+
+    def make(self, device: torch.device) -> list[Tensor]:
+        """Parameters with gradients, random: zeros can run faster than real data."""
+        params = []
+        for shape in self.shapes:
+            param = torch.randn(shape, dtype=self.dtype, device=device).requires_grad_()
+            param.grad = torch.randn_like(param)
+            params.append(param)
+        return params
+
+
+def size_case(power: int, dtype: str) -> str:
+    return f"2^{power} {dtype}"
+
+
+def model_case(model: str, dtype: str) -> str:
+    return f"{model} {dtype}"
+
+
+def cases(dry_run: bool) -> list[Case]:
+    """All of them in order; a dry run has the same names, and a few elements of each."""
+
+    def sizes(powers: Sequence[int]) -> list[Case]:
+        names = [(power, dtype) for power in powers for dtype in DTYPES]
+        return [
+            Case(size_case(power, d), DTYPES[d], [(power if dry_run else 1 << power,)])
+            for power, d in names
+        ]
+
+    def models(dtype: str) -> list[Case]:
+        return [
+            Case(model_case(name, dtype), DTYPES[dtype], shapes(name), host=True) for name in MODELS
+        ]
+
+    def shapes(name: str) -> list[tuple[int, ...]]:
+        found = list(MODELS[name].shapes().values())
+        return [tuple(min(n, 3) for n in s) for s in found[:3]] if dry_run else found
+
+    small = Case(f"{SMALL} float32", torch.float32, [(64,)] * (3 if dry_run else 1000), host=True)
+    return [
+        *sizes(FIRST), *models("float32"), small, *models("bfloat16"), *sizes(MIDDLE), *sizes(REST)
+    ]  # fmt: skip

@@ -1,0 +1,99 @@
+"""Clocks for one step: its time on the device, and on the host, with the caches emptied before."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+SWEEP = 3  # times the L2 cache: what is written before a timed step, so that it starts cold
+LONGEST_LEAD = 0.1  # seconds
+
+
+class Sample(NamedTuple):
+    """Seconds of a step."""
+
+    device: float
+    host: float  # of the call alone: it waits for nothing
+    waited: bool  # the host was late, so `device` may hold time in which nothing ran
+
+
+class CudaClock:
+    """CUDA events around a step that is enqueued behind a sleep, so that gaps are the device's own.
+
+    The sweep writes rather than reads: it leaves dirty lines which the step must evict, as it
+    leaves some itself that it never pays for. Rotated buffers would need several times the memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self.l2 = getattr(properties, "L2_cache_size", 64 << 20)
+        self._sweep = torch.empty(SWEEP * self.l2, dtype=torch.uint8, device=device)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._cycles = 1_000_000 / self._sleep_seconds(1_000_000)  # a second
+        self.words = (
+            f"CUDA events behind a sleep; before each timed step {SWEEP}x the L2 cache "
+            f"({self.l2 >> 20} MiB) is written"
+        )
+
+    def sample(self, step: Callable[[], object], lead: float) -> Sample:
+        """Times a step; the device sleeps for `lead` seconds first, for the host to be ahead."""
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(lead * self._cycles))
+        self._sweep.fill_(1)
+        self._begin.record()
+        begin = time.perf_counter()
+        step()
+        host = time.perf_counter() - begin
+        self._end.record()
+        waited = self._begin.query()
+        self._end.synchronize()
+        return Sample(self._begin.elapsed_time(self._end) / 1e3, host, waited)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def _sleep_seconds(self, cycles: int) -> float:
+        for _ in range(3):  # the first loads code, and wakes the clocks up
+            self._begin.record()
+            torch.cuda._sleep(cycles)
+            self._end.record()
+            self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
+
+
+class HostClock:
+    """Stands in where there is no GPU, to try the code: its numbers say nothing of a device."""
+
+    def __init__(self) -> None:
+        self._sweep = torch.empty(1 << 10, dtype=torch.uint8)
+        self.words = "the host's clock, to try the code without a GPU"
+
+    def sample(self, step: Callable[[], object], lead: float) -> Sample:
+        self._sweep.fill_(1)
+        begin = time.perf_counter()
+        step()
+        host = time.perf_counter() - begin
+        return Sample(host, host, False)
+
+    def synchronize(self) -> None:
+        pass
+
+
+Clock = CudaClock | HostClock
+
+
+def make_clock(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+def patient_sample(clock: Clock, step: Callable[[], object], lead: float) -> tuple[Sample, float]:
+    """A sample for which the host was ahead if it can be, and the lead that this took.
+
+    It can't where a step launches more than the queue of the device holds (some 1,000).
+    """
+    sample = clock.sample(step, lead)
+    while sample.waited and lead < LONGEST_LEAD:
+        lead = min(2 * max(lead, sample.host), LONGEST_LEAD)
+        sample = clock.sample(step, lead)
+    return sample, lead
