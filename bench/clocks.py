@@ -87,13 +87,16 @@ def make_clock(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
-def patient_sample(clock: Clock, step: Callable[[], object], lead: float) -> tuple[Sample, float]:
-    """A sample for which the host was ahead if it can be, and the lead that this took.
+def find_lead(clock: Clock, step: Callable[[], object]) -> float:
+    """Seconds for the device to sleep, so that the host is done before the step begins.
 
-    It can't where a step launches more than the queue of the device holds (some 1,000).
+    0 where no sleep helps: a step of more launches than the device's queue holds (some 1,000)
+    stops the host until the sleep is over, and its host time would be that of the sleep.
     """
-    sample = clock.sample(step, lead)
-    while sample.waited and lead < LONGEST_LEAD:
-        lead = min(2 * max(lead, sample.host), LONGEST_LEAD)
+    lead = 1e-3
+    while lead <= LONGEST_LEAD:
         sample = clock.sample(step, lead)
-    return sample, lead
+        if not sample.waited:
+            return min(2 * sample.host + 1e-4, LONGEST_LEAD)
+        lead = 2 * max(lead, sample.host)
+    return 0.0

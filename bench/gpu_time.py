@@ -20,7 +20,8 @@ import torch
 from . import aims, machine
 from .cases import DTYPES, Case, cases
 from .clocks import Clock, make_clock
-from .contenders import Contender, contenders
+from .contenders import CUDA, TRITON, Contender, contenders
+from .folders import results_folder
 from .formula import check
 from .turns import OUT_OF_TIME, DeviceLostError, Row, measure
 
@@ -50,8 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     chosen = [case for case in cases(args.dry_run) if re.search(args.only, case.name)]
     if args.once:
-        return once(next(c for c in chosen if c.name == args.once), device)
-    out = args.out or machine.RESULTS / machine.folder_name(device)
+        named = [case for case in chosen if case.name == args.once]
+        if not named:
+            parser.error(f"--once: expected one of {[c.name for c in chosen]}, got {args.once!r}")
+        return once(named[0], device)
+    name = "dry-run" if args.dry_run else torch.cuda.get_device_name(device)
+    out = args.out or results_folder(name)
     results = run(chosen, device, out / FILE, deadline, args.seconds, args.resume)
     print("\n".join(["", *aims.report(results)]))
     return 1 if any("wrong" in row for row in _rows(results)) else 0
@@ -104,7 +109,9 @@ def run(
 def once(case: Case, device: torch.device) -> int:
     """One step of each of our kernels between cudaProfilerStart and Stop."""
     params = case.make(device)
-    for contender in contenders(case.dtype, device.type)[1:3]:
+    for contender in contenders(case.dtype, device.type):
+        if contender.name not in (CUDA, TRITON):
+            continue
         started = contender.start(params)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,13 +1,11 @@
 """What a measurement was made on: device, driver, versions, commit and sources."""
 
-import argparse
 import os
 import platform
 import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +13,7 @@ import torch
 from radam_kernels.fingerprint import measured_fingerprint
 from radam_kernels.modules import load_optional
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+from .folders import ROOT
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -35,15 +32,6 @@ def facts(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "sources": measured_fingerprint(ROOT),
     }
-
-
-def folder_name(device: torch.device) -> str:
-    """Where results of this device belong, under bench/results."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def commit() -> str:
@@ -89,9 +77,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the folder name for a device's results.")
-    parser.add_argument("--device", type=torch.device, default="cuda")
-    print(folder_name(parser.parse_args().device))

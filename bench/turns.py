@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .clocks import Clock, patient_sample
+from .clocks import Clock, find_lead
 from .contenders import ADAM, RADAM, Contender, Started, copy_name
 from .formula import wrong
 
@@ -157,7 +157,7 @@ def _turn(
     fixed_gradients: bool,
 ) -> None:
     cuda = params[0].device.type == "cuda"
-    lead = 2 * clock.sample(started.step, 1e-3).host + 1e-4
+    lead = find_lead(clock, started.step)
     clock.synchronize()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -166,7 +166,7 @@ def _turn(
     try:
         begin = time.monotonic()
         for i in range(STEPS[1]):
-            sample, lead = patient_sample(clock, started.step, lead)
+            sample = clock.sample(started.step, lead)
             samples.device.append(sample.device)
             samples.host.append(sample.host)
             samples.waited += sample.waited
