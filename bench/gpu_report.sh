@@ -64,7 +64,7 @@ limited() { # SECONDS COMMAND...: as long as the stage has left, at most
 }
 
 last() { # FILE PATTERN: the last line that matches, as one short line
-  grep -aE "$2" "$1" | tail -n 1 | tr -s '[:space:]' ' ' | cut -c1-200
+  grep -aE "$2" "$1" | tail -n 1 | tr -s '[:space:]' ' ' | sed 's/ $//' | cut -c1-200
 }
 
 why() { # STATUS FILE: what a command that failed said
