@@ -131,11 +131,11 @@ stage_test() {
   local rc=$?
   words=${words:+; left out for want of a package:$words}
   if ((rc == 0)); then
-    ok "$(last "$log" 'passed|collected')$words"
+    ok "$(last "$log" 'passed|collected' | tr -d =)$words"
   elif ((rc == 124 || rc == 137)); then
     failed "out of time after $(grep -c ' PASSED ' "$log") passed, $(grep -c ' FAILED ' "$log") failed$words"
   else
-    failed "$(last "$log" 'passed|failed|error' || why "$rc" "$log")$words"
+    failed "$(last "$log" 'passed|failed|error' | tr -d = || why "$rc" "$log")$words"
   fi
 }
 
@@ -212,15 +212,14 @@ stage_ncu() {
   # Clocks are left alone: others may share this GPU.
   local metrics=dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,gpu__time_duration.sum,launch__registers_per_thread
-  profile ncu --clock-control none --profile-from-start off -k regex:radam_step_kernel \
+  profile ncu --clock-control none --target-processes all --profile-from-start off -k regex:radam_step_kernel \
     --metrics "$metrics"
   [[ $status != ok ]] || grep -q dram__throughput "$out/ncu.log" ||
     skipped "ncu ran and saw no radam_step_kernel: $(last "$out/ncu.log" '==ERROR' || last "$out/ncu.log" '==')"
 }
 
 stage_nsys() {
-  profile nsys profile --capture-range=cudaProfilerApi --stats=true --force-overwrite=true \
-    --output="$out/nsys"
+  profile nsys profile --trace=cuda --stats=true --force-overwrite=true --output="$out/nsys"
 }
 
 any=0

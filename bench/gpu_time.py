@@ -59,7 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out or results_folder(name)
     results = run(chosen, device, out / FILE, deadline, args.seconds, args.resume)
     print("\n".join(["", *aims.report(results)]))
-    return 1 if any("wrong" in row for row in _rows(results)) else 0
+    faults = _faults(results)
+    if faults:
+        print(f"WRONG: {'; '.join(faults)}")
+    return 1 if faults else 0
 
 
 def run(
@@ -173,8 +176,13 @@ def _write(file: Path, results: dict[str, Any]) -> None:
     os.replace(new, file)
 
 
-def _rows(results: dict[str, Any]) -> list[Row]:
-    return [row for case in results["cases"].values() for row in case["rows"].values()]
+def _faults(results: dict[str, Any]) -> list[str]:
+    return [
+        f"{optimizer}, {name}: {row['wrong']}"
+        for name, case in results["cases"].items()
+        for optimizer, row in case["rows"].items()
+        if "wrong" in row
+    ]
 
 
 def _lines(title: str, rows: dict[str, Row]) -> list[str]:

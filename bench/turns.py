@@ -130,7 +130,7 @@ def _attempt(
     device = params[0].device
     try:
         started = contender.start(params)
-        if first and contender.radam and (fault := wrong(*started[::-1], params)):
+        if first and contender.radam and (fault := wrong(started.optimizer, started.step, params)):
             return {"wrong": fault}
         _turn(started, case, params, clock, samples, seconds, contender.graph)
     except Exception as error:

@@ -139,10 +139,11 @@ def test_a_lost_device_ends_the_run_but_not_the_file(tmp_path, monkeypatch):
 def test_resuming_measures_what_lacked_time_and_keeps_the_rest(tmp_path, monkeypatch):
     chosen, file = cases(dry_run=True)[:2], tmp_path / "gpu.json"
     soon = time.monotonic() + 60
-    gpu_time.run(chosen[:1], CPU, file, soon, 0.01)
-    kept = json.loads(file.read_text())["cases"][chosen[0].name]
+    before = gpu_time.run(chosen, CPU, file, soon, 0.01)
+    kept = before["cases"][chosen[0].name]
     assert "device_ms" in kept["rows"][CUDA]
-    gpu_time.run(chosen, CPU, file, 0, 0.01, resume=True)
+    before["cases"][chosen[1].name]["rows"][CUDA] = {"not_measured": OUT_OF_TIME}
+    file.write_text(json.dumps(before))
     again = gpu_time.run(chosen, CPU, file, soon, 0.01, resume=True)["cases"]
     assert again[chosen[0].name] == kept
     assert "device_ms" in again[chosen[1].name]["rows"][CUDA]
@@ -240,6 +241,14 @@ def test_one_step_for_a_profiler(capsys, monkeypatch):
     assert f"one step of {CUDA}, 280 bytes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         gpu_time.main(["--dry-run", "--once", "2^11 float32"])
+
+
+def test_wrong_results_are_told_at_the_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(formula, "radam_float64", lambda p, g, m, v, **_: (p, m, v))
+    words = ["--dry-run", "--out", str(tmp_path), "--only", r"2\^10 float32"]
+    assert gpu_time.main(words) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"WRONG: {CUDA}, 2^10 float32: param of tensor 0 is off")
 
 
 def test_without_a_gpu_it_says_how_to_try(capsys, monkeypatch):
