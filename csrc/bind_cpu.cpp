@@ -99,9 +99,9 @@ void step_bucket(const Bucket& bucket, Table& table, const py::list& groups, int
 }
 
 // Moves the counts of a capturable bucket on, where they are in the host's memory.
-void advance_bucket(Bucket& bucket, uintptr_t grad_scale, uintptr_t found_inf) {
+void advance_bucket(Bucket& bucket, float grad_scale, float found_inf) {
   if (bucket.device.type != kCPU) throw py::value_error("the bucket's counts are not on the CPU");
-  const Scaling scaling = {pointer<const float>(grad_scale), pointer<const float>(found_inf)};
+  const Scaling scaling = {&grad_scale, &found_inf};
   bucket.scalars.clear();
   for (const Counter& counter : bucket.counters) {
     bucket.scalars.push_back(advance(counter, bucket.hyperparameters.data(), scaling));
@@ -221,8 +221,7 @@ PYBIND11_MODULE(_cpu, m) {
           "The StepScalars that advance() made, as bytes, 72 a row.")
       .def("steps", &steps, "(step tensor, group index) of each segment; capturable only.")
       .def("advance", &advance_bucket, py::arg("grad_scale"), py::arg("found_inf"),
-           "Moves the step counts on, on the CPU; capturable only. Takes the addresses of one "
-           "float each, or 0.")
+           "Moves the step counts on, on the CPU; capturable only.")
       .def("step", &step_bucket, "Steps the bucket's segments on so many threads at most.")
       .def("tensors", &tensors, "(param, grad, exp_avg, exp_avg_sq) of each segment.");
 

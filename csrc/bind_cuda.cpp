@@ -21,32 +21,46 @@ T* table(uintptr_t address, int64_t rows) {
   return reinterpret_cast<T*>(address);
 }
 
+// Launches without the GIL: a launch waits while the device's queue is full.
+
 void step(uintptr_t segments, uintptr_t work, int run, int64_t blocks, int param, int grad,
           int state, uintptr_t scalars, int64_t scalars_count, uintptr_t device_scalars, int device,
           uintptr_t stream) {
-  step_cuda({dtype_set(param, grad, state), table<const Segment>(segments, blocks),
-             table<const Work>(work, blocks), run, blocks,
-             table<const StepScalars>(scalars, scalars_count), scalars_count,
-             table<const StepScalars>(device_scalars, 0), device, reinterpret_cast<void*>(stream)});
+  const CudaStep step = {dtype_set(param, grad, state),
+                         table<const Segment>(segments, blocks),
+                         table<const Work>(work, blocks),
+                         run,
+                         blocks,
+                         table<const StepScalars>(scalars, scalars_count),
+                         scalars_count,
+                         table<const StepScalars>(device_scalars, 0),
+                         device,
+                         reinterpret_cast<void*>(stream)};
+  const py::gil_scoped_release released;
+  step_cuda(step);
 }
 
 void advance_counters(uintptr_t counters, int64_t count, uintptr_t groups, uintptr_t scalars,
                       uintptr_t grad_scale, uintptr_t found_inf, int device, uintptr_t stream) {
-  advance_cuda(
-      {table<const Counter>(counters, count),
-       count,
-       table<const Hyperparameters>(groups, count),
-       table<StepScalars>(scalars, count),
-       {reinterpret_cast<const float*>(grad_scale), reinterpret_cast<const float*>(found_inf)},
-       device,
-       reinterpret_cast<void*>(stream)});
+  const CudaAdvance advance = {
+      table<const Counter>(counters, count),
+      count,
+      table<const Hyperparameters>(groups, count),
+      table<StepScalars>(scalars, count),
+      {reinterpret_cast<const float*>(grad_scale), reinterpret_cast<const float*>(found_inf)},
+      device,
+      reinterpret_cast<void*>(stream)};
+  const py::gil_scoped_release released;
+  advance_cuda(advance);
 }
 
 void upload(uintptr_t to, const py::bytes& from, int device, uintptr_t stream) {
   const std::string_view bytes = from;
   const int64_t size = static_cast<int64_t>(bytes.size());
   if (size % 8 != 0) throw py::value_error("expected whole rows of eight bytes");
-  upload_cuda(table<char>(to, size), bytes.data(), size, device, reinterpret_cast<void*>(stream));
+  void* const target = table<char>(to, size);
+  const py::gil_scoped_release released;
+  upload_cuda(target, bytes.data(), size, device, reinterpret_cast<void*>(stream));
 }
 
 int version(cudaError_t (*ask)(int*)) {

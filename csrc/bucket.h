@@ -30,6 +30,7 @@ struct Bucket {
   std::vector<Counter> counters;
   std::vector<Ref> steps;                        // the tensors that hold the counts
   std::vector<Hyperparameters> hyperparameters;  // by index of the group; zeros for other groups
+  std::vector<Ref> learning_rates;               // tensors that these point into
   std::vector<StepScalars> scalars;              // where the host advances
 
   void release() {
@@ -39,6 +40,7 @@ struct Bucket {
     counters.clear();
     steps.clear();
     hyperparameters.clear();
+    learning_rates.clear();
     scalars.clear();
   }
 };

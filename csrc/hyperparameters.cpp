@@ -56,8 +56,8 @@ void read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
       info.dtype >= 0 && (info.device.type != kCPU || device->type == kCPU)) {
     if (!(info.device == *device)) {
       throw std::invalid_argument(
-          "lr is a tensor on another GPU than the parameters of its group; move it to theirs, or "
-          "give a number");
+          "lr is a tensor on another device than a parameter of its group; give a number, or a "
+          "tensor on the CPU");
     }
     h.lr = 0.0;
     h.lr_data = info.data;

@@ -191,12 +191,16 @@ class DeviceGuard {
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
     if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 template <typename Argument>
@@ -277,8 +281,11 @@ const char* why_not_cuda(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
+    // This loads them, too: while a graph is captured might be a bad moment for it.
     check(cudaFuncGetAttributes(&attributes, radam_step_kernel<float, float, float>),
           "radam_step_kernel");
+    check(cudaFuncGetAttributes(&attributes, radam_advance_kernel), "radam_advance_kernel");
+    check(cudaFuncGetAttributes(&attributes, radam_upload_kernel), "radam_upload_kernel");
   } catch (const std::runtime_error&) {
     return cudaGetErrorString(cudaGetLastError());
   }

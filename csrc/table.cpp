@@ -17,6 +17,7 @@ struct Names {
   RADAM_NAME(exp_avg_sq);
   RADAM_NAME(grad);
   RADAM_NAME(is_neg);
+  RADAM_NAME(lr);
   RADAM_NAME(params);
   RADAM_NAME(state_dtype);
   RADAM_NAME(step);
@@ -319,6 +320,7 @@ void Table::read_device_groups(PyObject* groups) {
       if (!group.get()) throw PythonError();
       Hyperparameters& row = bucket.hyperparameters[static_cast<size_t>(index)];
       check(group.get(), read_hyperparameters(group.get(), row, &bucket.device), row, 1.0);
+      if (row.lr_data) bucket.learning_rates.push_back(Ref::borrow(item(group.get(), names().lr)));
     }
   }
 }

@@ -108,6 +108,7 @@ def _own(view: Tensor) -> Tensor:
     """The view as a tensor whose storage is just its own memory, which it keeps alive."""
     if not view.numel():  # no address to own
         return torch.empty_like(view)
-    owned = torch.from_dlpack(view)
+    # By a capsule: Tensor.__dlpack__ refuses GPUs that are not the current one.
+    owned = torch.from_dlpack(torch.utils.dlpack.to_dlpack(view))
     # torch 2.6 forgets the strides of dimensions of size one, which tell memory formats apart.
     return owned if owned.stride() == view.stride() else owned.as_strided(view.shape, view.stride())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from .backends import resolve
+from .backends import reference, resolve
 from .capture import is_capturing
 from .modules import cpu
 from .scaling import UNSCALED, Scaling
@@ -34,7 +34,7 @@ def launch(
         ValueError: memory that the step writes is used by another segment, or a hyperparameter out
             of range. Nothing is changed.
         RuntimeError: no backend can step tensors on such a device, or a CUDA graph is being
-            captured and the host counts the steps. Nothing is changed.
+            captured that a replay would not do this step with. Nothing is changed.
     """
     try:
         buckets = table.prepare(groups)
@@ -46,18 +46,34 @@ def launch(
             f"{stream} of {name(owner)} shares memory with {other_stream} of {name(other)}; "
             "a step writes to it: clone one of them, or leave one out"
         ) from None
-    steps = []
-    for bucket in buckets:
-        device_type = _DEVICE_TYPES.get(bucket.device_type, "unknown")
-        host_counts = device_type == "cuda" and not bucket.capturable
-        if host_counts and is_capturing(torch.device("cuda", bucket.device[1])):
-            raise RuntimeError(
-                "a CUDA graph is being captured and the host counts the steps, so that replays "
-                "would not: construct RAdam with capturable=True"
-            )
-        steps.append((resolve(backend, device_type, bucket.capturable), bucket))
+    steps = [(_resolve(backend, bucket), bucket) for bucket in buckets]
+    gpus = [torch.device("cuda", b.device[1]) for b in buckets if _device_type(b) == "cuda"]
+    if any(map(is_capturing, gpus)):
+        _check_capture(steps)
     for step_, bucket in steps:
         step_(bucket, table, groups, scaling)
     if owners := table.advance():
         # Autograd must learn of the write: a stale graph raises instead of giving wrong gradients.
         increment_version(owners)
+
+
+def _device_type(bucket) -> str:
+    return _DEVICE_TYPES.get(bucket.device_type, "unknown")
+
+
+def _resolve(backend: str, bucket) -> Callable:
+    return resolve(backend, _device_type(bucket), bucket.capturable)
+
+
+def _check_capture(steps: list[tuple[Callable, Any]]) -> None:
+    """Raises RuntimeError for steps that a CUDA graph, which is being captured, can't hold."""
+    for step_, bucket in steps:
+        if not bucket.capturable:
+            reason = "the host counts the steps: construct RAdam with capturable=True"
+        elif _device_type(bucket) != "cuda":
+            reason = "some parameters are on the CPU: give them an optimizer of their own"
+        elif step_ is reference.step_:
+            reason = "the reference backend waits for the GPU: use the cuda backend"
+        else:
+            continue
+        raise RuntimeError(f"a CUDA graph is being captured, and replays would not step: {reason}")

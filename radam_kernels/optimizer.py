@@ -70,7 +70,8 @@ class RAdam(Optimizer):
 
     Where all groups are `capturable`, `GradScaler.step` hands over its scale and verdict: the
     gradients are unscaled on the way through the kernel and stay scaled in memory (torch's fused
-    optimizers write them back unscaled), and a step that is skipped is not counted.
+    optimizers write them back unscaled), and a step that is skipped is not counted. FSDP1's
+    `ShardedGradScaler` tells its ranks of each other's verdict in `unscale_` only: call that first.
 
     Raises:
         ValueError: a hyperparameter out of range. At a step: tensors that can't be stepped or that
@@ -172,6 +173,9 @@ class RAdam(Optimizer):
             for owner in made:
                 del self.state[owner]
             table.release()
+            # GradScaler deletes these after a step, and would multiply its next scale by the old.
+            for name in Scaling._fields:
+                self.__dict__.pop(name, None)
             raise
         finally:
             self._table = table
@@ -304,7 +308,8 @@ class RAdam(Optimizer):
                 if state := self.state.get(owner):
                     owners.append(owner)
                     dtypes.append(moment_dtype(owner, group["state_dtype"]))
-                    state["step"] = as_step(state["step"], step_device(owner, group)).clone()
+                    step = _unshield(state["step"])
+                    state["step"] = as_step(step, step_device(owner, group)).clone()
         for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
             state = self.state[owner]
             for key, moment in moments.items():
@@ -330,18 +335,18 @@ class _Name:
 
 
 class _Shielded:
-    """Carries a moment through Optimizer.load_state_dict, which casts every tensor it sees."""
+    """Carries a value through Optimizer.load_state_dict, which casts every tensor it sees."""
 
-    def __init__(self, moment: Tensor) -> None:
-        self.moment = moment
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
-def _unshield(moment: Tensor | _Shielded) -> Tensor:
-    return moment.moment if isinstance(moment, _Shielded) else moment
+def _unshield(value: Any) -> Any:
+    return value.value if isinstance(value, _Shielded) else value
 
 
 def _shield_moments(optimizer: RAdam, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks a state dict against the parameters, and wraps its moments."""
+    """Checks a state dict against the parameters, and wraps what torch would cast."""
     params = chain.from_iterable(g["params"] for g in optimizer.param_groups)
     ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     owners = dict(zip(ids, params, strict=False))  # torch complains of lengths, after the hooks
@@ -349,7 +354,8 @@ def _shield_moments(optimizer: RAdam, state_dict: dict[str, Any]) -> dict[str, A
     for key, state in state_dict["state"].items():
         if key in owners and state:
             check_state(state, owners[key], f"param {key}")
-            state = {k: _Shielded(v) if k in MOMENTS else v for k, v in state.items()}
+            keys = ("step", *MOMENTS)
+            state = {k: _Shielded(v) if k in keys else v for k, v in state.items()}
         shielded[key] = state
     return {**state_dict, "state": shielded}
 

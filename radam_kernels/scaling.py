@@ -13,7 +13,7 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None = None  # not zero: skip the step, and do not count it
 
     def on(self, device: torch.device) -> "Scaling":
-        """The same on a device; the host does not wait for a copy between GPUs."""
+        """The same on a GPU; the host does not wait for a copy between GPUs."""
         return Scaling(
             *(
                 None
@@ -24,8 +24,14 @@ class Scaling(NamedTuple):
         )
 
     def addresses(self) -> tuple[int, int]:
-        """Where the two are in memory; 0 for None."""
+        """Where the two are in memory; 0 for None. Keep this object while they are read."""
         return tuple(0 if x is None else x.data_ptr() for x in self)
+
+    def numbers(self) -> tuple[float, float]:
+        """The two on the host, which waits for them; what changes nothing for None."""
+        return tuple(
+            default if x is None else float(x) for x, default in zip(self, (1.0, 0.0), strict=True)
+        )
 
 
 UNSCALED = Scaling()

@@ -55,9 +55,13 @@ def stage(owner: Tensor, grad: Tensor, name: object) -> Staged:
             f"with a gradient of {grad.dtype}; cast it, or leave it out"
         )
     param, grad = local(owner), local(grad, like=owner)
+    if param.is_meta:
+        raise ValueError(
+            f"{name}: a meta tensor has no memory; call to_empty() on its module first"
+        )
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
-        if param.numel() and not param.is_meta and param.data_ptr() == 0:
+        if param.numel() and param.data_ptr() == 0:
             raise ValueError(
                 f"{name}: a {type(owner).__name__} has no memory that a kernel can use"
             )
@@ -122,7 +126,8 @@ def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple
         return None
     offsets = [p.data_ptr() - start for _, p in near]
     unit = gcd(*offsets, *(p.element_size() for _, p in near))
-    marks = torch.zeros((end - start) // unit, dtype=torch.bool, device=near[0][1].device)
+    # On the host wherever the parameters are: a GPU would have to be waited for.
+    marks = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
     views = []
     for offset, (_, p) in zip(offsets, near, strict=True):
         width = p.element_size() // unit
@@ -186,7 +191,8 @@ def as_step(value: float | Tensor, device: torch.device) -> Tensor:
         return value
     dtype = torch.get_default_dtype()
     dtype = dtype if dtype in _STEP_DTYPES else torch.float32
-    return torch.tensor(float(value), dtype=dtype, device=device)  # whatever the default device
+    # Not torch.tensor, which waits for the copy to a GPU.
+    return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def check_state(state: dict[str, Any], param: Tensor, name: object) -> None:

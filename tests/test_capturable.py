@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from radam_kernels import RAdam, available_backends, optimizer
+from radam_kernels import RAdam, available_backends, launch, optimizer
+from radam_kernels.backends import reference
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [
@@ -255,3 +256,66 @@ def test_a_verdict_that_would_not_be_heeded_is_refused():
     with pytest.raises(RuntimeError, match="only capturable=True heeds them"):
         ours.step()
     assert all(map(torch.equal, params, before))
+
+
+def test_a_refused_step_leaves_no_verdict_behind():
+    params = make()
+    ours = RAdam(params, capturable=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(sum(p.sum() for p in params)).backward()
+    ours.param_groups[0]["eps"] = float("nan")
+    with pytest.raises(ValueError, match="eps"):
+        scaler.step(ours)
+    ours.param_groups[0]["eps"] = 1e-8
+    scaler.step(ours)
+    torch.testing.assert_close(ours.state[params[0]]["exp_avg"], torch.full_like(params[0], 0.1))
+
+
+@every_backend
+def test_a_verdict_of_another_dtype_is_read_as_it_is(backend, device):
+    params = make(device)
+    ours = RAdam(params, capturable=True, backend=backend)
+    set_grads(params, 0)
+    for _ in range(20):
+        ours.grad_scale = torch.tensor(2.0, dtype=torch.float64)
+        ours.found_inf = torch.tensor(0.0, dtype=torch.float64)
+        ours.step()
+    assert ours.state[params[0]]["step"] == 20
+    host = RAdam(others := make(device), backend=backend)
+    set_grads(others, 0, 0.5)
+    for _ in range(20):
+        host.step()
+    torch.testing.assert_close(params, others)
+
+
+@every_device
+def test_a_float64_count_is_loaded_as_it_is(device):
+    ours = RAdam(make(device), capturable=True)
+    set_grads(ours.param_groups[0]["params"], 0)
+    ours.step()
+    for state in ours.state.values():
+        state["step"] = torch.tensor(2.0**40 + 1, dtype=torch.float64, device=device)
+    again = RAdam(make(device), capturable=True)
+    again.load_state_dict(ours.state_dict())
+    step = again.state[again.param_groups[0]["params"][0]]["step"]
+    assert (step.item(), step.dtype) == (2.0**40 + 1, torch.float64)
+
+
+class _Capturing:
+    """A bucket of what launch() asks before it steps in a capture."""
+
+    def __init__(self, device_type: int, capturable: bool) -> None:
+        self.device_type, self.capturable = device_type, capturable
+
+
+@pytest.mark.parametrize(
+    ("bucket", "step_", "reason"),
+    [
+        (_Capturing(2, False), None, "construct RAdam with capturable=True"),
+        (_Capturing(1, True), None, "some parameters are on the CPU"),
+        (_Capturing(2, True), reference.step_, "the reference backend waits"),
+    ],
+)
+def test_what_a_replay_would_not_do_is_refused(bucket, step_, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        launch._check_capture([(len, _Capturing(2, True)), (step_, bucket)])

@@ -72,9 +72,11 @@ def resolve(name: str, device_type: str, capturable: bool = False) -> Callable:
     for candidate in _PREFERENCE.get(device_type, ()) if name == "auto" else (name,):
         if why_not(candidate, device_type, capturable) is None:
             if name == "auto" and candidate == "reference":
+                reasons = [why_not(n, device_type, capturable) for n in _PREFERENCE[device_type]]
                 warnings.warn(
-                    f"radam_kernels: no kernel steps {device_type!r} parameters here, so the slow "
-                    "reference does; `python -m radam_kernels doctor` tells why",
+                    f"radam_kernels: no kernel steps {device_type!r} parameters here"
+                    f"{' with capturable=True' * capturable}, so the slow reference does: "
+                    + "; ".join(filter(None, reasons)),
                     stacklevel=2,
                 )
             return _module(candidate).step_

@@ -9,5 +9,5 @@ def why_not(device_type: str, capturable: bool = False) -> str | None:
 
 def step_(bucket, table, groups, scaling) -> None:
     if bucket.capturable:
-        bucket.advance(*scaling.on(torch.device("cpu")).addresses())
+        bucket.advance(*scaling.numbers())
     bucket.step(table, groups, torch.get_num_threads())

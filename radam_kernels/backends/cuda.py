@@ -65,7 +65,9 @@ def tables_of(module, bucket, table, device: torch.device, stream: int) -> Devic
         module.upload(room.data_ptr(), rows, device.index, stream)
         return room
 
-    return device_tables(bucket, table, stream, upload, keep=not is_capturing(device))
+    # Where the host counts, launch() has asked already.
+    keep = not (bucket.capturable and is_capturing(device))
+    return device_tables(bucket, table, stream, upload, keep=keep)
 
 
 def advance(

@@ -25,12 +25,11 @@ def step_(bucket, table, groups, scaling) -> None:
 
 def _advance(bucket, groups, scaling) -> list[StepScalars]:
     """Moves on step counts that are on the device, and waits for them; csrc/advance.h does not."""
-    skip = scaling.found_inf is not None and scaling.found_inf.item() != 0
-    loss_scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.item()
+    loss_scale, found_inf = scaling.numbers()
     rows = []
     for step, group in bucket.steps():
         t = (step + 1).item()
-        if skip or not (t >= 1 and t.is_integer()):
+        if found_inf != 0 or not (t >= 1 and t.is_integer()):
             rows.append(StepScalars(*[0.0] * 8, action=float(Action.SKIP)))
         else:
             rows.append(group_scalars({**groups[group], "grad_scale": 1.0 / loss_scale}, t))

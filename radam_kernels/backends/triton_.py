@@ -50,7 +50,7 @@ def _step(bucket, table, groups, scaling, device: torch.device, stream: int) -> 
     rows = bucket.segment_rows
     segments, work = tables.rows("segments", rows), tables.work(rows, CHUNK)
     if bucket.capturable:
-        bucket.advance(*scaling.on(device).addresses())
+        bucket.advance(*scaling.numbers())
         scalars = tables.rows("scalars", bucket.scalar_rows)
     else:
         scalars = tables.rows("scalars", table.scalar_rows(groups))
