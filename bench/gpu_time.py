@@ -103,7 +103,7 @@ def run(
                 rows = {c.name: {"not_measured": lost} for c in peers}
         found = {"elements": case.elements, "tensors": len(case.shapes), "rows": rows}
         results["cases"][case.name] = found
-        _write(file, results)
+        write(file, results)
         print("\n".join(_lines(case.name, rows)), flush=True)
     gc.unfreeze()
     return results
@@ -136,7 +136,7 @@ def _check(
         if (
             contender.radam
             and time.monotonic() < deadline
-            and (row := _fault(contender, device, dtype))
+            and (row := fault(contender, device, dtype))
         ):
             rows[contender.name] = row
             print(f"{contender.name}, {dtype}: {row}", flush=True)
@@ -144,12 +144,13 @@ def _check(
     return rows
 
 
-def _fault(contender: Contender, device: torch.device, dtype: torch.dtype) -> Row | None:
+def fault(contender: Contender, device: torch.device, dtype: torch.dtype) -> Row | None:
+    """A row that says what is wrong with a contender, if anything is."""
     try:
-        fault = check(contender.start, device, dtype)
+        found = check(contender.start, device, dtype)
     except Exception as error:
         return {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    return {"wrong": fault} if fault else None
+    return {"wrong": found} if found else None
 
 
 def _kept(file: Path, device: torch.device) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _kept(file: Path, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _write(file: Path, results: dict[str, Any]) -> None:
+def write(file: Path, results: dict[str, Any]) -> None:
     """All of it or nothing: a run that is cut off leaves a whole file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
