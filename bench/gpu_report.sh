@@ -5,8 +5,9 @@
 #           test      the whole test suite, with the GPU
 #           sanitize  compute-sanitizer's memcheck, racecheck and initcheck on the tests so named
 #           time      bench/gpu_time.py: JSON, rewritten after each case
+#           tune      bench/gpu_tune.py: variants of the kernels; not part of all
 #           ncu nsys  what the profilers say of one step
-#           all       one after the other (the default)
+#           all       one after the other (the default), but for tune
 #   --out DIR         for logs and results (bench/results/<device>)
 #   --dry-run         tries each stage without a GPU, in seconds
 #
@@ -18,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 LIMIT=480 # seconds for a stage
 PYTHON=${PYTHON:-python3}
-STAGES="build test sanitize time ncu nsys"
+STAGES="build test sanitize time tune ncu nsys"
 stage=all out="" dry=""
 while (($#)); do
   case $1 in
@@ -200,6 +201,18 @@ stage_time() {
   if ((rc == 0)); then ok "$out/gpu.json"; else failed "$(why "$rc" "$log")"; fi
 }
 
+stage_tune() {
+  local log=$out/tune.log rc
+  if [[ $dry ]]; then
+    limited 90 "$PYTHON" -m bench.gpu_tune --dry-run --out "$out" --seconds 0.1
+    rc=$?
+  else
+    limited "$LIMIT" "$PYTHON" -m bench.gpu_tune --out "$out" --minutes 7
+    rc=$?
+  fi
+  if ((rc == 0)); then ok "$out/tune.json"; else failed "$(why "$rc" "$log")"; fi
+}
+
 profile() { # TOOL COMMAND...: one step of our kernels under a profiler
   local tool=$1 log=$out/$1.log case
   if ! command -v "$tool"; then
@@ -232,7 +245,7 @@ stage_nsys() {
 
 any=0
 for name in $STAGES; do
-  [[ $stage == all || $stage == "$name" ]] || continue
+  [[ $stage == all && $name != tune || $stage == "$name" ]] || continue
   echo "$name ..."
   begin=$SECONDS status=failed reason="it ended without a word"
   "stage_$name" >"$out/$name.log" 2>&1
