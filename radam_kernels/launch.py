@@ -10,6 +10,7 @@ from .backends import reference, resolve
 from .capture import is_capturing
 from .modules import cpu
 from .scaling import UNSCALED, Scaling
+from .stages import Stages
 
 _DEVICE_TYPES = {1: "cpu", 2: "cuda", 10: "cuda"}  # DLPack's numbers; ROCm calls itself cuda
 
@@ -20,6 +21,7 @@ def launch(
     backend: str,
     name: Callable[[int], str],
     scaling: Scaling = UNSCALED,
+    stages: Stages | None = None,
 ) -> None:
     """Steps every segment of the table, advances the step counts and empties the table.
 
@@ -29,6 +31,7 @@ def launch(
         backend: "auto" or a backend's name.
         name: what to call the table's owner number i in an error.
         scaling: of the gradients of capturable groups.
+        stages: to be told of those that begin here: table, update and advance.
 
     Raises:
         ValueError: memory that the step writes is used by another segment, or a hyperparameter out
@@ -36,6 +39,8 @@ def launch(
         RuntimeError: no backend can step tensors on such a device, or a CUDA graph is being
             captured that a replay would not do this step with. Nothing is changed.
     """
+    if stages:
+        stages.enter("table")
     try:
         buckets = table.prepare(groups)
     except cpu.Overlap as overlap:
@@ -50,8 +55,12 @@ def launch(
     gpus = [torch.device("cuda", b.device[1]) for b in buckets if _device_type(b) == "cuda"]
     if any(map(is_capturing, gpus)):
         _check_capture(steps)
+    if stages:
+        stages.enter("update")
     for step_, bucket in steps:
         step_(bucket, table, groups, scaling)
+    if stages:
+        stages.enter("advance")
     if owners := table.advance():
         # Autograd must learn of the write: a stale graph raises instead of giving wrong gradients.
         increment_version(owners)

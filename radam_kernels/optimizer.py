@@ -16,6 +16,7 @@ from .launch import launch
 from .modules import DTYPES, cpu
 from .scaling import UNSCALED, Scaling
 from .schedule import check_rho_threshold
+from .stages import listen
 from .staging import (
     MOMENTS,
     Staged,
@@ -159,7 +160,10 @@ class RAdam(Optimizer):
         groups = self.param_groups
         # Taken out, so that a step in another thread, or within this one, has a table of its own.
         table = self.__dict__.pop("_table", None) or cpu.Table()
+        stages = listen()
         try:
+            if stages:
+                stages.enter("collect")
             if pending := table.collect(groups, self.state):
                 staged = self._attend(table, pending, made)
             launch(
@@ -168,6 +172,7 @@ class RAdam(Optimizer):
                 self._backend,
                 lambda i: str(_Name(table.owners[i], groups)),
                 self._scaling(),
+                stages,
             )
         except BaseException:
             for owner in made:
@@ -179,6 +184,8 @@ class RAdam(Optimizer):
             raise
         finally:
             self._table = table
+            if stages:
+                stages.enter(None)
         for item in staged:
             if item.copied:
                 with torch.no_grad():
