@@ -147,6 +147,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("instruction_sets") = isas;
   m.def("threads_from", &threads_from, "Where threads come from: OpenMP or std::thread.");
   m.def("tensors_read_by", &tensors_read_by, "How tensors are read: DLPack or Python.");
+  m.def("snapshots_work", &snapshots_work,
+        "Whether tensors that are as they were at the last step are recognised, not read anew.");
   m.def("dtype_code", [](py::handle dtype) { return dtype_code(dtype.ptr()); });
   m.def("is_dense", [](py::handle tensor) {
     TensorInfo info;

@@ -1,5 +1,6 @@
-// Everything a step must know is read anew at every step, in one pass: what people edit between
-// steps (gradients, pointers, state, step counts) needs no detection, and nothing can go stale.
+// Everything a step must know is looked at anew at every step, in one pass: what people edit
+// between steps (gradients, pointers, state, step counts) can't be missed. A tensor is asked again
+// only where snapshot.h finds it changed.
 #include "table.h"
 
 #include <stdexcept>
@@ -134,9 +135,9 @@ Ref Table::collect(PyObject* groups, PyObject* state) {
     trusted = trusted && position < entries_.size() && entries_[position].param == param;
     if (!trusted) {
       entries_.resize(position);
-      entries_.push_back({param, item(state, param)});
+      entries_.push_back({param, item(state, param), {}});
     }
-    const Entry entry = entries_[position++];
+    Entry& entry = entries_[position++];
     if (grad.get() == Py_None || collect_one(entry, grad.get(), group, options)) return;
     const Ref row = Ref::steal(Py_BuildValue("(LOO)", group, param, grad.get()));
     if (PyList_Append(pending.get(), row.get()) != 0) throw PythonError();
@@ -154,17 +155,16 @@ Table::GroupOptions Table::read_options(PyObject* group) {
   return {dtype ? dtype_code(dtype) : -1, truth == 1};
 }
 
-bool Table::collect_one(const Entry& entry, PyObject* grad, int64_t group,
-                        const GroupOptions& options) {
+bool Table::collect_one(Entry& entry, PyObject* grad, int64_t group, const GroupOptions& options) {
   if (!entry.state || !PyDict_Check(entry.state)) return false;
   Ref step, exp_avg, exp_avg_sq;
   if (!find_items(entry.state, step, exp_avg, exp_avg_sq)) return false;
   const Objects objects = {entry.param, grad, exp_avg.get(), exp_avg_sq.get()};
-  if (refuse(objects)) return false;
+  if (refuse(objects, entry.snapshots)) return false;
   if (exp_avg_.dtype != state_dtype(static_cast<DType>(param_.dtype), options.state_dtype)) {
     return false;
   }
-  if (read_step(step.get(), options.capturable)) return false;
+  if (read_step(step.get(), options.capturable, entry.snapshots)) return false;
   if (options.capturable) {
     append_capturable(objects, step.get(), group, entry.param);
   } else {
@@ -176,9 +176,10 @@ bool Table::collect_one(const Entry& entry, PyObject* grad, int64_t group,
 void Table::add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* exp_avg_sq,
                 PyObject* step, int64_t group, PyObject* owner, bool capturable) {
   const Objects objects = {param, grad, exp_avg, exp_avg_sq};
-  const char* reason = refuse(objects);
+  Snapshots none;
+  const char* reason = refuse(objects, none);
   const bool counted = PyFloat_Check(step);
-  if (!reason && !counted) reason = read_step(step, capturable);
+  if (!reason && !counted) reason = read_step(step, capturable, none);
   if (reason) throw std::invalid_argument(reason);
   if (counted) {
     append(objects, scalars_index(group, PyFloat_AS_DOUBLE(step)), owner);
@@ -189,11 +190,14 @@ void Table::add(PyObject* param, PyObject* grad, PyObject* exp_avg, PyObject* ex
   }
 }
 
-const char* Table::refuse(const Objects& objects) {
-  if (!describe(objects.param, param_)) return "param has no memory that a kernel can use";
-  if (!describe(objects.grad, grad_)) return "grad has no memory that a kernel can use";
-  if (!describe(objects.exp_avg, exp_avg_)) return "exp_avg has no memory that a kernel can use";
-  if (!describe(objects.exp_avg_sq, exp_avg_sq_)) {
+const char* Table::refuse(const Objects& objects, Snapshots& snapshots) {
+  if (!snapshots.param.describe(objects.param, param_))
+    return "param has no memory that a kernel can use";
+  if (!snapshots.grad.describe(objects.grad, grad_))
+    return "grad has no memory that a kernel can use";
+  if (!snapshots.exp_avg.describe(objects.exp_avg, exp_avg_))
+    return "exp_avg has no memory that a kernel can use";
+  if (!snapshots.exp_avg_sq.describe(objects.exp_avg_sq, exp_avg_sq_)) {
     return "exp_avg_sq has no memory that a kernel can use";
   }
   const TensorInfo* others[] = {&grad_, &exp_avg_, &exp_avg_sq_};
@@ -222,8 +226,8 @@ const char* Table::refuse(const Objects& objects) {
   return nullptr;
 }
 
-const char* Table::read_step(PyObject* step, bool capturable) {
-  const bool good = describe(step, step_) && step_.numel == 1 &&
+const char* Table::read_step(PyObject* step, bool capturable, Snapshots& snapshots) {
+  const bool good = snapshots.step.describe(step, step_) && step_.numel == 1 &&
                     (step_.dtype == kFloat32 || step_.dtype == kFloat64);
   if (capturable) {
     return good && step_.device == param_.device

@@ -9,6 +9,7 @@
 #include "bucket.h"
 #include "overlap.h"
 #include "schedule.h"
+#include "snapshot.h"
 
 namespace radam {
 
@@ -62,8 +63,12 @@ class Table {
     int state_dtype;  // a DType, or -1 for the default
     bool capturable;
   };
+  struct Snapshots {
+    Snapshot param, grad, exp_avg, exp_avg_sq, step;
+  };
   struct Entry {
     PyObject *param, *state;  // borrowed, and only compared until the walk finds them again
+    Snapshots snapshots;
   };
   struct Advance {
     void* data;
@@ -73,9 +78,9 @@ class Table {
   };
   static GroupOptions read_options(PyObject* group);
   bool knows(PyObject* state);
-  bool collect_one(const Entry& entry, PyObject* grad, int64_t group, const GroupOptions& options);
-  const char* refuse(const Objects& objects);
-  const char* read_step(PyObject* step, bool capturable);
+  bool collect_one(Entry& entry, PyObject* grad, int64_t group, const GroupOptions& options);
+  const char* refuse(const Objects& objects, Snapshots& snapshots);
+  const char* read_step(PyObject* step, bool capturable, Snapshots& snapshots);
   int64_t count_step(PyObject* step, int64_t group);
   void append(const Objects& objects, int64_t scalars, PyObject* owner);
   void append_capturable(const Objects& objects, PyObject* step, int64_t group, PyObject* owner);
