@@ -166,13 +166,12 @@ def test_snapshots_work_with_this_torch():
     assert cpu.snapshots_work()
 
 
-def test_an_import_within_a_mode_of_torch_does_no_harm():
+def test_a_first_look_within_a_mode_of_torch_does_no_harm():
     code = """
-import torch
+import radam_kernels, torch
+from radam_kernels.modules import cpu
 from torch._subclasses import FakeTensorMode
 with torch.device("meta"), FakeTensorMode():
-    import radam_kernels
-    from radam_kernels.modules import cpu
     cpu.snapshots_work()
 p = torch.nn.Parameter(torch.ones(5)); p.grad = torch.ones(5)
 optimizer = radam_kernels.RAdam([p], lr=0.1)
