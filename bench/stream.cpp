@@ -1,0 +1,99 @@
+// What memory can do with the streams of a step, for bench/stream.py: an in-place streaming loop in
+// the place of the kernel, and the speed of IEEE division and square root where memory is near.
+// Compiled with csrc/launch_cpu.cpp and csrc/threads.cpp, so that elements are divided over the
+// same threads in the same way as the optimizer's.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "step_cpu.h"
+#include "threads.h"
+
+namespace {
+
+// What is added to p, m and v is the gradient's bits under this mask: none, so that the loop may
+// run on tensors in use and leave every value as it was, or all, so that a test sees where it has
+// been.
+uint64_t mask = 0;
+
+template <typename P, typename S>
+void stream(const radam::Segment& segment, int64_t begin, int64_t end) {
+  P* __restrict p = static_cast<P*>(segment.param) + begin;
+  const P* __restrict g = static_cast<const P*>(segment.grad) + begin;
+  S* __restrict m = static_cast<S*>(segment.exp_avg) + begin;
+  S* __restrict v = static_cast<S*>(segment.exp_avg_sq) + begin;
+  const P bits = static_cast<P>(mask);
+  const int64_t n = end - begin;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const P x = g[i] & bits;
+    p[i] += x;
+    m[i] += x;
+    v[i] += x;
+  }
+}
+
+// Passes over cached numbers: x stands for v, y for m.
+template <typename T>
+int64_t divide_and_root(int threads, int64_t passes) {
+  constexpr int64_t kN = 1024;
+  radam::parallel(threads, [&](int, int) {
+    alignas(64) T x[kN], y[kN], out[kN];
+    for (int64_t i = 0; i < kN; ++i) {
+      x[i] = static_cast<T>(1.0 + 0.001 * static_cast<double>(i));
+      y[i] = static_cast<T>(2.0 - 0.001 * static_cast<double>(i));
+    }
+    for (int64_t pass = 0; pass < passes; ++pass) {
+#pragma omp simd
+      for (int64_t i = 0; i < kN; ++i) out[i] = y[i] / (std::sqrt(x[i]) + static_cast<T>(1e-8));
+      asm volatile("" : : "r"(out), "r"(x), "r"(y) : "memory");  // nobody may leave a pass out
+    }
+  });
+  return kN * passes;
+}
+
+}  // namespace
+
+namespace radam {
+
+// The launcher's only instruction set is this loop.
+void step_range_baseline(const Segment* segments, int64_t count, const DTypeSet& dtypes,
+                         const StepScalars*, int64_t first, int64_t last) {
+  const int wide = kDTypeSizes[dtypes.param], state = kDTypeSizes[dtypes.state];
+  int64_t offset = 0;  // the segment's elements begin at this one of all
+  for (int64_t i = 0; i < count && offset < last; offset += segments[i++].numel) {
+    const int64_t begin = std::max<int64_t>(first - offset, 0);
+    const int64_t end = std::min(last - offset, segments[i].numel);
+    if (begin >= end) continue;
+    if (wide == 8) {
+      stream<uint64_t, uint64_t>(segments[i], begin, end);
+    } else if (wide == 4) {
+      stream<uint32_t, uint32_t>(segments[i], begin, end);
+    } else if (state == 4) {
+      stream<uint16_t, uint32_t>(segments[i], begin, end);
+    } else {
+      stream<uint16_t, uint16_t>(segments[i], begin, end);
+    }
+  }
+}
+
+}  // namespace radam
+
+extern "C" {
+
+// Streams once through `count` segments. Dtypes are those of csrc/dtypes.h.
+void radam_stream(const radam::Segment* segments, int64_t count, int param, int state, int threads,
+                  uint64_t bits) {
+  mask = bits;
+  const auto p = static_cast<radam::DType>(param), s = static_cast<radam::DType>(state);
+  radam::step_cpu(segments, count, {p, p, s}, nullptr, threads, radam::instruction_sets()[0]);
+}
+
+// How many elements each thread has divided.
+int64_t radam_divide(int size, int threads, int64_t passes) {
+  return size == 8 ? divide_and_root<double>(threads, passes)
+                   : divide_and_root<float>(threads, passes);
+}
+
+const char* radam_threads_from() { return radam::threads_from(); }
+}
