@@ -79,6 +79,61 @@ def llama(
     return shapes if tied else {**shapes, "lm_head.weight": (vocabulary, width)}
 
 
+def vit(
+    layers: int = 12, width: int = 768, inner: int = 3072, patch: int = 16, image: int = 224
+) -> Shapes:
+    """A vision transformer as torchvision has it, ViT-B/16 by default: 1,000 classes."""
+    shapes: Shapes = {"class_token": (1, 1, width)}
+    shapes.update({"conv_proj.weight": (width, 3, patch, patch), "conv_proj.bias": (width,)})
+    shapes["encoder.pos_embedding"] = (1, (image // patch) ** 2 + 1, width)
+
+    def affine(name: str, *shape: int) -> None:
+        shapes.update({f"{name}weight": shape, f"{name}bias": shape[:1]})
+
+    for layer in range(layers):
+        at = f"encoder.layers.encoder_layer_{layer}"
+        affine(f"{at}.ln_1.", width)
+        affine(f"{at}.self_attention.in_proj_", 3 * width, width)
+        affine(f"{at}.self_attention.out_proj.", width, width)
+        affine(f"{at}.ln_2.", width)
+        affine(f"{at}.mlp.0.", inner, width)
+        affine(f"{at}.mlp.3.", width, inner)
+    affine("encoder.ln.", width)
+    affine("heads.head.", 1000, width)
+    return shapes
+
+
+def bert(
+    layers: int = 12,
+    width: int = 768,
+    inner: int = 3072,
+    vocabulary: int = 30522,
+    context: int = 512,
+) -> Shapes:
+    """BERT as Hugging Face's BertModel has it, with the pooler; BERT-base uncased by default."""
+    shapes: Shapes = {
+        "embeddings.word_embeddings.weight": (vocabulary, width),
+        "embeddings.position_embeddings.weight": (context, width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+    }
+
+    def affine(name: str, *shape: int) -> None:
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    affine("embeddings.LayerNorm", width)
+    for layer in range(layers):
+        at = f"encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            affine(f"{at}.attention.self.{name}", width, width)
+        affine(f"{at}.attention.output.dense", width, width)
+        affine(f"{at}.attention.output.LayerNorm", width)
+        affine(f"{at}.intermediate.dense", inner, width)
+        affine(f"{at}.output.dense", width, inner)
+        affine(f"{at}.output.LayerNorm", width)
+    affine("pooler.dense", width, width)
+    return shapes
+
+
 class Model(NamedTuple):
     """A list and what is published of it, which the tests hold it to."""
 
@@ -87,10 +142,16 @@ class Model(NamedTuple):
     parameters: int
 
 
+# A GPU is lent for minutes: these are timed there (bench/gpu_time.py).
 MODELS = {
     "ResNet-50": Model(resnet50, 161, 25_557_032),
     "GPT-2 124M": Model(gpt2, 148, 124_439_808),
     "Llama 3.2 1B": Model(llama, 146, 1_235_814_400),
+}
+ALL_MODELS = {
+    **MODELS,
+    "ViT-B/16": Model(vit, 152, 86_567_656),
+    "BERT-base": Model(bert, 199, 109_482_240),
 }
 
 

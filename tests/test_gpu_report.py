@@ -13,7 +13,7 @@ import torch
 from bench import aims, gpu_table, missing_imports
 from bench.cases import DTYPES
 from bench.contenders import ADAM, CUDA, CUDA16, GRAPH, RADAM, TRITON, contenders, copy_name
-from bench.models import MODELS, count, gpt2, llama, resnet50
+from bench.models import ALL_MODELS, bert, count, gpt2, llama, resnet50, vit
 from bench.turns import OUT_OF_TIME
 from radam_kernels.fingerprint import fingerprint, measured_fingerprint
 
@@ -166,9 +166,9 @@ def test_tests_that_lack_a_package_are_found(tmp_path):
     assert missing_imports.missing(file) is None
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_models_have_the_parameters_that_are_published(name):
-    model = MODELS[name]
+    model = ALL_MODELS[name]
     assert len(model.shapes()) == model.tensors
     assert count(model.shapes()) == model.parameters
 
@@ -178,6 +178,9 @@ def test_models_have_the_shapes_of_their_layers():
     assert list(resnet50())[:2] == ["conv1.weight", "bn1.weight"]
     assert gpt2()["h.11.attn.c_attn.weight"] == (768, 2304)
     assert llama()["layers.15.self_attn.k_proj.weight"] == (512, 2048)
+    assert vit()["encoder.pos_embedding"] == (1, 197, 768)
+    assert vit()["encoder.layers.encoder_layer_11.mlp.3.weight"] == (768, 3072)
+    assert bert()["encoder.layer.11.intermediate.dense.weight"] == (3072, 768)
     assert count(llama(tied=False)) - count(llama()) == 128256 * 2048
 
 
