@@ -1,5 +1,6 @@
 """What is measured: one tensor of each size, and the parameter lists of models; in which order."""
 
+import re
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -7,12 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .models import MODELS
+from .models import ALL_MODELS, MODELS
 
 SMALL = "1,000 tensors of 64"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALL_DTYPES = {**DTYPES, "float64": torch.float64}
 # The most telling first: what comes last is what a lack of time costs.
 FIRST, MIDDLE, REST = (26, 28), (20, 30), (24, 22, 18, 16, 14, 12, 10)
+
+
+POWERS = range(10, 30, 2)  # of all_cases
+TENSORS = (10, 100, 1000, 10000)
 
 
 class Case(NamedTuple):
@@ -66,3 +72,25 @@ def cases(dry_run: bool) -> list[Case]:
     return [
         *sizes(FIRST), *models("float32"), small, *models("bfloat16"), *sizes(MIDDLE), *sizes(REST)
     ]  # fmt: skip
+
+
+def all_cases(dtype: str) -> dict[str, Case]:
+    """What is measured at leisure, by names that `pytest -k` takes."""
+    kind = ALL_DTYPES[dtype]
+    sizes = {
+        f"one_{_short(1 << power)}": Case(size_case(power, dtype), kind, [(1 << power,)])
+        for power in POWERS
+    }
+    lists = {f"{n}_of_64": Case(f"{n:,} tensors of 64 {dtype}", kind, [(64,)] * n) for n in TENSORS}
+    models = {
+        re.sub(r"\W+", "-", name): Case(
+            model_case(name, dtype), kind, list(model.shapes().values())
+        )
+        for name, model in ALL_MODELS.items()
+    }
+    return {**sizes, **lists, **models}
+
+
+def _short(number: int) -> str:
+    """1024 is 1K."""
+    return f"{number >> 20}M" if number >> 20 else f"{number >> 10}K"

@@ -147,7 +147,7 @@ def _check(
 def fault(contender: Contender, device: torch.device, dtype: torch.dtype) -> Row | None:
     """A row that says what is wrong with a contender, if anything is."""
     try:
-        found = check(contender.start, device, dtype)
+        found = check(contender.start, device, dtype, contender.debiased, contender.slack)
     except Exception as error:
         return {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     return {"wrong": found} if found else None

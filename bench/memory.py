@@ -1,0 +1,50 @@
+"""How much memory a case takes and how much there is, so that what does not fit is left out."""
+
+from pathlib import Path
+
+import torch
+
+from .cases import Case
+from .contenders import Contender
+
+PART = 0.8  # of what is free
+
+
+def no_room(case: Case, contender: Contender, device: torch.device) -> str | None:
+    """Why the case does not fit; None if it does."""
+    needed, free = needs(case, contender, device), PART * available(device)
+    if needed <= free:
+        return None
+    return f"memory: {case.name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB may be taken"
+
+
+def needs(case: Case, contender: Contender, device: torch.device) -> int:
+    """Bytes, at most: the streams, a copy of them in the case of a GPU, and temporaries."""
+    size = case.dtype.itemsize
+    wide = max(4, size)
+    streams = 2 * size + 2 * wide
+    limit = contender.bytes if device.type == "cuda" else 2 * wide
+    # torch's fused steps and ours take nothing more; a flat buffer is one more of parameters.
+    temporaries = size if contender.flat else 0 if _in_place(contender.name) else 3 * wide
+    return case.elements * (streams + limit + temporaries)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free, within the process's control group too, as far as Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        info = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 8 << 30
+    free = 1024 * int(info.partition("MemAvailable:")[2].split()[0])
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(most) - int(now))
+    except (OSError, ValueError):  # no group, or one without a limit
+        return free
+
+
+def _in_place(name: str) -> bool:
+    return "fused" in name or (name.startswith("radam_kernels") and "reference" not in name)
