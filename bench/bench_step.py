@@ -74,9 +74,14 @@ class Tensors:
     def __init__(self) -> None:
         self._of, self._params = ("", ""), []
 
-    def of(self, row: Row) -> list[Tensor]:
+    def held(self, row: Row) -> int:
+        """Bytes that are there already; what another case has is given back."""
         if self._of != (row.device, row.case.name):
             self.forget()
+        return 2 * sum(param.nbytes for param in self._params)
+
+    def of(self, row: Row) -> list[Tensor]:
+        if not self.held(row):
             self._params = row.case.make(torch.device(row.device))
             self._of = (row.device, row.case.name)
         return self._params
@@ -101,14 +106,14 @@ def _fault(name: str, device: str, dtype: torch.dtype) -> dict[str, str] | None:
     return fault(contender, torch.device(device), dtype)
 
 
-def check(row: Row) -> None:
-    """Skips what can't run here; fails what runs and is wrong."""
+def check(row: Row, held: int = 0) -> None:
+    """Skips what can't run here beside `held` bytes of it; fails what runs and is wrong."""
     contender, device = row.contender, torch.device(row.device)
     if contender.absent:
         pytest.skip(contender.absent)
     if contender.compiled and len(row.case.shapes) > COMPILED_TENSORS:
         pytest.skip(f"compiling takes too long for {len(row.case.shapes)} tensors")
-    if reason := no_room(row.case, contender, device):
+    if reason := no_room(row.case, contender, device, held):
         pytest.skip(reason)
     if contender.radam and (found := _fault(contender.name, row.device, row.case.dtype)):
         if "wrong" in found:
@@ -121,7 +126,7 @@ def test_step(row: Row, benchmark, tensors: Tensors, found: list[dict]) -> None:
     contender, case = row.contender, row.case
     benchmark.group = f"{row.device}, {case.name}"
     benchmark.params = {**row._asdict(), "case": case.name, "contender": contender.name}
-    check(row)
+    check(row, tensors.held(row))
     params = tensors.of(row)
     try:
         measure(row, params, benchmark)

@@ -5,27 +5,27 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .contenders import Contender
+from .contenders import REFERENCE, Contender
 
 PART = 0.8  # of what is free
 
 
-def no_room(case: Case, contender: Contender, device: torch.device) -> str | None:
-    """Why the case does not fit; None if it does."""
-    needed, free = needs(case, contender, device), PART * available(device)
+def no_room(case: Case, contender: Contender, device: torch.device, held: int = 0) -> str | None:
+    """Why the case does not fit beside `held` bytes of it that are there; None if it does."""
+    needed, free = needs(case, contender, device) - held, PART * available(device)
     if needed <= free:
         return None
     return f"memory: {case.name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB may be taken"
 
 
 def needs(case: Case, contender: Contender, device: torch.device) -> int:
-    """Bytes, at most: the streams, a copy of them in the case of a GPU, and temporaries."""
+    """Bytes, at most: the streams, what a GPU's limit copies, and temporaries."""
     size = case.dtype.itemsize
     wide = max(4, size)
     streams = 2 * size + 2 * wide
-    limit = contender.bytes if device.type == "cuda" else 2 * wide
+    limit = contender.bytes if device.type == "cuda" else 0
     # torch's fused steps and ours take nothing more; a flat buffer is one more of parameters.
-    temporaries = size if contender.flat else 0 if _in_place(contender.name) else 3 * wide
+    temporaries = size if contender.flat else 0 if _in_place(contender) else 3 * wide
     return case.elements * (streams + limit + temporaries)
 
 
@@ -46,5 +46,7 @@ def available(device: torch.device) -> int:
         return free
 
 
-def _in_place(name: str) -> bool:
-    return "fused" in name or (name.startswith("radam_kernels") and "reference" not in name)
+def _in_place(contender: Contender) -> bool:
+    name = contender.name
+    ours = name.startswith("radam_kernels") and name != REFERENCE
+    return ours or "fused" in name or contender.make is None
