@@ -21,6 +21,7 @@ from bench.formula import wrong
 from bench.gpu_time import fault
 from bench.limits import Limit, synchronized
 from bench.memory import no_room
+from bench.others import Others
 
 pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]' brings pytest-benchmark")
 
@@ -159,9 +160,14 @@ def measure(row: Row, params: list[Tensor], benchmark) -> None:
     if started and row.device == "cuda":
         step = synchronized(step)
     limit.measure()
-    benchmark(step)
+    with Others() as others:
+        benchmark(step)
     limit.measure()
-    facts = {"elements": case.elements, "tensors": len(case.shapes)}
+    facts = {
+        "elements": case.elements,
+        "tensors": len(case.shapes),
+        "cores_of_others": others.cores,
+    }
     if benchmark.stats:  # none under --benchmark-disable
         median = benchmark.stats.stats.median
         facts.update(limit.against(median, contender.bytes * case.elements))

@@ -7,6 +7,7 @@ import torch
 
 from bench import machine
 from bench.contenders import ADAM, RADAM
+from bench.others import DISTURBED
 from radam_kernels.modules import cpu
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()  # what the tests found out, for the last table
@@ -70,5 +71,11 @@ def pytest_terminal_summary(
             share = f"{row['share_of_limit']:7.1%} of " if "share_of_limit" in row else ""
             say(
                 f"  {row['name']:36}{1e3 * row['median']:11.4f} ms{row['gb_s']:9.2f} GB/s "
-                f"{share:>12}{row['limit']}"
+                f"{share:>12}{row['limit']}" + "  (!)" * _disturbed(row)
             )
+    if any(map(_disturbed, rows)):
+        say("(!) other processes were at work while this was timed: measure it again")
+
+
+def _disturbed(row: dict[str, Any]) -> bool:
+    return (row["cores_of_others"] or 0) > DISTURBED

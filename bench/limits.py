@@ -37,7 +37,9 @@ class Limit:
         try:
             state = _moments_dtype(contender.bytes, dtype)
             self.run = stream.Stream(*_streams(params, optimizer, state))
-            if state.itemsize == 2:  # so few bytes that dividing can take longer than they do
+            if (
+                optimizer and state.itemsize == 2
+            ):  # so few bytes that dividing can take longer than they do
                 elements = sum(param.numel() for param in params)
                 self._ceiling = elements / divisions(state)
         except (RuntimeError, ValueError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, limits, memory, stream
+from bench import contenders, limits, memory, others, stream
 from bench.cases import ALL_DTYPES, Case, all_cases
 from bench.contenders import ADAM, COMPILED, CPU, FLAT, OPTIMI, RADAM, Contender, everyone
 from bench.gpu_time import fault
@@ -156,10 +156,11 @@ def test_16_bit_moments_are_held_against_divisions_where_those_are_slower(monkey
         pytest.skip(reason)
     dtype = torch.bfloat16
     params = Case("small", dtype, [(4096,)]).make(DEVICE)
-    peer = Contender("narrow", 14)
+    peer = Contender("narrow", 14, lambda params, lr: torch.optim.RAdam(params, lr=lr))
+    optimizer = peer.start(params).optimizer
     for speed, kind in ((1.0, "divisions and square roots in cache"), (1e30, "streaming loop")):
         monkeypatch.setattr(limits, "divisions", lambda _, speed=speed: speed)
-        limit = limits.Limit(peer, params, None)
+        limit = limits.Limit(peer, params, optimizer)
         limit.measure()
         assert limit.against(1.0, 14 * 4096)["limit"] == kind
 
@@ -173,3 +174,25 @@ def test_without_a_compiler_a_row_says_why_it_has_no_limit(monkeypatch):
     assert "no C++ compiler" in found["limit"]
     assert "share_of_limit" not in found
     assert found["gb_s"] == pytest.approx(1.792)
+
+
+def test_the_work_of_others_is_seen_and_ones_own_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(others, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(others.os, "sysconf", lambda name: 100)
+    ticks = iter([(0.0, 5.0), (2.0, 6.0)])  # seconds of the clock, and of this process
+    now = {}
+
+    def tell(busy):
+        (tmp_path / "stat").write_text(f"cpu {busy} 0 0 77 0 0 0 0 0 0\ncpu0 1\n")
+        now["wall"], now["own"] = next(ticks)
+
+    monkeypatch.setattr(others.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(others.time, "process_time", lambda: now["own"])
+    tell(busy=1000)
+    with others.Others() as seen:
+        tell(busy=1250)
+    assert seen.cores == pytest.approx(0.75)  # (2.5 s - 1 s) in 2 s
+    monkeypatch.setattr(others, "STAT", tmp_path / "none")
+    with others.Others() as seen:
+        pass
+    assert seen.cores is None
