@@ -64,7 +64,7 @@ def rows() -> Iterator[Row]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    everything = metafunc.config.getoption("all")
+    everything = metafunc.config.getoption("all", False)
     chosen = [row for row in rows() if everything or row.quick]
     metafunc.parametrize("row", chosen, ids=[row.id for row in chosen])
 

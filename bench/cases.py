@@ -15,9 +15,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALL_DTYPES = {**DTYPES, "float64": torch.float64}
 # The most telling first: what comes last is what a lack of time costs.
 FIRST, MIDDLE, REST = (26, 28), (20, 30), (24, 22, 18, 16, 14, 12, 10)
-
-
-POWERS = range(10, 30, 2)  # of all_cases
+# Of all_cases.
+POWERS = range(10, 30, 2)
 TENSORS = (10, 100, 1000, 10000)
 
 

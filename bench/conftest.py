@@ -15,12 +15,13 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()  # what the tests found out, for 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all", action="store_true", help="every case and optimizer of bench/: takes an hour"
+        "--all", action="store_true", help="every case and optimizer of bench/: takes long"
     )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    which = "every case" if config.getoption("all") else "a quick selection; --all takes every case"
+    everything = config.getoption("all", False)
+    which = "every case" if everything else "a quick selection; --all takes every case"
     return f"bench: {which}; -k selects, as in -k 'float32 and one_1M'"
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,19 @@ def test_16_bit_moments_are_held_against_divisions_where_those_are_slower(monkey
         limit = limits.Limit(peer, params, optimizer)
         limit.measure()
         assert limit.against(1.0, 14 * 4096)["limit"] == kind
+
+
+def test_on_a_gpu_the_limit_is_a_copy_and_both_are_waited_for(monkeypatch):
+    did = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("wait"))
+    copy = contenders.Started(lambda: did.append("copy"), None)
+    monkeypatch.setattr(Contender, "start", lambda self, params: copy)
+    params = [SimpleNamespace(device=SimpleNamespace(type="cuda"))]
+    monkeypatch.setattr(limits, "SECONDS", 0.0)
+    limit = limits.Limit(Contender("ours", 28), params, None)
+    limit.measure()
+    assert did == ["copy", "wait"] * (1 + limits.PASSES[0])
+    assert limit.against(1.0, 28)["limit"] == "copy"
 
 
 def test_without_a_compiler_a_row_says_why_it_has_no_limit(monkeypatch):
