@@ -12,8 +12,9 @@ from torch import Tensor
 from . import stream
 from .contenders import Contender, copy_name
 
-SECONDS = 0.05  # of passes, each time
-PASSES = (3, 200)
+# Each time: caches and clocks are to be as they are in the step's rounds, which are many.
+WARM, SECONDS = 0.02, 0.05
+PASSES = 3  # at least
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,14 +50,16 @@ class Limit:
         """A few passes; nothing where there is no limit."""
         if self.absent:
             return
-        self.run()
         begin = time.perf_counter()
-        for i in range(PASSES[1]):
+        self.run()
+        while time.perf_counter() - begin < WARM:
+            self.run()
+        begin, passes = time.perf_counter(), 0
+        while passes < PASSES or time.perf_counter() - begin < SECONDS:
             before = time.perf_counter()
             self.run()
             self.seconds.append(time.perf_counter() - before)
-            if i + 1 >= PASSES[0] and time.perf_counter() - begin > SECONDS:
-                break
+            passes += 1
 
     def against(self, median: float, moved: int) -> dict[str, Any]:
         """What a row says: of a step's median in seconds, and the bytes it had to move."""
