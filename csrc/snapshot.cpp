@@ -187,7 +187,10 @@ bool Snapshot::describe(PyObject* tensor, TensorInfo& info) {
   }
   impl_ = nullptr;
   if (!radam::describe(tensor, info)) return false;
-  if (!impl || load(impl) != where.impl_table) return true;
+  // Gradients are other tensors at every step, mostly, and remembering takes time.
+  const bool again = impl == seen_;
+  seen_ = impl;
+  if (!impl || !again || load(impl) != where.impl_table) return true;
   storage_ = load(impl + where.storage_offset);
   if (!storage_ || load(storage_) != where.storage_table) return true;
   impl_size_ = allocated(impl);

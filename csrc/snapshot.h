@@ -16,13 +16,14 @@ namespace radam {
 // and nothing is trusted that is not compared: a tensor's objects are alive while it is looked at.
 class Snapshot {
  public:
-  // As describe(); remembers the answer for the next call.
+  // As describe(); remembers the answer if the tensor comes again.
   bool describe(PyObject* tensor, TensorInfo& info);
 
  private:
   static constexpr size_t kImpl = 208, kStorage = 112;  // bytes of objects that are remembered
 
-  const char* impl_ = nullptr;  // of the last answer; null if it is not to be used again
+  const char* impl_ = nullptr;  // of the remembered answer; null if there is none
+  const char* seen_ = nullptr;  // of the last tensor: one that comes just once is not remembered
   const char* storage_;
   size_t impl_size_, storage_size_;
   char* data_;
