@@ -2,6 +2,7 @@
 // tensors, and tried by changing them; where anything is not as expected, snapshots are not used.
 #include "snapshot.h"
 
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -159,9 +160,16 @@ const Layout* find_layout() try {
   return new Layout;
 }
 
+// Not a static local: its guard would be held while Python code runs, which another thread may
+// interrupt and come here, to wait for the guard with the GIL in its hand. Found twice is no harm.
 const Layout& layout() {
-  static const Layout* const found = find_layout();
-  return *found;
+  static std::atomic<const Layout*> found{nullptr};
+  const Layout* layout = found.load(std::memory_order_acquire);
+  if (!layout) {
+    layout = find_layout();
+    found.store(layout, std::memory_order_release);
+  }
+  return *layout;
 }
 
 }  // namespace
@@ -169,7 +177,7 @@ const Layout& layout() {
 bool snapshots_work() { return layout().works; }
 
 bool Snapshot::describe(PyObject* tensor, TensorInfo& info) {
-  static const Layout& where = layout();
+  const Layout& where = layout();
   const bool plain =
       where.works && (Py_TYPE(tensor) == where.tensor || Py_TYPE(tensor) == where.parameter);
   const char* const impl = plain ? impl_of(tensor, where.impl_offset) : nullptr;

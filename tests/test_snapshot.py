@@ -180,3 +180,21 @@ for _ in range(3):
 assert abs(p.detach() - 0.7).max() < 1e-6, p
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_that_take_the_first_look_at_once_do_not_wait_for_each_other():
+    code = """
+import sys, threading, torch
+from radam_kernels import RAdam
+sys.setswitchinterval(1e-6)  # another thread runs wherever Python code does
+params = [torch.nn.Parameter(torch.zeros(200)) for _ in range(20)]
+for p in params:
+    p.grad = torch.ones(200)
+optimizer = RAdam(params)
+threads = [threading.Thread(target=optimizer.step) for _ in range(4)]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
