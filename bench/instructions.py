@@ -60,12 +60,12 @@ def main_path(code: list[Instruction]) -> list[Instruction]:
                 before[j].append(i)
 
     def reach(start: Iterable[int], edges: list[list[int]]) -> set[int]:
-        seen, todo = set(), list(start)
-        while todo:
-            for j in edges[todo.pop()]:
+        seen, border = set(), list(start)
+        while border:
+            for j in edges[border.pop()]:
                 if j not in seen:
                     seen.add(j)
-                    todo.append(j)
+                    border.append(j)
         return seen
 
     loads = [i for i, one in enumerate(code) if one.loads >= 16]

@@ -190,15 +190,6 @@ PYBIND11_MODULE(_cpu, m) {
           },
           "Codes of the dtypes of parameters, gradients and moments.")
       .def_property_readonly("count", [](const Bucket& b) { return b.segments.size(); })
-      .def_property_readonly(
-          "table",
-          [](const Bucket& b) {
-            return py::make_tuple(reinterpret_cast<uintptr_t>(b.segments.data()), b.segments.size(),
-                                  static_cast<int>(b.dtypes.param), static_cast<int>(b.dtypes.grad),
-                                  static_cast<int>(b.dtypes.state));
-          },
-          "The first arguments of a step: address of the segments, how many, "
-          "and the dtypes.")
       .def(
           "scalars",
           [](const Bucket& b) {

@@ -51,13 +51,18 @@ def launch(
             f"{stream} of {name(owner)} shares memory with {other_stream} of {name(other)}; "
             "a step writes to it: clone one of them, or leave one out"
         ) from None
-    steps = [(_resolve(backend, bucket), bucket) for bucket in buckets]
-    gpus = [torch.device("cuda", b.device[1]) for b in buckets if _device_type(b) == "cuda"]
-    if any(map(is_capturing, gpus)):
+    steps = []
+    capturing = False
+    for bucket in buckets:
+        device_type = _DEVICE_TYPES.get(bucket.device_type, "unknown")
+        steps.append((resolve(backend, device_type, bucket.capturable), device_type, bucket))
+        if device_type == "cuda":
+            capturing |= is_capturing(torch.device("cuda", bucket.device[1]))
+    if capturing:
         _check_capture(steps)
     if stages:
         stages.enter("update")
-    for step_, bucket in steps:
+    for step_, _, bucket in steps:
         step_(bucket, table, groups, scaling)
     if stages:
         stages.enter("advance")
@@ -66,20 +71,12 @@ def launch(
         increment_version(owners)
 
 
-def _device_type(bucket) -> str:
-    return _DEVICE_TYPES.get(bucket.device_type, "unknown")
-
-
-def _resolve(backend: str, bucket) -> Callable:
-    return resolve(backend, _device_type(bucket), bucket.capturable)
-
-
-def _check_capture(steps: list[tuple[Callable, Any]]) -> None:
+def _check_capture(steps: list[tuple[Callable, str, Any]]) -> None:
     """Raises RuntimeError for steps that a CUDA graph, which is being captured, can't hold."""
-    for step_, bucket in steps:
+    for step_, device_type, bucket in steps:
         if not bucket.capturable:
             reason = "the host counts the steps: construct RAdam with capturable=True"
-        elif _device_type(bucket) != "cuda":
+        elif device_type != "cuda":
             reason = "some parameters are on the CPU: give them an optimizer of their own"
         elif step_ is reference.step_:
             reason = "the reference backend waits for the GPU: use the cuda backend"

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from .backends import check_name
 from .capture import is_capturing
 from .flat import flatten_
 from .launch import launch
-from .modules import DTYPES, cpu
+from .modules import cpu
+from .options import check_options
 from .scaling import UNSCALED, Scaling
-from .schedule import check_rho_threshold
+from .shield import shield_state, unshield
 from .stages import listen
 from .staging import (
     MOMENTS,
@@ -117,7 +117,7 @@ class RAdam(Optimizer):
             "rectification": rectification,
             "state_dtype": state_dtype,
         }
-        _check_options(defaults)
+        check_options(defaults)
         check_name(backend)
         self._backend = backend
         self._flatten = False  # not while the groups come in: all of them share one buffer
@@ -134,7 +134,7 @@ class RAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; with `flatten`, its parameters move into a buffer too."""
         if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group})
+            check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._flatten:
             try:
@@ -281,7 +281,7 @@ class RAdam(Optimizer):
             ValueError: groups or shapes that do not match. Nothing is changed.
         """
         # Last among the hooks, so that it sees what the others made of the state.
-        hook = self.register_load_state_dict_pre_hook(_shield_moments)
+        hook = self.register_load_state_dict_pre_hook(shield_state)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -315,12 +315,12 @@ class RAdam(Optimizer):
                 if state := self.state.get(owner):
                     owners.append(owner)
                     dtypes.append(moment_dtype(owner, group["state_dtype"]))
-                    step = _unshield(state["step"])
+                    step = unshield(state["step"])
                     state["step"] = as_step(step, step_device(owner, group)).clone()
         for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
             state = self.state[owner]
             for key, moment in moments.items():
-                local(moment).copy_(local(_unshield(state[key])))
+                local(moment).copy_(local(unshield(state[key])))
             state.update(moments)
 
 
@@ -339,59 +339,3 @@ class _Name:
                     names = group.get("param_names", ())
                     return f'{name} ("{names[i]}")' if i < len(names) else name
         return "a parameter"
-
-
-class _Shielded:
-    """Carries a value through Optimizer.load_state_dict, which casts every tensor it sees."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _unshield(value: Any) -> Any:
-    return value.value if isinstance(value, _Shielded) else value
-
-
-def _shield_moments(optimizer: RAdam, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks a state dict against the parameters, and wraps what torch would cast."""
-    params = chain.from_iterable(g["params"] for g in optimizer.param_groups)
-    ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-    owners = dict(zip(ids, params, strict=False))  # torch complains of lengths, after the hooks
-    shielded = {}
-    for key, state in state_dict["state"].items():
-        if key in owners and state:
-            check_state(state, owners[key], f"param {key}")
-            keys = ("step", *MOMENTS)
-            state = {k: _Shielded(v) if k in keys else v for k, v in state.items()}
-        shielded[key] = state
-    return {**state_dict, "state": shielded}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError, naming the value, for hyperparameters out of range."""
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}; expected a number >= 0")
-    if not 0.0 <= options["eps"]:
-        raise ValueError(f"Invalid epsilon value: {options['eps']}; expected a number >= 0")
-    if len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas}; expected two numbers")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; expected 0 <= beta < 1")
-    if not 0.0 <= options["weight_decay"]:
-        raise ValueError(
-            f"Invalid weight_decay value: {options['weight_decay']}; expected a number >= 0"
-        )
-    check_rho_threshold(options["rho_threshold"], options["rectification"])
-    if options["state_dtype"] is not None and options["state_dtype"] not in DTYPES[:3]:
-        raise ValueError(
-            f"Invalid state_dtype: {options['state_dtype']}; expected None or one of {DTYPES[:3]}"
-        )
-    if options["differentiable"]:
-        raise NotImplementedError(
-            "radam_kernels.RAdam does not support differentiable=True; use differentiable=False, "
-            "or torch.optim.RAdam for this"
-        )

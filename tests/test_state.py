@@ -666,13 +666,17 @@ def test_state_dict_and_load_hooks_run():
 def assert_edit_is_picked_up(edit, *, dtype=torch.float32, ours=None):
     """`edit(optimizer, params)` in mid-training: ours and torch's then go on alike."""
     a = RAdam(parameters(dtype), lr=0.1, **(ours or {}))
+    assert_goes_on_alike(a, edit)
+    return a
+
+
+def assert_goes_on_alike(a, edit):
     b = twin(a, TorchRAdam, foreach=False)
     for optimizer in (a, b):
         step(optimizer, 4)
         edit(optimizer, params_of(optimizer))
         step(optimizer, 6, first=5)
     assert_same(a, b, rtol=1e-5, atol=2e-6)
-    return a
 
 
 def set_exp_avg(optimizer, params):
@@ -882,12 +886,7 @@ def test_edits_among_parameters_of_one_shape_are_picked_up(edit):
     # Where all shapes are the same, nothing but the parameter tells which state is whose.
     same = [Parameter(randn(20, seed=i)) for i in range(5)]
     a = RAdam([{"params": same}, {"params": [Parameter(randn(20))], "lr": 0.01}], lr=0.1)
-    b = twin(a, TorchRAdam, foreach=False)
-    for optimizer in (a, b):
-        step(optimizer, 4)
-        edit(optimizer, params_of(optimizer))
-        step(optimizer, 6, first=5)
-    assert_same(a, b, rtol=1e-5, atol=2e-6)
+    assert_goes_on_alike(a, edit)
 
 
 def test_a_subclass_may_have_a_grad_of_its_own():
