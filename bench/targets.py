@@ -1,4 +1,4 @@
-"""How this RAdam compares with torch's optimizers on the CPU: `python bench/targets.py`.
+"""How this RAdam compares with torch's optimizers on the CPU: `python -m bench.targets`.
 
 Whole `step()` calls in float32. The optimizers take turns of a few steps, round after round, so
 that a slow moment of a shared machine hits all of them; the first step of a turn warms the caches
@@ -22,6 +22,9 @@ import torch
 
 import radam_kernels
 from radam_kernels.modules import cpu
+
+from .folders import ROOT
+from .machine import commit
 
 OURS, RADAM, ADAM = "radam_kernels.RAdam", "torch RAdam(foreach)", "torch Adam(fused)"
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -58,7 +61,7 @@ def main() -> None:
         print(f"{extra_memory(args.memory):.0f}")
         return
     print(f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"radam_kernels at {_commit()}, sources {cpu.fingerprint}, {cpu.instruction_sets[0]}\n")
+    print(f"radam_kernels at {commit()}, sources {cpu.fingerprint}, {cpu.instruction_sets[0]}\n")
     print(
         f"{'case':28}{'optimizer':22}{'ms a step':>10}{'spread':>18}{'ours faster':>13}{'aim':>7}"
     )
@@ -78,8 +81,8 @@ def main() -> None:
         "\nmemory beyond parameters, gradients and two moments, one tensor of 64M (peak, measured)"
     )
     for name in OPTIMIZERS:
-        report = [sys.executable, __file__, "--memory", name]
-        print(f"  {name:22}{subprocess.check_output(report, text=True).strip():>8} MB")
+        report = [sys.executable, "-m", "bench.targets", "--memory", name]
+        print(f"  {name:22}{subprocess.check_output(report, text=True, cwd=ROOT).strip():>8} MB")
 
 
 def measure(case: Case, seconds: float) -> dict[str, list[float]]:
@@ -141,14 +144,6 @@ def _cpu() -> str:
         lines = []
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "an unknown commit"
 
 
 if __name__ == "__main__":
