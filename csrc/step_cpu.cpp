@@ -4,6 +4,9 @@
 #include "step_cpu.h"
 
 #include <cstdint>
+#include <cstring>
+
+#include "lanes.h"
 
 #define RADAM_CONCAT_(a, b) a##b
 #define RADAM_CONCAT(a, b) RADAM_CONCAT_(a, b)
@@ -11,108 +14,122 @@
 namespace radam {
 namespace {
 
-// 16-bit streams pass through tiles of this many elements, which stay in the first-level cache.
-constexpr int64_t kTile = 512;
+constexpr int kLine = 64;    // bytes of a cache line
+constexpr int kAhead = 512;  // bytes: the processor's prefetchers stop at the end of each page
 
-template <typename T, bool kL2, Action kAction>
-void update(T* p, const T* g, T* m, T* v, int64_t n, const Scalars<T>& s) {
-  // No element depends on another: g may be p itself, and nothing else overlaps.
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    radam_update(p[i], g[i], m[i], v[i], s, kL2, kAction);
+// What all elements of a segment have in common.
+template <typename T>
+struct Rule {
+  Scalars<Lanes<T>, Factor<T>> scalars;
+  bool l2;
+  Action action;
+
+  explicit Rule(const StepScalars& s)
+      : scalars(s),
+        l2(static_cast<T>(s.weight_decay) != 0),
+        action(static_cast<Action>(static_cast<int>(s.action))) {}
+};
+
+// A place in each of the four streams. Their elements need not be aligned.
+struct Place {
+  char* p;
+  const char* g;
+  char* m;
+  char* v;
+};
+
+// The loop over elements of one set of dtypes. Which update it is, is asked anew at each stride: a
+// branch that always goes the same way costs next to nothing.
+template <typename T, DType kParam, DType kGrad, DType kState>
+struct Loop {
+  static constexpr int64_t kStride = 2 * kWidth<T>;  // elements at once
+  static constexpr int64_t kParamSize = kDTypeSizes[kParam], kGradSize = kDTypeSizes[kGrad],
+                           kStateSize = kDTypeSizes[kState];
+  static constexpr Order kOrder =
+      kParam == kBFloat16 && kGrad == kBFloat16 && kState == kBFloat16 ? kZipped : kInOrder;
+
+  // Steps elements [begin, end) of a segment.
+  static void run(const Segment& segment, int64_t begin, int64_t end, const Rule<T>& given) {
+    const Rule<T> rule = given;  // where no store can reach it, for all the compiler knows
+    Place at = {static_cast<char*>(segment.param) + begin * kParamSize,
+                static_cast<const char*>(segment.grad) + begin * kGradSize,
+                static_cast<char*>(segment.exp_avg) + begin * kStateSize,
+                static_cast<char*>(segment.exp_avg_sq) + begin * kStateSize};
+    int64_t left = end - begin;
+    for (; left >= kStride; left -= kStride) {
+      prefetch<kStride * kParamSize>(at.p);
+      prefetch<kStride * kGradSize>(at.g);
+      prefetch<kStride * kStateSize>(at.m);
+      prefetch<kStride * kStateSize>(at.v);
+      step(at, rule);
+      at.p += kStride * kParamSize;
+      at.g += kStride * kGradSize;
+      at.m += kStride * kStateSize;
+      at.v += kStride * kStateSize;
+    }
+    if (left) step_rest(at, left, rule);
   }
+
+  static RADAM_INLINE void step(const Place& at, const Rule<T>& rule) {
+    // All are loaded before the first is stored: g may be p itself, and nothing else overlaps.
+    Pair<T> p = load<T, kParam, kOrder>(at.p), m = load<T, kState, kOrder>(at.m),
+            v = load<T, kState, kOrder>(at.v);
+    const Pair<T> g = load<T, kGrad, kOrder>(at.g);
+    radam_update(p.a, g.a, m.a, v.a, rule.scalars, rule.l2, rule.action);
+    radam_update(p.b, g.b, m.b, v.b, rule.scalars, rule.l2, rule.action);
+    store<kState, kOrder>(m, at.m);
+    store<kState, kOrder>(v, at.v);
+    if (rule.action != kHold) store<kParam, kOrder>(p, at.p);
+  }
+
+  // Fewer elements than a stride: in copies that have room for one.
+  static void step_rest(const Place& at, int64_t n, const Rule<T>& rule) {
+    char p[kStride * kParamSize] = {}, g[kStride * kGradSize] = {}, m[kStride * kStateSize] = {},
+                     v[kStride * kStateSize] = {};
+    memcpy(p, at.p, n * kParamSize);
+    memcpy(g, at.g, n * kGradSize);
+    memcpy(m, at.m, n * kStateSize);
+    memcpy(v, at.v, n * kStateSize);
+    step({p, g, m, v}, rule);
+    memcpy(at.p, p, n * kParamSize);
+    memcpy(at.m, m, n * kStateSize);
+    memcpy(at.v, v, n * kStateSize);
+  }
+
+  template <int kBytes>
+  static RADAM_INLINE void prefetch(const char* at) {
+    for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch(at + kAhead + i);
+  }
+};
+
+template <typename T>
+using Run = void (*)(const Segment&, int64_t begin, int64_t end, const Rule<T>&);
+
+template <DType kParam, DType kGrad>
+Run<float> find_loop(DType state) {
+  return state == kFloat32    ? Loop<float, kParam, kGrad, kFloat32>::run
+         : state == kBFloat16 ? Loop<float, kParam, kGrad, kBFloat16>::run
+                              : Loop<float, kParam, kGrad, kFloat16>::run;
+}
+
+template <DType kParam>
+Run<float> find_loop(DType grad, DType state) {
+  return grad == kFloat32    ? find_loop<kParam, kFloat32>(state)
+         : grad == kBFloat16 ? find_loop<kParam, kBFloat16>(state)
+                             : find_loop<kParam, kFloat16>(state);
 }
 
 template <typename T>
-void update(T* p, const T* g, T* m, T* v, int64_t n, const Scalars<T>& s, Action action) {
-  const bool l2 = s.weight_decay != 0;
-  switch (action) {
-    case kSkip:
-      return;
-    case kHold:
-      return l2 ? update<T, true, kHold>(p, g, m, v, n, s)
-                : update<T, false, kHold>(p, g, m, v, n, s);
-    case kMomentum:
-      return l2 ? update<T, true, kMomentum>(p, g, m, v, n, s)
-                : update<T, false, kMomentum>(p, g, m, v, n, s);
-    case kRectified:
-      return l2 ? update<T, true, kRectified>(p, g, m, v, n, s)
-                : update<T, false, kRectified>(p, g, m, v, n, s);
-  }
-}
-
-template <typename From>
-void widen_tile(const void* data, int64_t begin, int64_t n, float* tile) {
-  const From* from = static_cast<const From*>(data) + begin;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) tile[i] = widen(from[i]);
-}
-
-template <typename To>
-void narrow_tile(const float* tile, int64_t begin, int64_t n, void* data) {
-  To* to = static_cast<To*>(data) + begin;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow<To>(tile[i]);
-}
-
-// Where n elements from `begin` can be read as float: in place, or widened into the tile.
-float* open(DType dtype, void* data, int64_t begin, int64_t n, float* tile) {
-  if (dtype == kFloat32) return static_cast<float*>(data) + begin;
-  if (dtype == kBFloat16) {
-    widen_tile<bfloat16>(data, begin, n, tile);
-  } else {
-    widen_tile<float16>(data, begin, n, tile);
-  }
-  return tile;
-}
-
-// Puts back what open() widened.
-void close(DType dtype, void* data, int64_t begin, int64_t n, const float* tile) {
-  if (dtype == kBFloat16) narrow_tile<bfloat16>(tile, begin, n, data);
-  if (dtype == kFloat16) narrow_tile<float16>(tile, begin, n, data);
-}
-
-// Steps elements [begin, end) of a segment, computing in T.
-template <typename T>
-void step_range(const Segment& segment, const DTypeSet& dtypes, int64_t begin, int64_t end,
-                const Scalars<T>& s, Action action);
-
-// Where all four streams hold T already.
-template <typename T>
-void step_in_place(const Segment& segment, int64_t begin, int64_t end, const Scalars<T>& s,
-                   Action action) {
-  update(static_cast<T*>(segment.param) + begin, static_cast<const T*>(segment.grad) + begin,
-         static_cast<T*>(segment.exp_avg) + begin, static_cast<T*>(segment.exp_avg_sq) + begin,
-         end - begin, s, action);
-}
-
+Run<T> find_loop(const DTypeSet& dtypes);
 template <>
-void step_range(const Segment& segment, const DTypeSet&, int64_t begin, int64_t end,
-                const Scalars<double>& s, Action action) {
-  step_in_place(segment, begin, end, s, action);
+Run<float> find_loop(const DTypeSet& dtypes) {
+  return dtypes.param == kFloat32    ? find_loop<kFloat32>(dtypes.grad, dtypes.state)
+         : dtypes.param == kBFloat16 ? find_loop<kBFloat16>(dtypes.grad, dtypes.state)
+                                     : find_loop<kFloat16>(dtypes.grad, dtypes.state);
 }
-
 template <>
-void step_range(const Segment& segment, const DTypeSet& dtypes, int64_t begin, int64_t end,
-                const Scalars<float>& s, Action action) {
-  const bool in_place =
-      dtypes.param == kFloat32 && dtypes.grad == kFloat32 && dtypes.state == kFloat32;
-  if (in_place) {
-    return step_in_place(segment, begin, end, s, action);
-  }
-  alignas(64) float tiles[4][kTile];
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t n = end - at < kTile ? end - at : kTile;
-    float* p = open(dtypes.param, segment.param, at, n, tiles[0]);
-    // open() only reads; the gradient is never written.
-    const float* g = open(dtypes.grad, const_cast<void*>(segment.grad), at, n, tiles[1]);
-    float* m = open(dtypes.state, segment.exp_avg, at, n, tiles[2]);
-    float* v = open(dtypes.state, segment.exp_avg_sq, at, n, tiles[3]);
-    update(p, g, m, v, n, s, action);
-    if (action != kHold) close(dtypes.param, segment.param, at, n, p);
-    close(dtypes.state, segment.exp_avg, at, n, m);
-    close(dtypes.state, segment.exp_avg_sq, at, n, v);
-  }
+Run<double> find_loop(const DTypeSet&) {
+  return Loop<double, kFloat64, kFloat64, kFloat64>::run;
 }
 
 // Asks for the start of a segment while the one before it is stepped: a short segment is over
@@ -121,7 +138,7 @@ void prefetch(const Segment& segment) {
   const void* const streams[] = {segment.param, segment.grad, segment.exp_avg, segment.exp_avg_sq};
   for (const void* stream : streams) {
     for (int line = 0; line < 4; ++line) {
-      __builtin_prefetch(static_cast<const char*>(stream) + 64 * line);
+      __builtin_prefetch(static_cast<const char*>(stream) + kLine * line);
     }
   }
 }
@@ -130,16 +147,16 @@ template <typename T>
 void step_segments(const Segment* segments, int64_t count, const DTypeSet& dtypes,
                    const StepScalars* scalars, int64_t first, int64_t last) {
   int64_t row = 0, offset = 0;  // the segment's elements begin at this one of all
-  Scalars<T> s(scalars[row]);
+  Rule<T> rule(scalars[row]);
+  const Run<T> run = find_loop<T>(dtypes);
   for (int64_t i = 0; i < count && offset < last; offset += segments[i++].numel) {
     const Segment& segment = segments[i];
     const int64_t begin = first > offset ? first - offset : 0;
     const int64_t end = last - offset < segment.numel ? last - offset : segment.numel;
     if (begin >= end) continue;
     if (i + 1 < count) prefetch(segments[i + 1]);
-    if (segment.scalars != row) s = Scalars<T>(scalars[row = segment.scalars]);
-    const Action action = static_cast<Action>(static_cast<int>(scalars[row].action));
-    if (action != kSkip) step_range<T>(segment, dtypes, begin, end, s, action);
+    if (segment.scalars != row) rule = Rule<T>(scalars[row = segment.scalars]);
+    if (rule.action != kSkip) run(segment, begin, end, rule);
   }
 }
 

@@ -25,8 +25,8 @@ F32, BF16, F16, F64 = DTYPES
 DTYPE_SETS = [(F64, F64, F64), *product((F32, BF16, F16), repeat=3)]
 # The interpreter takes some 10 ms a program: each width on each side at least once.
 TRITON_SETS = [(F64, F64, F64), (F32, F32, F32), (BF16, F32, F32), (F16, BF16, BF16)]
-SIZES = (0, 1, 3, 4, 5, 255, 256, 257)
-# Around what a kernel steps at once: a tile on the CPU, a block's chunk on a GPU.
+SIZES = (0, 1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 255, 256, 257)
+# Around what a kernel steps at once: a block's chunk on a GPU.
 CHUNKS = [k + d for k in (512, 1024, 2048, 4096, 8192) for d in (-1, 0, 1)]
 USUAL = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 FORMS = {
@@ -357,6 +357,39 @@ def test_every_combination_of_special_values(check, dtypes):
     no_eps = RECTIFIED._replace(eps=0.0)
     check(FAST_KERNELS, [streams] * (len(SCALARS) + 1), [*SCALARS, no_eps])
     check(TRITON_KERNELS, [streams] * 2, [SCALARS[1], no_eps])
+
+
+@by_dtypes
+def test_what_lies_halfway_is_rounded_to_even(check, dtypes):
+    halves = RECTIFIED._replace(one_minus_beta1=0.5, beta2=0.5, one_minus_beta2=0.5, step_size=0.5)
+    actions = [halves._replace(action=float(action)) for action in (Action.HOLD, Action.MOMENTUM)]
+    p, g, m, v = (x.to(F16).to(x.dtype).clamp(-60, 60) for x in ordinary(5000, dtypes))
+    # Neighbours in memory, so that every place in a vector has its turn.
+    check(FAST_KERNELS + TRITON_KERNELS[:1], [(p, g, m, v)] * 2, actions)
+    if dtypes[2] == BF16:
+        exact = m.double() + 0.5 * (g.double() - m.double())
+        assert (exact.to(F32).view(torch.int32) & 0xFFFF == 0x8000).sum() > 100, "no ties to see"
+
+
+FULL_NAN = struct.unpack("<d", struct.pack("<Q", 2**63 - 1))[0]  # all bits of the payload set
+
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@by_dtypes
+def test_nan_stays_nan_whatever_its_payload(check, dtypes):
+    """A payload of ones, which rounding up would turn into a number."""
+    segments = [ordinary(4096, dtypes, i) for i in range(6)]
+    for i in range(4):  # in each stream, of either sign
+        bits = segments[i][i].view(INTEGERS[segments[i][i].itemsize])
+        bits[::7], bits[1::7] = torch.iinfo(bits.dtype).max, -1
+    scalars = [MOMENTUM._replace(**{name: FULL_NAN}) for name in ("step_size", "grad_scale")]
+    stepped = check(FAST_KERNELS, segments, [RECTIFIED, *scalars], [0, 0, 0, 0, 1, 2])
+    for i in range(4):
+        assert stepped[i][0][:2].isnan().all()
+    assert stepped[4][0].isnan().all()
+    assert stepped[5][0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
