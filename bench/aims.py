@@ -1,24 +1,34 @@
-"""What the GPU kernels are meant to reach, and whether results say that they do."""
+"""What the kernels are meant to reach, and whether results say that they do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from .cases import model_case, size_case
-from .contenders import ADAM, CUDA
+from .cases import NEW, POWERS, list_case, model_case, size_case
+from .contenders import ADAM, CPU, CPU16, CUDA
 from .models import MODELS
 
 LARGE = [size_case(power, "float32") for power in (26, 28, 30)]  # 64M and more
+SIZES = [size_case(power, "float32") for power in POWERS]
+HALF = [size_case(26, "bfloat16")]
+RESNET = [model_case("ResNet-50", "float32")]
+SMALL = list_case(1000, "float32")
 LISTS = [model_case(model, "float32") for model in MODELS]
 Values = dict[str, float | None]  # of each case
+Value = Callable[[dict[str, Any], str], float | None]
 
 
-def report(results: dict[str, Any]) -> list[str]:
-    """A line for each aim: met, missed or not measured, for the handwritten kernel."""
-    lines = [f"aims for {CUDA}" + (" (a dry run: these say nothing)" * results["dry_run"])]
-    for title, aim, names, value in AIMS:
+def report(results: dict[str, Any], whose: str) -> list[str]:
+    """A line for each aim of our kernel of that name: met, missed or not measured."""
+    dry = results.get("dry_run", False)
+    lines = [f"aims for {whose}" + " (a dry run: these say nothing)" * dry]
+    return [*lines, *(f"  {title}: {said}" for title, said in verdicts(results, whose))]
+
+
+def verdicts(results: dict[str, Any], whose: str) -> Iterator[tuple[str, str]]:
+    """Each aim, and what came of it."""
+    for title, aim, names, value in AIMS[whose]:
         values: Values = {name: value(results, name) for name in names}
-        lines.append(f"  {title} {aim:.2f}: {verdict(values, aim)}")
-    return lines
+        yield f"{title} {aim:.2f}", verdict(values, aim)
 
 
 def verdict(values: Values, aim: float) -> str:
@@ -34,12 +44,12 @@ def verdict(values: Values, aim: float) -> str:
     )
 
 
-def ratio(key: str) -> Callable[[dict[str, Any], str], float | None]:
+def ratio(key: str, name: str = CUDA) -> Value:
     """Reads a ratio from the row of our kernel."""
-    return lambda results, name: _row(results, name, CUDA).get(key)
+    return lambda results, case: _row(results, case, name).get(key)
 
 
-def host_ratio(key: str) -> Callable[[dict[str, Any], str], float | None]:
+def host_ratio(key: str) -> Value:
     """How many times our host time goes into that of torch's Adam(fused)."""
 
     def value(results: dict[str, Any], name: str) -> float | None:
@@ -53,11 +63,32 @@ def _row(results: dict[str, Any], case: str, name: str) -> dict[str, Any]:
     return results["cases"].get(case, {}).get("rows", {}).get(name, {})
 
 
-AIMS: Iterable[tuple[str, float, list[str], Callable[[dict[str, Any], str], float | None]]] = (
-    ("64M and more, share of a copy of 28 bytes, at least", 0.95, LARGE, ratio("copy_share")),
-    ("64M and more, times torch RAdam(foreach), at least", 2.8, LARGE, ratio("vs_radam_foreach")),
-    ("64M and more, times torch Adam(fused), at least", 1.0, LARGE, ratio("vs_adam_fused")),
-    ("models, times torch Adam(fused), at least", 1.1, LISTS, ratio("vs_adam_fused")),
-    ("models, host, times torch Adam(fused), at least", 5.0, LISTS, host_ratio("host_us")),
-    ("models, host, gradients new, at least", 5.0, LISTS, host_ratio("host_new_us")),
-)
+OF_STREAM, OF_STREAM16 = ratio("share_of_limit", CPU), ratio("share_of_limit", CPU16)
+OF_ADAM, OF_RADAM = ratio("vs_adam_fused", CPU), ratio("vs_radam_foreach", CPU)
+AIMS: dict[str, list[tuple[str, float, list[str], Value]]] = {
+    CUDA: [
+        ("64M and more, share of a copy of 28 bytes, at least", 0.95, LARGE, ratio("copy_share")),
+        (
+            "64M and more, times torch RAdam(foreach), at least",
+            2.8,
+            LARGE,
+            ratio("vs_radam_foreach"),
+        ),
+        ("64M and more, times torch Adam(fused), at least", 1.0, LARGE, ratio("vs_adam_fused")),
+        ("models, times torch Adam(fused), at least", 1.1, LISTS, ratio("vs_adam_fused")),
+        ("models, host, times torch Adam(fused), at least", 5.0, LISTS, host_ratio("host_us")),
+        ("models, host, gradients new, at least", 5.0, LISTS, host_ratio("host_new_us")),
+    ],
+    CPU: [
+        ("float32 from 2^26, share of the streaming limit, at least", 0.95, SIZES[8:], OF_STREAM),
+        ("float32, any size, times torch Adam(fused), at least", 0.97, SIZES, OF_ADAM),
+        ("float32 to 2^12, times torch Adam(fused), at least", 2.5, SIZES[:2], OF_ADAM),
+        ("float32, 2^14 and 2^16, times torch Adam(fused), at least", 2.0, SIZES[2:4], OF_ADAM),
+        ("bfloat16, share of the limit for 22 bytes, at least", 0.93, HALF, OF_STREAM),
+        ("bfloat16 moments too, share of their limit, at least", 0.90, HALF, OF_STREAM16),
+        ("ResNet-50, times torch Adam(fused), at least", 1.1, RESNET, OF_ADAM),
+        ("ResNet-50, times torch RAdam(foreach), at least", 5.0, RESNET, OF_RADAM),
+        ("1,000 tensors of 64, times torch Adam(fused), at least", 11.0, [SMALL], OF_ADAM),
+        ("1,000 tensors of 64, gradients new, at least", 8.0, [SMALL + NEW], OF_ADAM),
+    ],
+}

@@ -20,7 +20,7 @@ from bench.contenders import QUICK, Contender, everyone
 from bench.formula import wrong
 from bench.gpu_time import fault
 from bench.limits import Limit, synchronized
-from bench.memory import no_room
+from bench.memory import left_out
 from bench.others import Others
 
 pytest.importorskip("pytest_benchmark", reason="pip install -e '.[bench]' brings pytest-benchmark")
@@ -31,7 +31,6 @@ QUICK_CASES = {
     "bfloat16": {"one_16K", "one_64M", "ResNet-50"},
     "float64": {"one_4M"},
 }
-COMPILED_TENSORS = 200  # compiling a step of more takes many minutes
 
 
 class Row(NamedTuple):
@@ -110,11 +109,7 @@ def _fault(name: str, device: str, dtype: torch.dtype) -> dict[str, str] | None:
 def check(row: Row, held: int = 0) -> None:
     """Skips what can't run here beside `held` bytes of it; fails what runs and is wrong."""
     contender, device = row.contender, torch.device(row.device)
-    if contender.absent:
-        pytest.skip(contender.absent)
-    if contender.compiled and len(row.case.shapes) > COMPILED_TENSORS:
-        pytest.skip(f"compiling takes too long for {len(row.case.shapes)} tensors")
-    if reason := no_room(row.case, contender, device, held):
+    if reason := left_out(row.case, contender, device, held):
         pytest.skip(reason)
     if contender.radam and (found := _fault(contender.name, row.device, row.case.dtype)):
         if "wrong" in found:

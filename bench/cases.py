@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .models import ALL_MODELS, MODELS
 
-SMALL = "1,000 tensors of 64"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALL_DTYPES = {**DTYPES, "float64": torch.float64}
 # The most telling first: what comes last is what a lack of time costs.
 FIRST, MIDDLE, REST = (26, 28), (20, 30), (24, 22, 18, 16, 14, 12, 10)
 # Of all_cases.
 POWERS = range(10, 30, 2)
-TENSORS = (10, 100, 1000, 10000)
+NEW, COLD = ", gradients new", ", caches cold"  # in names of settings
+TENSORS = (1, 10, 100, 1000, 10000)
 
 
 class Case(NamedTuple):
@@ -40,12 +40,34 @@ class Case(NamedTuple):
         return params
 
 
+class Setting(NamedTuple):
+    """A case, and how its steps find the memory."""
+
+    case: Case
+    new_gradients: bool = False  # at each step, as after zero_grad(set_to_none=True)
+    cold: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.case.name + NEW * self.new_gradients + COLD * self.cold
+
+
 def size_case(power: int, dtype: str) -> str:
     return f"2^{power} {dtype}"
 
 
 def model_case(model: str, dtype: str) -> str:
     return f"{model} {dtype}"
+
+
+def list_case(tensors: int, dtype: str) -> str:
+    return f"{tensors:,} tensor{'s' * (tensors > 1)} of 64 {dtype}"
+
+
+def renew_gradients(params: Sequence[Tensor]) -> None:
+    """As zero_grad and a backward pass do: an old one lives until the new one does, elsewhere."""
+    for param in params:
+        param.grad = param.grad.clone()
 
 
 def cases(dry_run: bool) -> list[Case]:
@@ -67,7 +89,9 @@ def cases(dry_run: bool) -> list[Case]:
         found = list(MODELS[name].shapes().values())
         return [tuple(min(n, 3) for n in s) for s in found[:3]] if dry_run else found
 
-    small = Case(f"{SMALL} float32", torch.float32, [(64,)] * (3 if dry_run else 1000), host=True)
+    small = Case(
+        list_case(1000, "float32"), torch.float32, [(64,)] * (3 if dry_run else 1000), host=True
+    )
     return [
         *sizes(FIRST), *models("float32"), small, *models("bfloat16"), *sizes(MIDDLE), *sizes(REST)
     ]  # fmt: skip
@@ -80,7 +104,7 @@ def all_cases(dtype: str) -> dict[str, Case]:
         f"one_{_short(1 << power)}": Case(size_case(power, dtype), kind, [(1 << power,)])
         for power in POWERS
     }
-    lists = {f"{n}_of_64": Case(f"{n:,} tensors of 64 {dtype}", kind, [(64,)] * n) for n in TENSORS}
+    lists = {f"{n}_of_64": Case(list_case(n, dtype), kind, [(64,)] * n) for n in TENSORS}
     models = {
         re.sub(r"\W+", "-", name): Case(
             model_case(name, dtype), kind, list(model.shapes().values())

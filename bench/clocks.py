@@ -63,10 +63,10 @@ class CudaClock:
 
 
 class HostClock:
-    """Stands in where there is no GPU, to try the code: its numbers say nothing of a device."""
+    """The clock of a CPU's steps; where it stands in for a GPU's its numbers say nothing of one."""
 
-    def __init__(self) -> None:
-        self._sweep = torch.empty(1 << 10, dtype=torch.uint8)
+    def __init__(self, sweep: int = 1 << 10) -> None:
+        self._sweep = torch.empty(sweep, dtype=torch.uint8)
         self.words = "the host's clock, to try the code without a GPU"
 
     def sample(self, step: Callable[[], object], lead: float) -> Sample:

@@ -8,7 +8,6 @@ import torch
 from bench import machine
 from bench.contenders import ADAM, RADAM
 from bench.others import DISTURBED
-from radam_kernels.modules import cpu
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()  # what the tests found out, for the last table
 
@@ -28,11 +27,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine_info["radam_kernels"] = {
-        **machine.facts(device),
-        "threads": torch.get_num_threads(),
-        "instruction_set": cpu.instruction_sets[0],
-    }
+    machine_info["radam_kernels"] = machine.facts(device)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,7 +17,7 @@ from .models import MODELS
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[Rows, str], str]
 
-BEGIN, END = "<!-- gpu-table:begin -->", "<!-- gpu-table:end -->"
+NAME = "gpu-table"  # of the markers
 SIZES = (20, 26, 28, 30)
 README = ROOT / "README.md"
 NOTHING = (
@@ -50,13 +50,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [results for results in found if not results["dry_run"]]
 
 
-def insert(text: str, table: str) -> str:
-    """The text with the table between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def insert(text: str, table: str, name: str = NAME) -> str:
+    """The text with the table between the markers of that name."""
+    begins, ends = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(begins)
+    _, end, after = rest.partition(ends)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the lines {BEGIN} and {END}; put them back")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+        raise ValueError(f"README.md: expected the lines {begins} and {ends}; put them back")
+    return f"{before}{begins}\n{table}\n{ends}{after}"
 
 
 def render(every: list[dict[str, Any]], sources: str) -> str:

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = "dry-run" if args.dry_run else torch.cuda.get_device_name(device)
     out = args.out or results_folder(name)
     results = run(chosen, device, out / FILE, deadline, args.seconds, args.resume)
-    print("\n".join(["", *aims.report(results)]))
+    print("\n".join(["", *aims.report(results, CUDA)]))
     faults = _faults(results)
     if faults:
         print(f"WRONG: {'; '.join(faults)}")

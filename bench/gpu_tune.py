@@ -26,7 +26,7 @@ import radam_kernels
 from radam_kernels.backends import cuda, triton_
 
 from . import machine, machine_code
-from .cases import SMALL, Case, cases, model_case, size_case
+from .cases import Case, cases, list_case, model_case, size_case
 from .clocks import make_clock
 from .contenders import Contender, copy_name
 from .folders import results_folder
@@ -87,7 +87,7 @@ def tuned_cases(dry_run: bool) -> list[Tuned]:
     """The most telling first, so that a lack of time costs the least."""
     every = {case.name: case._replace(host=False) for case in cases(dry_run)}
     half = size_case(28, "bfloat16")
-    rest = size_case(26, "float32"), model_case("GPT-2 124M", "float32"), f"{SMALL} float32"
+    rest = size_case(26, "float32"), model_case("GPT-2 124M", "float32"), list_case(1000, "float32")
     return [
         Tuned(every[MAIN]), Tuned(every[half]), Tuned(every[half], True),
         *(Tuned(every[name]) for name in rest),

@@ -6,12 +6,13 @@ import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from radam_kernels.fingerprint import measured_fingerprint
-from radam_kernels.modules import load_optional
+from radam_kernels.modules import cpu, load_optional
 
 from .folders import ROOT
 
@@ -20,10 +21,17 @@ def facts(device: torch.device) -> dict[str, Any]:
     """The head of a file of results."""
     return {
         "device": _device(device),
+        "cpu": {
+            "name": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": cpu.instruction_sets[0],
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            "torch-optimi": _version("torch-optimi"),
+            "pytorch_optimizer": _version("pytorch_optimizer"),
             "cuda runtime of torch": torch.version.cuda,
             "cuda runtime of the kernels": _runtime(),
             "nvcc": _answer(["nvcc", "--version"], r"release \S+ V(\S+)"),
@@ -53,6 +61,15 @@ def _device(device: torch.device) -> dict[str, Any]:
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "driver": _answer(query, r"(\S+)"),
     }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "cpu")
 
 
 def _answer(command: list[str], pattern: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How much memory a case takes and how much there is, so that what does not fit is left out."""
+"""What is left out, and the word for it: what is not here, takes too long, or does not fit."""
 
 from pathlib import Path
 
@@ -8,6 +8,14 @@ from .cases import Case
 from .contenders import REFERENCE, Contender
 
 PART = 0.8  # of what is free
+COMPILED_TENSORS = 200  # compiling a step of more takes many minutes
+
+
+def left_out(case: Case, contender: Contender, device: torch.device, held: int = 0) -> str | None:
+    """Why a contender can't be measured beside `held` bytes of the case; None if it can."""
+    if contender.compiled and len(case.shapes) > COMPILED_TENSORS:
+        return f"compiling takes too long for {len(case.shapes)} tensors"
+    return contender.absent or no_room(case, contender, device, held)
 
 
 def no_room(case: Case, contender: Contender, device: torch.device, held: int = 0) -> str | None:

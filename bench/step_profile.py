@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import radam_kernels
 
-from .cases import cases
+from .cases import cases, renew_gradients
 
 STAGES = ("collect", "table", "update", "advance")
 WHOLE = "Optimizer.step#RAdam.step"  # torch's own range
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def step() -> None:
         if args.new_gradients:
-            for param in params:
-                param.grad = param.grad.clone()
+            renew_gradients(params)
         begin = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - begin)

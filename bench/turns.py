@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import Case, renew_gradients
 from .clocks import Clock, find_lead
 from .contenders import ADAM, RADAM, Contender, Started, copy_name
 from .formula import wrong
@@ -35,9 +35,9 @@ class _Samples:
         self.extra: int | None = None
 
     def row(self) -> Row:
-        row: Row = {"device_ms": _spread(self.device, 1e3), "host_us": _spread(self.host, 1e6)}
+        row: Row = {"device_ms": spread(self.device, 1e3), "host_us": spread(self.host, 1e6)}
         if self.host_new:
-            row["host_new_us"] = _spread(self.host_new, 1e6)
+            row["host_new_us"] = spread(self.host_new, 1e6)
         # Nothing to do about a step of more launches than the queue holds, but to say it.
         row["host_bound"] = self.waited > len(self.device) // 2
         if self.extra is not None:
@@ -83,7 +83,7 @@ def measure(
             if time.monotonic() > min(deadline, begin + seconds):
                 break
     except torch.OutOfMemoryError as error:
-        refused = {c.name: {"not_measured": _brief(error)} for c in contenders}
+        refused = {c.name: {"not_measured": brief(error)} for c in contenders}
     params = []
     _free(device)
     rows = {
@@ -134,12 +134,12 @@ def _attempt(
             return {"wrong": fault}
         _turn(started, case, params, clock, samples, seconds, contender.graph)
     except Exception as error:
-        row = {"not_measured": _brief(error)}
+        row = {"not_measured": brief(error)}
         try:
             clock.synchronize()
         except Exception as lost:
             raise DeviceLostError(
-                f"{contender.name}, {case.name}: the device failed: {_brief(lost)}"
+                f"{contender.name}, {case.name}: the device failed: {brief(lost)}"
             ) from error
     finally:
         started = None
@@ -176,8 +176,7 @@ def _turn(
             samples.extra = torch.cuda.max_memory_allocated() - before
         if case.host and started.optimizer and not fixed_gradients:
             for i in range(STEPS[1]):
-                for param in params:  # the old one lives until the new one does: addresses change
-                    param.grad = param.grad.clone()
+                renew_gradients(params)
                 samples.host_new.append(clock.sample(started.step, lead).host)
                 if i + 1 >= STEPS[0] and time.monotonic() - begin > 2 * seconds:
                     break
@@ -193,7 +192,7 @@ def _free(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def _spread(seconds: list[float], unit: float) -> dict[str, float | int]:
+def spread(seconds: list[float], unit: float) -> dict[str, float | int]:
     """The median, and how far the middle three fifths reach."""
     if len(seconds) == 1:
         low = high = seconds[0]
@@ -205,7 +204,7 @@ def _spread(seconds: list[float], unit: float) -> dict[str, float | int]:
     }  # fmt: skip
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """An error as one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]

@@ -55,7 +55,7 @@ def test_a_tiny_selection_runs_and_writes_what_a_report_needs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "share of the limit" in done.stdout
     results = json.loads(file.read_text())
-    assert results["machine_info"]["radam_kernels"]["threads"] >= 1
+    assert results["machine_info"]["radam_kernels"]["cpu"]["threads"] >= 1
     rows = {r["params"]["contender"]: r for r in results["benchmarks"]}
     assert {r["group"] for r in rows.values()} == {"cpu, 2^10 float32"}
     assert {CPU, CPU + FLAT, ADAM} <= rows.keys()

@@ -1,0 +1,51 @@
+"""Memory that steps need beyond parameters, gradients and two moments: the peak of a fresh process.
+
+Linux only: it reads /proc/self/status.
+"""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .contenders import everyone
+
+
+class Point(NamedTuple):
+    optimizer: str
+    elements: int  # of a tensor, float32
+    tensors: int
+
+
+def extra_bytes(points: Sequence[Point]) -> Iterator[int]:
+    """The answer for each point in turn, each from a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # importing torch takes longer than most points
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        yield from pool.imap(measure, points)
+
+
+def measure(point: Point) -> int:
+    """In this process, which must not have had more memory at any time before."""
+    contender = next(c for c in everyone(torch.float32, "cpu") if c.name == point.optimizer)
+    contender.start(_params(1, 1))  # a first step loads code, which is not the question
+    params = _params(point.elements, point.tensors)
+    before = _peak()
+    contender.start(params)
+    moments = 2 * sum(param.nbytes for param in params)
+    return _peak() - before - moments
+
+
+def _params(elements: int, tensors: int) -> list[torch.Tensor]:
+    params = [torch.ones(elements).requires_grad_() for _ in range(tensors)]
+    for param in params:
+        param.grad = torch.ones(elements)
+    return params
+
+
+def _peak() -> int:
+    """Bytes of memory that this process has had at once, at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])

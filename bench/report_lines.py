@@ -1,0 +1,115 @@
+"""A report as lines of text: the cases, the cost as work grows, the aims, and what was left out."""
+
+from collections.abc import Callable
+from typing import Any
+
+from . import aims
+from .contenders import CPU
+from .growth import Line, growth
+from .others import DISTURBED
+
+PEERS = ("torch-optimi", "pytorch_optimizer")  # their versions are told
+GROWTH = ("an element", "a step", "and a tensor", "memory an element", "memory a tensor")
+LEGEND = """\
+GB/s: of the bytes that the algorithm must move. of limit: of what a streaming loop reaches on the
+same tensors and threads. x Adam, x RAdam: how many times as fast as torch.optim.Adam(fused=True)
+and torch.optim.RAdam(foreach=True). Medians; the columns beside them hold the middle three fifths."""
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """All of it, aligned, for a terminal."""
+    lines = [*machine_lines(results), ""]
+    lines.append(
+        f"{'':36}{'a step':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'of limit':>10}{'x Adam':>9}"
+        f"{'x RAdam':>9}"
+    )
+    for name, case in results["cases"].items():
+        lines.append(name + "  (!)" * disturbed(case))
+        for optimizer, row in case["rows"].items():
+            if "not_measured" not in row:
+                lines.append(f"  {optimizer:34}{_row(row)}")
+    lines += ["", *LEGEND.splitlines()]
+    if any(map(disturbed, results["cases"].values())):
+        lines.append("(!) other processes were at work meanwhile: measure it again")
+    if rows := growth_rows(results):
+        lines += ["", f"{'cost as work grows':36}" + "".join(f"{head:>19}" for head in GROWTH)]
+        lines += [f"  {name:34}" + "".join(f"{c:>19}" for c in rows[name]) for name in rows]
+    lines += ["", *aims.report(results, CPU)]
+    if left := left_out(results):
+        lines += ["", "left out", *(f"  {line}" for line in left)]
+    return lines + ["", "interrupted: this is not all"] * results["interrupted"]
+
+
+def machine_lines(results: dict[str, Any]) -> list[str]:
+    """What was measured, on what."""
+    cpu, versions = results["cpu"], results["versions"]
+    peers = [f"{name} {versions[name]}" for name in ("torch", *PEERS) if versions[name]]
+    return [
+        f"{cpu['name']}, {cpu['threads']} threads, {cpu['instruction_set']}, {', '.join(peers)}",
+        f"{results['date'][:10]}, commit {results['commit']}, sources {results['sources']}",
+    ]
+
+
+def disturbed(case: dict[str, Any]) -> bool:
+    return (case["cores_of_others"] or 0) > DISTURBED
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 7.21 us."""
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9), ("ps", 1e-12))
+    unit, size = next((u for u in units if abs(seconds) >= 0.9995 * u[1]), units[-1])
+    number = seconds / size
+    return f"{number:.0f} {unit}" if abs(number) >= 99.95 else f"{number:#.3g} {unit}"
+
+
+def growth_rows(results: dict[str, Any]) -> dict[str, list[str]]:
+    """Cells under GROWTH for each optimizer of which there are points enough."""
+    names = dict.fromkeys(name for case in results["cases"].values() for name in case["rows"])
+    found = {name: growth(results, name) for name in names}
+    return {
+        name: [
+            _say(of.seconds_by_elements, "each", duration),
+            _say(of.seconds_by_tensors, "fixed", duration),
+            _say(of.seconds_by_tensors, "each", duration),
+            _say(of.bytes_by_elements, "each", _bytes),
+            _say(of.bytes_by_tensors, "each", _bytes),
+        ]
+        for name, of in found.items()
+        if any(of)
+    }
+
+
+def left_out(results: dict[str, Any]) -> list[str]:
+    """A line for each reason, and where it held."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, case in results["cases"].items():
+        for optimizer, row in case["rows"].items():
+            if reason := row.get("not_measured"):
+                found.setdefault((optimizer, reason), []).append(name)
+    return [
+        f"{optimizer}: {reason}" + f" ({'; '.join(cases)})" * (len(cases) < len(results["cases"]))
+        for (optimizer, reason), cases in found.items()
+    ]
+
+
+def _row(row: dict[str, Any]) -> str:
+    if "wrong" in row:
+        return f" WRONG: {row['wrong']}"
+    times = (duration(row["ms"][key] / 1e3) for key in ("median", "p20", "p80"))
+    share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
+    ratios = (
+        f"{x:.2f}x" if (x := row[key]) else "" for key in ("vs_adam_fused", "vs_radam_foreach")
+    )
+    return (
+        "".join(f"{cell:>9}" for cell in times)
+        + f"{row['gb_s']:8.2f}{share:>10}"
+        + "".join(f"{cell:>9}" for cell in ratios)
+    )
+
+
+def _say(line: Line | None, part: str, say: Callable[[float], str]) -> str:
+    return say(getattr(line, part)) if line else ""
+
+
+def _bytes(number: float) -> str:
+    return f"{abs(number):.0f} B" if abs(number) < 0.05 or number > 99.95 else f"{number:.1f} B"
