@@ -63,19 +63,15 @@ def _row(results: dict[str, Any], case: str, name: str) -> dict[str, Any]:
     return results["cases"].get(case, {}).get("rows", {}).get(name, {})
 
 
+GPU_OF_ADAM, GPU_OF_RADAM = ratio("vs_adam_fused"), ratio("vs_radam_foreach")
 OF_STREAM, OF_STREAM16 = ratio("share_of_limit", CPU), ratio("share_of_limit", CPU16)
 OF_ADAM, OF_RADAM = ratio("vs_adam_fused", CPU), ratio("vs_radam_foreach", CPU)
 AIMS: dict[str, list[tuple[str, float, list[str], Value]]] = {
     CUDA: [
         ("64M and more, share of a copy of 28 bytes, at least", 0.95, LARGE, ratio("copy_share")),
-        (
-            "64M and more, times torch RAdam(foreach), at least",
-            2.8,
-            LARGE,
-            ratio("vs_radam_foreach"),
-        ),
-        ("64M and more, times torch Adam(fused), at least", 1.0, LARGE, ratio("vs_adam_fused")),
-        ("models, times torch Adam(fused), at least", 1.1, LISTS, ratio("vs_adam_fused")),
+        ("64M and more, times torch RAdam(foreach), at least", 2.8, LARGE, GPU_OF_RADAM),
+        ("64M and more, times torch Adam(fused), at least", 1.0, LARGE, GPU_OF_ADAM),
+        ("models, times torch Adam(fused), at least", 1.1, LISTS, GPU_OF_ADAM),
         ("models, host, times torch Adam(fused), at least", 5.0, LISTS, host_ratio("host_us")),
         ("models, host, gradients new, at least", 5.0, LISTS, host_ratio("host_new_us")),
     ],

@@ -3,12 +3,13 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radam_kernels.train_report import COLOURS, OURS, TORCH_ADAM, TORCH_RADAM
 
+from .cases import model_case
 from .contenders import (
     ADAM,
     ADAMW,
@@ -21,11 +22,14 @@ from .contenders import (
     RADAM,
     RADAM_LOOP,
 )
+from .models import ALL_MODELS
 from .report_lines import machine_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Value = Callable[[dict[str, Any]], float | None]  # of a row
 
 KEY = "Measurement"  # in a picture's metadata: the digest of what it shows
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
@@ -42,6 +46,11 @@ STYLES: dict[str, dict[str, Any]] = {
     RADAM: {"color": COLOURS[TORCH_RADAM], "marker": "P"},
     COMPILED: {"color": COLOURS[TORCH_RADAM], "marker": "p", "ls": DASHED},
     RADAM_LOOP: {"color": COLOURS[TORCH_RADAM], "marker": "*", "ls": DOTTED},
+}
+PICTURES = {
+    "bandwidth": "Bandwidth of a step against the elements of a tensor, and the limit",
+    "models": "Time of a step for the parameters of models, against ours",
+    "tensors": "Time of a step against the number of small tensors",
 }
 BARS = [name for name in STYLES if name in QUICK and name != CPU]
 
@@ -72,7 +81,7 @@ def draw(results: dict[str, Any], folder: Path) -> Iterator[Path]:
     """The pictures that there are points for, 1700 pixels wide."""
     from matplotlib.figure import Figure
 
-    for name, paint in {"bandwidth": bandwidth, "models": models, "tensors": tensors}.items():
+    for name, paint in zip(PICTURES, (bandwidth, models, tensors), strict=True):
         figure = Figure(figsize=(8.5, 4.2), dpi=200, facecolor="white", layout="constrained")
         file = folder / f"{name}.png"
         if not paint(results, figure):
@@ -84,23 +93,12 @@ def draw(results: dict[str, Any], folder: Path) -> Iterator[Path]:
 
 
 def bandwidth(results: dict[str, Any], figure: "Figure") -> bool:
-    """GB/s against elements of one float32 tensor, below the limit."""
+    """GB/s against the elements of one float32 tensor, and the limit."""
     axes = figure.subplots()
     cases = [c for c in _float32(results) if c["tensors"] == 1 and c["elements"] > 64]
-    limit = [
-        (c["elements"], row["limit_gb_s"])
-        for c in cases
-        if (row := c["rows"].get(CPU)) and "limit_gb_s" in row
-    ]
-    if limit:
-        axes.plot(
-            *zip(*limit, strict=True),
-            color="#777777",
-            ls=DASHED,
-            lw=1.4,
-            label="limit: streaming loop",
-        )
     drawn = _curves(axes, cases, "elements", lambda row: row["gb_s"])
+    if limit := _points(cases, CPU, "elements", lambda row: row.get("limit_gb_s")):
+        axes.plot(*limit, color="#777777", ls=DASHED, lw=1.4, label="limit: a streaming loop")
     axes.set_xscale("log", base=2)
     axes.set(
         yscale="log",
@@ -120,7 +118,7 @@ def tensors(results: dict[str, Any], figure: "Figure") -> bool:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="tensors of 64 float32 elements",
+        xlabel="number of tensors, of 64 float32 elements each",
         ylabel="time of a step (ms)",
         title="Many small tensors: time of a step",
     )
@@ -131,13 +129,9 @@ def tensors(results: dict[str, Any], figure: "Figure") -> bool:
 def models(results: dict[str, Any], figure: "Figure") -> bool:
     """How many times our time the others take, for each model."""
     axes = figure.subplots()
+    every = {name: results["cases"].get(model_case(name, "float32")) for name in ALL_MODELS}
     found = {
-        name.removesuffix(" float32"): case["rows"]
-        for name, case in results["cases"].items()
-        if name.endswith(" float32")
-        and not name.startswith("2^")
-        and " of 64" not in name
-        and "ms" in case["rows"].get(CPU, {})
+        name: case["rows"] for name, case in every.items() if case and "ms" in case["rows"][CPU]
     }
     width = 0.84 / len(BARS)
     for i, optimizer in enumerate(BARS):
@@ -146,17 +140,15 @@ def models(results: dict[str, Any], figure: "Figure") -> bool:
             for place, rows in enumerate(found.values())
             if "ms" in rows.get(optimizer, {})
         }
-        places = [place + (i - (len(BARS) - 1) / 2) * width for place in measured]
-        if not places:
-            continue
-        colour = STYLES[optimizer]["color"]
-        bars = axes.bar(places, measured.values(), 0.9 * width, color=colour, label=optimizer)
-        axes.bar_label(
-            bars, [f"{ratio:.2f}x" for ratio in measured.values()], padding=2, fontsize=7
-        )
-    axes.axhline(1, color=COLOURS[OURS], lw=2, label=f"{CPU} = 1")
+        if measured:
+            places = [place + (i - (len(BARS) - 1) / 2) * width for place in measured]
+            colour = STYLES[optimizer]["color"]
+            bars = axes.bar(places, measured.values(), 0.9 * width, color=colour, label=optimizer)
+            words = [f"{ratio:.2g}x" for ratio in measured.values()]
+            axes.bar_label(bars, words, padding=2, fontsize=7.5)
+    axes.axhline(1, color=COLOURS[OURS], lw=2, label=CPU)
     axes.set_xticks(range(len(found)), list(found))
-    axes.set(ylabel=f"time of a step / that of {CPU}", title="Models, float32: time against ours")
+    axes.set(ylabel=f"time of a step / {CPU}'s", title="Models in float32: time against ours")
     _finish(axes)
     return bool(found)
 
@@ -166,24 +158,27 @@ def _float32(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for name, case in results["cases"].items() if name.endswith(" float32")]
 
 
-def _curves(axes: "Axes", cases: list[dict[str, Any]], along: str, value) -> bool:
+def _points(
+    cases: list[dict[str, Any]], optimizer: str, along: str, value: Value
+) -> list[tuple[float, ...]]:
+    """All x, and all y; nothing where nothing was measured."""
+    rows = [(case[along], case["rows"].get(optimizer, {})) for case in cases]
+    points = sorted((x, y) for x, row in rows if "ms" in row and (y := value(row)) is not None)
+    return list(zip(*points, strict=True))
+
+
+def _curves(axes: "Axes", cases: list[dict[str, Any]], along: str, value: Value) -> bool:
     """Whether there was any to draw."""
-    drawn = False
-    for optimizer, style in STYLES.items():
-        points = [
-            (case[along], value(row))
-            for case in cases
-            if "ms" in (row := case["rows"].get(optimizer, {}))
-        ]
+    every = {name: _points(cases, name, along, value) for name in STYLES}
+    for name, points in every.items():
         if points:
-            drawn = True
-            axes.plot(
-                *zip(*sorted(points), strict=True), label=optimizer, **{"ms": 5, "lw": 1.5, **style}
-            )
-    return drawn
+            axes.plot(*points, label=name, **{"ms": 5, "lw": 1.5, **STYLES[name]})
+    return any(every.values())
 
 
 def _finish(axes: "Axes") -> None:
+    if not axes.has_data():
+        return
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

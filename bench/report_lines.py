@@ -9,11 +9,16 @@ from .growth import Line, growth
 from .others import DISTURBED
 
 PEERS = ("torch-optimi", "pytorch_optimizer")  # their versions are told
-GROWTH = ("an element", "a step", "and a tensor", "memory an element", "memory a tensor")
+GROWTH = (
+    *("time an element", "time a step", "and a tensor", "fits off by"),
+    *("memory an element", "memory a tensor"),
+)
+RATIOS = ("vs_adam_fused", "vs_radam_foreach")
 LEGEND = """\
-GB/s: of the bytes that the algorithm must move. of limit: of what a streaming loop reaches on the
-same tensors and threads. x Adam, x RAdam: how many times as fast as torch.optim.Adam(fused=True)
-and torch.optim.RAdam(foreach=True). Medians; the columns beside them hold the middle three fifths."""
+a step: the median; p20 and p80 hold the middle three fifths. GB/s: of the bytes that the algorithm
+must move. of limit: of what a streaming loop reaches on the same tensors and threads. x Adam and
+x RAdam: how many times as fast as torch.optim.Adam(fused=True) and torch.optim.RAdam(foreach=True).
+"""
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -71,6 +76,7 @@ def growth_rows(results: dict[str, Any]) -> dict[str, list[str]]:
             _say(of.seconds_by_elements, "each", duration),
             _say(of.seconds_by_tensors, "fixed", duration),
             _say(of.seconds_by_tensors, "each", duration),
+            f"{max(line.off for line in of[:2] if line):.0%}" if any(of[:2]) else "",
             _say(of.bytes_by_elements, "each", _bytes),
             _say(of.bytes_by_tensors, "each", _bytes),
         ]
@@ -97,9 +103,7 @@ def _row(row: dict[str, Any]) -> str:
         return f" WRONG: {row['wrong']}"
     times = (duration(row["ms"][key] / 1e3) for key in ("median", "p20", "p80"))
     share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
-    ratios = (
-        f"{x:.2f}x" if (x := row[key]) else "" for key in ("vs_adam_fused", "vs_radam_foreach")
-    )
+    ratios = (f"{row[key]:.2f}x" if row[key] else "" for key in RATIOS)
     return (
         "".join(f"{cell:>9}" for cell in times)
         + f"{row['gb_s']:8.2f}{share:>10}"
