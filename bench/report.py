@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="folder (radam_report; with --full bench/results/<CPU>)"
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="of the cases, and 'memory'")
-    parser.add_argument("--seconds", type=float, default=1, help="for a case (%(default)s)")
+    parser.add_argument("--seconds", type=float, help="for a case (1; with --full 5)")
     parser.add_argument("--draw", action="store_true", help="what the folder has; time nothing")
     args = parser.parse_args(arguments)
     default = results_folder(machine.cpu_name()) if args.full else Path("radam_report")
@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         torch.manual_seed(0)
         chosen = [s for s in settings(args.full) if re.search(args.only, s.name)]
-        results = run(chosen, file, args.full, args.seconds, bool(re.search(args.only, "memory")))
+        seconds = args.seconds if args.seconds is not None else 5 if args.full else 1
+        results = run(chosen, file, args.full, seconds, bool(re.search(args.only, "memory")))
     print("\n".join(table(results)))
     write_csv(results, file.with_suffix(".csv"))
     for picture in draw(results, file.parent):

@@ -23,7 +23,7 @@ from .turns import ROUNDS, Row, brief, spread
 
 DEVICE = torch.device("cpu")
 JUDGED = {CPU, CPU16, ADAM, RADAM}  # what aims speak of: it has ROUNDS whatever they take
-LEAST = 2  # rounds of the others
+LEAST = 1  # rounds of the others, which are slow where tensors are large
 STEPS = (2, 20)  # counted in a turn, at least and at most
 TURN = 0.03  # seconds, unless the least take longer
 SWEEP = 64 << 20  # bytes written before a step to find the caches cold
