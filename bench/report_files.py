@@ -23,7 +23,7 @@ from .contenders import (
     RADAM_LOOP,
 )
 from .models import ALL_MODELS
-from .report_lines import machine_lines
+from .report_lines import machine_lines, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ PICTURES = {
     "models": "Time of a step for the parameters of models, against ours",
     "tensors": "Time of a step against the number of small tensors",
 }
-BARS = [name for name in STYLES if name in QUICK and name != CPU]
+BARS = [name for name in STYLES if name in QUICK]
 
 
 def write_csv(results: dict[str, Any], file: Path) -> None:
@@ -87,7 +87,7 @@ def draw(results: dict[str, Any], folder: Path) -> Iterator[Path]:
         if not paint(results, figure):
             file.unlink(missing_ok=True)
             continue
-        figure.supxlabel("; ".join(machine_lines(results)), fontsize=6.5, color="#555555")
+        figure.supxlabel("; ".join(machine_lines(results)), fontsize=7, color="#555555")
         figure.savefig(file, metadata={KEY: digest(results)})
         yield file
 
@@ -106,6 +106,7 @@ def bandwidth(results: dict[str, Any], figure: "Figure") -> bool:
         ylabel="bandwidth (GB/s of bytes that must move)",
         title="One float32 tensor: bandwidth of a step",
     )
+    axes.yaxis.set_major_formatter("{x:g}")
     _finish(axes)
     return drawn
 
@@ -118,10 +119,12 @@ def tensors(results: dict[str, Any], figure: "Figure") -> bool:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="number of tensors, of 64 float32 elements each",
+        xlabel="tensors of 64 float32 elements",
         ylabel="time of a step (ms)",
         title="Many small tensors: time of a step",
     )
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     _finish(axes)
     return drawn
 
@@ -144,10 +147,10 @@ def models(results: dict[str, Any], figure: "Figure") -> bool:
             places = [place + (i - (len(BARS) - 1) / 2) * width for place in measured]
             colour = STYLES[optimizer]["color"]
             bars = axes.bar(places, measured.values(), 0.9 * width, color=colour, label=optimizer)
-            words = [f"{ratio:.2g}x" for ratio in measured.values()]
+            words = [times(ratio) for ratio in measured.values()]
             axes.bar_label(bars, words, padding=2, fontsize=7.5)
-    axes.axhline(1, color=COLOURS[OURS], lw=2, label=CPU)
     axes.set_xticks(range(len(found)), list(found))
+    axes.tick_params(axis="x", length=0)
     axes.set(ylabel=f"time of a step / {CPU}'s", title="Models in float32: time against ours")
     _finish(axes)
     return bool(found)
@@ -180,5 +183,6 @@ def _finish(axes: "Axes") -> None:
     if not axes.has_data():
         return
     axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -37,8 +37,10 @@ def table(results: dict[str, Any]) -> list[str]:
     if any(map(disturbed, results["cases"].values())):
         lines.append("(!) other processes were at work meanwhile: measure it again")
     if rows := growth_rows(results):
-        lines += ["", f"{'cost as work grows':36}" + "".join(f"{head:>19}" for head in GROWTH)]
-        lines += [f"  {name:34}" + "".join(f"{c:>19}" for c in rows[name]) for name in rows]
+        lines += ["", f"{'cost as work grows':36}" + "".join(f"  {head}" for head in GROWTH)]
+        for name, cells in rows.items():
+            aligned = (f"  {cell:>{len(head)}}" for cell, head in zip(cells, GROWTH, strict=True))
+            lines.append(f"  {name:34}" + "".join(aligned))
     lines += ["", *aims.report(results, CPU)]
     if left := left_out(results):
         lines += ["", "left out", *(f"  {line}" for line in left)]
@@ -65,6 +67,11 @@ def duration(seconds: float) -> str:
     unit, size = next((u for u in units if abs(seconds) >= 0.9995 * u[1]), units[-1])
     number = seconds / size
     return f"{number:.0f} {unit}" if abs(number) >= 99.95 else f"{number:#.3g} {unit}"
+
+
+def times(ratio: float) -> str:
+    """Three digits: 43.3x, 5.66x."""
+    return f"{ratio:.{1 + (ratio < 9.995)}f}x"
 
 
 def growth_rows(results: dict[str, Any]) -> dict[str, list[str]]:
@@ -101,14 +108,10 @@ def left_out(results: dict[str, Any]) -> list[str]:
 def _row(row: dict[str, Any]) -> str:
     if "wrong" in row:
         return f" WRONG: {row['wrong']}"
-    times = (duration(row["ms"][key] / 1e3) for key in ("median", "p20", "p80"))
+    low, middle, high = (duration(row["ms"][key] / 1e3) for key in ("p20", "median", "p80"))
     share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
-    ratios = (f"{row[key]:.2f}x" if row[key] else "" for key in RATIOS)
-    return (
-        "".join(f"{cell:>9}" for cell in times)
-        + f"{row['gb_s']:8.2f}{share:>10}"
-        + "".join(f"{cell:>9}" for cell in ratios)
-    )
+    adam, radam = (times(row[key]) if row[key] else "" for key in RATIOS)
+    return f"{middle:>9}{low:>9}{high:>9}{row['gb_s']:8.2f}{share:>10}{adam:>9}{radam:>9}"
 
 
 def _say(line: Line | None, part: str, say: Callable[[float], str]) -> str:

@@ -46,12 +46,14 @@ def measure(
         seconds: after which no round is begun but those that are due to everyone.
     """
     case, rows = setting.case, dict(refused)
+    if setting.new_gradients or setting.cold:  # a streaming loop has neither
+        contenders = [c for c in contenders if c.make]
     for contender in contenders:
         if reason := left_out(case, contender, DEVICE):
             rows.setdefault(contender.name, {"not_measured": reason})
     optimizers = [c for c in contenders if c.make and c.name not in rows]
     players = _start(case, optimizers, rows) if optimizers else []
-    limits = _limits(setting, contenders, players)
+    limits = _limits(contenders, players)
     gc.collect()
     gc.freeze()  # what is there now stays
     gc.disable()
@@ -78,7 +80,8 @@ def measure(
         if times.get(name):
             rows[name] = _row(contender, times[name], limit, case.elements)
         elif name not in rows:
-            rows[name] = {"not_measured": limit.absent if limit else "nothing to hold against it"}
+            reason = limit.absent if limit else "no step of ours moves as many bytes here"
+            rows[name] = {"not_measured": reason}
     _compare(rows)
     return {**found, "rows": {c.name: rows[c.name] for c in contenders}}
 
@@ -110,12 +113,8 @@ def _start(case: Case, contenders: Sequence[Contender], rows: dict[str, Row]) ->
     return players
 
 
-def _limits(
-    setting: Setting, contenders: Sequence[Contender], players: Sequence[_Player]
-) -> dict[int, Limit]:
+def _limits(contenders: Sequence[Contender], players: Sequence[_Player]) -> dict[int, Limit]:
     """By the bytes of an element; on the very tensors of our step of as many."""
-    if setting.cold or setting.new_gradients:  # the loop has neither
-        return {}
     wanted = {c.bytes: c for c in contenders if not c.make}
     return {
         contender.bytes: Limit(wanted[contender.bytes], params, started.optimizer)

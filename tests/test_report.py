@@ -332,7 +332,10 @@ def test_the_section_shows_shares_ratios_and_what_was_disturbed(tmp_path):
     results["cases"][half]["cores_of_others"] = 1.5
     section = cpu_table.render({tmp_path: results}, "0123456789ab")
     assert "| 2^26 | 45.2 ms | 245 ms, 5.42x | 43.0 ms, 0.95x |" in section
-    assert "| 2^26 bfloat16 (!) | 40.0 ms, 93% | **wrong** | 60.0 ms, 1.50x |" in section
+    assert (
+        "| 2^26 bfloat16 (!), float32 moments | 40.0 ms, 93% | **wrong** | 60.0 ms, 1.50x |"
+        in section
+    )
     assert "| 2^26 bfloat16 (!), 16-bit moments | 30.0 ms | **wrong** | 60.0 ms, 2.00x |" in section
     assert cpu_table.DISTURBED in section
     assert "stale" not in section
