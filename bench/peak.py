@@ -12,6 +12,8 @@ import torch
 
 from .contenders import everyone
 
+SLOW_IMPORTS = ("torch._dynamo", "optimi", "pytorch_optimizer")  # by a first step; once for all
+
 
 class Point(NamedTuple):
     optimizer: str
@@ -22,13 +24,14 @@ class Point(NamedTuple):
 def extra_bytes(points: Sequence[Point]) -> Iterator[int]:
     """The answer for each point in turn, each from a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # importing torch takes longer than most points
+    context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
     with context.Pool(1, maxtasksperchild=1) as pool:
         yield from pool.imap(measure, points)
 
 
 def measure(point: Point) -> int:
     """In this process, which must not have had more memory at any time before."""
+    torch.set_num_threads(1)  # threads take no part in it, and with others at work they wait long
     contender = next(c for c in everyone(torch.float32, "cpu") if c.name == point.optimizer)
     contender.start(_params(1, 1))  # a first step loads code, which is not the question
     params = _params(point.elements, point.tensors)

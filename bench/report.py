@@ -103,7 +103,8 @@ def run(
     try:
         with tqdm(total=len(chosen) + len(points), smoothing=0, disable=None) as bar:
             bar.set_description("checking results")
-            wrong = {dtype: faults(of, dtype) for dtype, of in peers.items()}
+            dtypes = {setting.case.dtype for setting in chosen}
+            wrong = {dtype: faults(peers[dtype], dtype) for dtype in dtypes}
             for setting in chosen:
                 bar.set_description(setting.name)
                 dtype = setting.case.dtype
