@@ -1,6 +1,6 @@
 """Memory that steps need beyond parameters, gradients and two moments: the peak of a fresh process.
 
-Linux only: it reads /proc/self/status.
+Linux tells it, in STATUS.
 """
 
 import multiprocessing
@@ -12,6 +12,7 @@ import torch
 
 from .contenders import everyone
 
+STATUS = Path("/proc/self/status")
 SLOW_IMPORTS = ("torch._dynamo", "optimi", "pytorch_optimizer")  # by a first step; once for all
 
 
@@ -50,5 +51,4 @@ def _params(elements: int, tensors: int) -> list[torch.Tensor]:
 
 def _peak() -> int:
     """Bytes of memory that this process has had at once, at most."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return 1024 * int(STATUS.read_text().partition("VmHWM:")[2].split()[0])

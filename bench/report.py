@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from . import machine
-from .cases import DTYPES, Setting, all_cases
-from .contenders import QUICK, REFERENCE, TRITON, TRITON16, Contender, everyone
+from .cases import DTYPES, Case, Setting, all_cases
+from .contenders import QUICK, REFERENCE, TRITON, Contender, everyone
 from .folders import results_folder
 from .gpu_time import fault, write
-from .peak import Point, extra_bytes
+from .peak import STATUS, Point, extra_bytes
 from .report_files import draw, write_csv
 from .report_lines import table
 from .rounds import DEVICE, measure
@@ -33,7 +33,7 @@ FILE = "report.json"
 FULL_ONLY = {"one_256M", "Llama-3-2-1B", "ViT-B-16", "BERT-base"}  # float32
 HALF = {False: ("one_64M",), True: ("one_1M", "one_64M", "one_256M", "ResNet-50", "GPT-2-124M")}
 SLOW = 1 << 25  # elements; beyond it only what tells most has time and room
-NO_SPEED = {REFERENCE, TRITON, TRITON16}  # for reading; interpreted
+NO_SPEED = (REFERENCE, TRITON)  # with all that begin so: for reading, and interpreted
 MEMORY = [(1 << 20, 1), (1 << 24, 1), (64, 1000), (64, 10_000)]  # elements, tensors
 
 
@@ -77,7 +77,7 @@ def settings(full: bool) -> Iterator[Setting]:
 
 
 def competitors(dtype: torch.dtype, full: bool) -> list[Contender]:
-    everybody = [c for c in everyone(dtype, "cpu") if c.name not in NO_SPEED]
+    everybody = [c for c in everyone(dtype, "cpu") if not c.name.startswith(NO_SPEED)]
     return [c for c in everybody if full or c.make is None or c.name in QUICK]
 
 
@@ -89,7 +89,7 @@ def run(
         "schema": SCHEMA,
         "set": "full" if full else "quick",
         **machine.facts(DEVICE),
-        "interrupted": False,
+        "interrupted": True,  # until all is measured
         "cases": {},
         "memory": {},
     }
@@ -98,7 +98,7 @@ def run(
         Point(c.name, *work)
         for c in peers[torch.float32]
         for work in MEMORY
-        if memory and c.make and not c.absent and not c.compiled
+        if memory and STATUS.exists() and c.make and not c.absent and not c.compiled
     ]
     try:
         with tqdm(total=len(chosen) + len(points), smoothing=0, disable=None) as bar:
@@ -107,10 +107,11 @@ def run(
             wrong = {dtype: faults(peers[dtype], dtype) for dtype in dtypes}
             for setting in chosen:
                 bar.set_description(setting.name)
-                dtype = setting.case.dtype
-                refused = {**slow(peers[dtype], setting), **wrong[dtype]}
-                case = measure(setting, peers[dtype], refused, seconds)
-                results["cases"][setting.name] = case
+                of = peers[setting.case.dtype]
+                slow = {c.name: why for c in of if (why := too_slow(c, setting.case))}
+                refused = {name: {"not_measured": why} for name, why in slow.items()}
+                refused |= wrong[setting.case.dtype]
+                results["cases"][setting.name] = measure(setting, of, refused, seconds)
                 write(file, results)
                 bar.update()
             for point, extra in zip(points, extra_bytes(points), strict=True):
@@ -118,8 +119,9 @@ def run(
                 found = {"elements": point.elements, "tensors": point.tensors, "extra_bytes": extra}
                 results["memory"].setdefault(point.optimizer, []).append(found)
                 bar.update()
+        results["interrupted"] = False
     except KeyboardInterrupt:
-        results["interrupted"] = True
+        pass
     write(file, results)
     return results
 
@@ -133,12 +135,13 @@ def faults(contenders: Sequence[Contender], dtype: torch.dtype) -> dict[str, Row
     }
 
 
-def slow(contenders: Sequence[Contender], setting: Setting) -> dict[str, Row]:
-    """Rows of those that would take minutes, and of copies that tell nothing new."""
-    if setting.case.elements <= SLOW:
-        return {}
-    row = {"not_measured": f"time: measured up to {SLOW >> 20}M elements only"}
-    return {c.name: row for c in contenders if c.make and (c.flat or c.name not in QUICK)}
+def too_slow(contender: Contender, case: Case) -> str | None:
+    """Why timing it would take minutes, or tell nothing new."""
+    if contender.make and case.elements > SLOW and (contender.flat or contender.name not in QUICK):
+        return f"time: measured up to {SLOW >> 20}M elements only"
+    if contender.compiled and len(case.shapes) > 1:
+        return "time: compiled for one tensor only"
+    return None
 
 
 if __name__ == "__main__":

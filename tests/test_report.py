@@ -18,7 +18,19 @@ from PIL import Image
 
 from bench import aims, contenders, cpu_table, gpu_table, memory, peak, report, report_lines, rounds
 from bench.cases import Case, Setting, list_case, size_case
-from bench.contenders import ADAM, CPU, CPU16, OPTIMI, RADAM, Contender, Started, everyone, torchs
+from bench.contenders import (
+    ADAM,
+    COMPILED,
+    CPU,
+    CPU16,
+    OPTIMI,
+    RADAM,
+    RADAM_LOOP,
+    Contender,
+    Started,
+    everyone,
+    torchs,
+)
 from bench.growth import fit, growth
 from bench.report_files import KEY, PICTURES, digest, draw
 from radam_kernels.fingerprint import measured_fingerprint
@@ -161,6 +173,15 @@ def test_a_quick_report_is_part_of_a_full_one_and_has_what_the_aims_ask_for():
         assert {CPU, ADAM, RADAM} <= names[0]
 
 
+def test_what_would_take_minutes_is_left_out_with_a_word():
+    large, small, lists = (all_cases("float32")[key] for key in ("one_64M", "one_1M", "10_of_64"))
+    assert report.too_slow(NAMED[RADAM], large) is None
+    assert report.too_slow(NAMED[RADAM_LOOP], small) is None
+    assert "up to 32M" in report.too_slow(NAMED[RADAM_LOOP], large)
+    assert report.too_slow(NAMED[COMPILED], small) is None
+    assert "one tensor" in report.too_slow(NAMED[COMPILED], lists)
+
+
 def test_a_wrong_result_has_no_speed():
     wrong = Contender("wrong", 28, torchs(torch.optim.Adam), radam=True)
     assert "param of tensor" in report.faults([NAMED[CPU], wrong], torch.float32)["wrong"]["wrong"]
@@ -284,7 +305,7 @@ def test_aims_are_met_missed_or_not_measured():
     assert len(said) == 10
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.skipif(not peak.STATUS.exists(), reason="reads /proc")
 def test_memory_beyond_the_moments_is_measured_in_processes_of_their_own():
     size = 1 << 22
     points = [peak.Point(name, size, 1) for name in (CPU, RADAM)]
