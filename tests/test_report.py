@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from PIL import Image
 
 from bench import aims, contenders, cpu_table, gpu_table, memory, peak, report, report_lines, rounds
-from bench.cases import Case, Setting, list_case, size_case
+from bench.cases import Case, Setting, all_cases, list_case, size_case
 from bench.contenders import (
     ADAM,
     COMPILED,
