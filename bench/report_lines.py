@@ -29,10 +29,9 @@ def table(results: dict[str, Any]) -> list[str]:
         f"{'x RAdam':>9}"
     )
     for name, case in results["cases"].items():
-        lines.append(name + "  (!)" * disturbed(case))
-        for optimizer, row in case["rows"].items():
-            if "not_measured" not in row:
-                lines.append(f"  {optimizer:34}{_row(row)}")
+        rows = {key: row for key, row in case["rows"].items() if "not_measured" not in row}
+        lines += [name + "  (!)" * disturbed(case)] * bool(rows)
+        lines += [f"  {optimizer:34}{_row(row)}" for optimizer, row in rows.items()]
     lines += ["", *LEGEND.splitlines()]
     if any(map(disturbed, results["cases"].values())):
         lines.append("(!) other processes were at work meanwhile: measure it again")
@@ -93,15 +92,19 @@ def growth_rows(results: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def left_out(results: dict[str, Any]) -> list[str]:
-    """A line for each reason, and where it held."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """A line for each reason and where it held."""
+    found: dict[tuple[str, str], list[str]] = {}  # cases, by optimizer and reason
     for name, case in results["cases"].items():
         for optimizer, row in case["rows"].items():
             if reason := row.get("not_measured"):
                 found.setdefault((optimizer, reason), []).append(name)
+    alike: dict[tuple[str, ...], list[str]] = {}  # optimizers, by reason and cases
+    for (optimizer, reason), cases in found.items():
+        everywhere = len(cases) == len(results["cases"])
+        alike.setdefault((reason, *(() if everywhere else cases)), []).append(optimizer)
     return [
-        f"{optimizer}: {reason}" + f" ({'; '.join(cases)})" * (len(cases) < len(results["cases"]))
-        for (optimizer, reason), cases in found.items()
+        f"{', '.join(optimizers)}: {reason}" + f" ({'; '.join(cases)})" * bool(cases)
+        for (reason, *cases), optimizers in alike.items()
     ]
 
 

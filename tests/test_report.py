@@ -209,6 +209,9 @@ def test_what_is_left_out_gets_a_word(monkeypatch):
     lines = report_lines.left_out(results)
     assert f"{OPTIMI}: optimi is not installed" in lines
     assert f"{RADAM}: time (a)" in lines
+    reason = none["rows"][CPU]["not_measured"]
+    results["cases"]["a"] = none
+    assert f"{CPU}, {RADAM}: {reason}" in report_lines.left_out(results)
 
 
 def test_all_take_turns_and_the_judged_have_five_rounds_whatever_they_take(monkeypatch):
@@ -307,11 +310,11 @@ def test_aims_are_met_missed_or_not_measured():
 
 @pytest.mark.skipif(not peak.STATUS.exists(), reason="reads /proc")
 def test_memory_beyond_the_moments_is_measured_in_processes_of_their_own():
-    size = 1 << 22
+    size = 1 << 24
     points = [peak.Point(name, size, 1) for name in (CPU, RADAM)]
     ours, torchs_own = peak.extra_bytes(points)
-    assert abs(ours) < size / 4  # a page or so, and not a copy of anything
-    assert torchs_own / size == pytest.approx(4, abs=0.5)
+    assert ours / size == pytest.approx(0, abs=0.1)
+    assert torchs_own / size == pytest.approx(4, abs=0.1)
 
 
 @pytest.mark.parametrize(
