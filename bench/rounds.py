@@ -45,6 +45,7 @@ def measure(
         refused: rows of those that are not to be measured.
         seconds: after which no round is begun but those that are due to everyone.
     """
+    gc.collect()  # optimizers are in cycles: those of the last case are still there
     case, rows = setting.case, dict(refused)
     if setting.new_gradients or setting.cold:  # a streaming loop has neither
         contenders = [c for c in contenders if c.make]
@@ -54,15 +55,12 @@ def measure(
     optimizers = [c for c in contenders if c.make and c.name not in rows]
     players = _start(case, optimizers, rows) if optimizers else []
     limits = _limits(contenders, players)
-    gc.collect()
-    gc.freeze()  # what is there now stays
     gc.disable()
     try:
         with Others() as others:
             rounds = _play(setting, players, limits.values(), seconds)
     finally:
         gc.enable()
-        gc.unfreeze()
     found = {
         "elements": case.elements,
         "tensors": len(case.shapes),
@@ -114,7 +112,7 @@ def _start(case: Case, contenders: Sequence[Contender], rows: dict[str, Row]) ->
 
 
 def _limits(contenders: Sequence[Contender], players: Sequence[_Player]) -> dict[int, Limit]:
-    """By the bytes of an element; on the very tensors of our step of as many."""
+    """By the bytes of an element; on the very tensors of our first step of as many."""
     wanted = {c.bytes: c for c in contenders if not c.make}
     return {
         contender.bytes: Limit(wanted[contender.bytes], params, started.optimizer)
