@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .cases import NEW, POWERS, list_case, model_case, size_case
-from .contenders import ADAM, CPU, CPU16, CUDA
+from .contenders import ADAM, COPY, CPU, CPU16, CUDA, STREAM, copy_name
 from .models import MODELS
 
 LARGE = [size_case(power, "float32") for power in (26, 28, 30)]  # 64M and more
@@ -28,19 +28,27 @@ def verdicts(results: dict[str, Any], whose: str) -> Iterator[tuple[str, str]]:
     """Each aim, and what came of it."""
     for title, aim, names, value in AIMS[whose]:
         values: Values = {name: value(results, name) for name in names}
-        yield f"{title} {aim:.2f}", verdict(values, aim)
+        limits: Values = {name: LIMITS[value](results, name) for name in names if value in LIMITS}
+        yield f"{title} {aim:.2f}", verdict(values, aim, limits)
 
 
-def verdict(values: Values, aim: float) -> str:
-    """Whether the worst of the measured cases reaches the aim, and which were not measured."""
+def verdict(values: Values, aim: float, limits: Values | None = None) -> str:
+    """Whether the worst of the measured cases reaches the aim, and which were not measured.
+
+    Args:
+        limits: what memory alone allows, in those cases where that is known.
+    """
     measured = {name: value for name, value in values.items() if value is not None}
     if not measured:
         return "not measured"
     worst = min(measured, key=measured.__getitem__)
     word = "missed" if measured[worst] < aim else "met" if len(measured) == len(values) else "open"
     left = [name for name in values if name not in measured]
-    return f"{word}, {measured[worst]:.3f} at {worst}" + (
-        f"; not measured: {', '.join(left)}" if left else ""
+    limit = (limits or {}).get(worst)
+    return (
+        f"{word}, {measured[worst]:.3f} at {worst}"
+        + (f"; memory allows {limit:.3f}" if limit and limit < aim else "")
+        + (f"; not measured: {', '.join(left)}" if left else "")
     )
 
 
@@ -66,6 +74,12 @@ def _row(results: dict[str, Any], case: str, name: str) -> dict[str, Any]:
 GPU_OF_ADAM, GPU_OF_RADAM = ratio("vs_adam_fused"), ratio("vs_radam_foreach")
 OF_STREAM, OF_STREAM16 = ratio("share_of_limit", CPU), ratio("share_of_limit", CPU16)
 OF_ADAM, OF_RADAM = ratio("vs_adam_fused", CPU), ratio("vs_radam_foreach", CPU)
+_STREAMED = copy_name(28).replace(COPY, STREAM)
+# What a loop that does nothing but stream the same bytes reaches.
+LIMITS: dict[Value, Value] = {
+    OF_ADAM: ratio("vs_adam_fused", _STREAMED),
+    OF_RADAM: ratio("vs_radam_foreach", _STREAMED),
+}
 AIMS: dict[str, list[tuple[str, float, list[str], Value]]] = {
     CUDA: [
         ("64M and more, share of a copy of 28 bytes, at least", 0.95, LARGE, ratio("copy_share")),

@@ -52,7 +52,7 @@ PICTURES = {
     "models": "Time of a step for the parameters of models, against ours",
     "tensors": "Time of a step against the number of small tensors",
 }
-BARS = [name for name in STYLES if name in QUICK]
+BARS = [name for name in STYLES if name in QUICK and not name.endswith(FLAT)]
 
 
 def write_csv(results: dict[str, Any], file: Path) -> None:
@@ -100,6 +100,7 @@ def bandwidth(results: dict[str, Any], figure: "Figure") -> bool:
     if limit := _points(cases, CPU, "elements", lambda row: row.get("limit_gb_s")):
         axes.plot(*limit, color="#777777", ls=DASHED, lw=1.4, label="limit: a streaming loop")
     axes.set_xscale("log", base=2)
+    axes.set_xticks([case["elements"] for case in cases])
     axes.set(
         yscale="log",
         xlabel="elements of the tensor",

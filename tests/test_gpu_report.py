@@ -236,6 +236,9 @@ def test_aims_are_met_missed_or_open(results):
     assert aims.verdict({"a": None}, 1.0) == "not measured"
     assert aims.verdict({"a": 1.2, "b": 1.0}, 1.0) == "met, 1.000 at b"
     assert aims.verdict({"a": 1.2, "b": 0.9}, 1.0) == "missed, 0.900 at b"
+    missed = "missed, 0.900 at b; memory allows 0.950"
+    assert aims.verdict({"a": 1.2, "b": 0.9}, 1.0, {"a": 2.0, "b": 0.95}) == missed
+    assert aims.verdict({"a": 1.2, "b": 0.9}, 1.0, {"b": 1.1}) == "missed, 0.900 at b"
     assert aims.verdict({"a": 1.2, "b": None}, 1.0) == "open, 1.200 at a; not measured: b"
     rows = results["cases"]["GPT-2 124M float32"]["rows"]
     rows[CUDA]["host_us"]["median"], rows[ADAM]["host_us"]["median"] = 10.0, 60.0
