@@ -1,0 +1,142 @@
+"""Does the runs that are not kept yet, in processes of one thread, and keeps each when it ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ..machine import facts
+from .experiment import Experiment, Row, Run
+from .reach import code_digest
+
+THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+class Kept(NamedTuple):
+    """A finished run, as it lies in its file."""
+
+    digest: str  # of its arguments and of the code that made it
+    rows: list[Row]
+    seconds: float
+    made: dict[str, str]  # date, commit, sources and versions at that time
+
+
+def kept_file(folder: Path, experiment: Experiment, run: Run) -> Path:
+    """Where a run is kept."""
+    if not re.fullmatch(r"[\w.=+-]+", run.key):
+        raise ValueError(f"key: expected letters, digits and any of . = + -, got {run.key!r}")
+    return folder / experiment.name / f"{run.key}.json"
+
+
+def read_kept(folder: Path, experiment: Experiment, run: Run) -> Kept | None:
+    """A run that is kept; None if there is none, or it is of other arguments or other code."""
+    try:
+        kept = Kept(**json.loads(kept_file(folder, experiment, run).read_text()))
+    except FileNotFoundError:
+        return None
+    return kept if kept.digest == _digest(run) else None
+
+
+def do_missing(
+    experiments: Sequence[Experiment], folder: Path, *, quick: bool, jobs: int
+) -> dict[str, dict[str, BaseException]]:
+    """Does all runs of the experiments that are not kept in `folder`, `jobs` of them at a time.
+
+    A run that fails, or whose process dies, does not disturb the others; what was raised is
+    returned by experiment and key. On an interrupt only unfinished runs are lost.
+    """
+    planned = [(experiment, run) for experiment in experiments for run in experiment.runs(quick)]
+    for experiment in experiments:
+        keys = [run.key for of, run in planned if of is experiment]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{experiment.name}: each run needs a key of its own; twice: {twice}")
+    missing = [pair for pair in planned if not read_kept(folder, *pair)]
+    failed: dict[str, dict[str, BaseException]] = {}
+    if not missing:
+        return failed
+    made = _made()
+    with (
+        tqdm(total=len(planned), initial=len(planned) - len(missing), unit="run") as bar,
+        _pool(min(jobs, len(missing))) as pool,
+    ):
+        futures: dict[Future, tuple[Experiment, Run]] = {
+            pool.submit(_timed, run): (experiment, run) for experiment, run in missing
+        }
+        for future in as_completed(futures):
+            experiment, run = futures[future]
+            bar.set_postfix_str(f"{experiment.name} {run.key}")
+            bar.update()
+            if error := future.exception():
+                failed.setdefault(experiment.name, {})[run.key] = error
+                bar.write(f"failed: {experiment.name} {run.key}: {error!r}")
+                continue
+            rows, seconds = future.result()
+            _write(kept_file(folder, experiment, run), Kept(_digest(run), rows, seconds, made))
+    return failed
+
+
+def _digest(run: Run) -> str:
+    arguments = json.dumps(run.arguments, sort_keys=True)
+    return sha256(f"{arguments}{code_digest(run.function)}".encode()).hexdigest()[:12]
+
+
+def _made() -> dict[str, str]:
+    found = facts(torch.device("cpu"))
+    versions = {name: version(name) for name in ("torch", "numpy", "scipy")}
+    return {key: found[key] for key in ("date", "commit", "sources")} | versions
+
+
+def _write(path: Path, kept: Kept) -> None:
+    """Whole or not at all: an interrupt must not leave half a file under this name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(kept._asdict()))
+    part.replace(path)
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    # Read when a process loads numpy or torch, before any code of ours could ask for one thread.
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(THREADS)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _begin() -> None:
+    """In a new process: one thread, and no traceback when the user interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def _timed(run: Run) -> tuple[list[Row], float]:
+    begin = time.perf_counter()
+    rows = run.function(**run.arguments)
+    return rows, time.perf_counter() - begin
