@@ -41,3 +41,4 @@ class Experiment(NamedTuple):
     runs: Callable[[bool], list[Run]]  # of quick or full mode
     judge: Callable[[pd.DataFrame, bool], list[Verdict]]  # the rows of all runs, and whether quick
     draw: Callable[[pd.DataFrame], Figure]
+    table: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # a small one, for the page

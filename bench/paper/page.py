@@ -36,11 +36,12 @@ def part(experiment: Experiment) -> str:
     said = json.loads((RESULTS / f"{experiment.name}.json").read_text())
     verdicts = [Verdict(**verdict) for verdict in said["verdicts"]]
     figure = f"../results/paper/{experiment.name}.png"
-    return "\n\n".join(
-        (
-            f"**Claim.** {experiment.claim}",
-            f"**Our result** ({said['provenance']['runs']} runs, full mode):",
-            words(verdicts),
-            f"![{experiment.title}]({figure})",
-        )
-    )
+    parts = [
+        f"**Claim.** {experiment.claim}",
+        f"**Our result** ({said['provenance']['runs']} runs, full mode):",
+        words(verdicts),
+        f"![{experiment.title}]({figure})",
+    ]
+    if "table" in said:
+        parts.append("\n".join(said["table"]))
+    return "\n\n".join(parts)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from .experiment import Experiment, Verdict
-from .runner import Kept, read_kept
+from .runner import Kept, plain, read_kept
 
 WORDS = {True: "supported", False: "not supported", None: "cannot tell"}
 
@@ -30,7 +30,9 @@ def report(experiment: Experiment, kept: Path, out: Path, *, quick: bool) -> lis
     # Without it, the file names matplotlib's version, and every upgrade changes the picture.
     experiment.draw(rows).savefig(out / f"{experiment.name}.png", metadata={"Software": None})
     said = {"verdicts": [verdict._asdict() for verdict in verdicts], "provenance": origin}
-    (out / f"{experiment.name}.json").write_text(json.dumps(said, indent=1) + "\n")
+    if experiment.table:
+        said["table"] = markdown(experiment.table(rows))
+    (out / f"{experiment.name}.json").write_text(json.dumps(said, indent=1, default=plain) + "\n")
     return verdicts
 
 
@@ -45,6 +47,17 @@ def provenance(experiment: Experiment, found: Sequence[Kept], quick: bool) -> di
     for key in found[0].made:
         origin[key] = ", ".join(sorted({one.made[key] for one in found}))
     return origin
+
+
+def markdown(table: pd.DataFrame) -> list[str]:
+    """The lines of a table; numbers with four digits."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    lines += [list(map(cell, row)) for row in table.itertuples(index=False)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def words(verdicts: Sequence[Verdict]) -> str:

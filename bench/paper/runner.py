@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -89,6 +89,11 @@ def do_missing(
     return failed
 
 
+def plain(value: Any) -> Any:
+    """One of numpy's numbers as one of Python's, for JSON."""
+    return value.item()
+
+
 def _digest(run: Run) -> str:
     arguments = json.dumps(run.arguments, sort_keys=True)
     return sha256(f"{arguments}{code_digest(run.function)}".encode()).hexdigest()[:12]
@@ -104,7 +109,7 @@ def _write(path: Path, kept: Kept) -> None:
     """Whole or not at all: an interrupt must not leave half a file under this name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(kept._asdict()))
+    part.write_text(json.dumps(kept._asdict(), default=plain))
     part.replace(path)
 
 

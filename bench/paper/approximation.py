@@ -1,0 +1,128 @@
+"""How far the first-order variance, and with it r_t, is from the exact one (the paper's Fig. 8)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from radam_kernels.schedule import rectification, rho
+
+from . import style, theory
+from .experiment import Experiment, Row, Run, Verdict
+
+RHOS = (5.0, 10.0, 100.0, 1999.0)  # of which the verdict tells; 1999 is rho_inf of beta2 = 0.999
+STEPS = (5, 6, 10, 20, 50, 100, 1000)
+BETA2S = (0.9, 0.99, 0.999, 0.9999)
+SMALL = 0.05  # a relative error that we call small
+
+
+def variances(points: int) -> list[Row]:
+    """Both forms of Var[psi] for tau = 1, over rho."""
+    rhos = np.union1d(np.geomspace(4.1, 2e4, points), RHOS)
+    rows = []
+    for value in map(float, rhos):
+        exact, first = theory.psi_variance(value), theory.psi_variance_first_order(value)
+        rows.append({"of": "variance", "x": value, "exact": exact, "first_order": first})
+    return rows
+
+
+def rectifications(beta2: float, points: int) -> list[Row]:
+    """Both forms of r_t over the steps that the paper rectifies, those with rho_t > 4."""
+    last = 10 / (1 - beta2)
+    steps = {*STEPS, *map(round, np.geomspace(5, last, points))}
+    rows = []
+    for step in sorted(step for step in steps if step <= last):
+        forms = {f: rectification(step, beta2, form=f, rho_threshold=4.0) for f in FORMS}
+        rows.append({"of": f"r_t, beta2={beta2}", "x": step, "rho": rho(step, beta2), **forms})
+    return rows
+
+
+FORMS = ("exact", "first_order")
+
+
+def runs(quick: bool) -> list[Run]:
+    points = 60 if quick else 400
+    return [Run("variance", variances, {"points": points})] + [
+        Run(f"r-beta2={beta2}", rectifications, {"beta2": beta2, "points": points})
+        for beta2 in BETA2S
+    ]
+
+
+def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
+    variance = rows[rows["of"] == "variance"].set_index("x")
+    errors = variance["first_order"] / variance["exact"] - 1
+    told = ", ".join(f"{errors[value]:.2g} at rho = {value:.0f}" for value in RHOS)
+    falls = (np.diff(errors) < 0).all()
+    small_from = errors.index[errors < SMALL].min()
+    r = rows[rows["of"] == "r_t, beta2=0.999"].set_index("x")
+    ratio = r["first_order"] / r["exact"]
+    told_r = ", ".join(f"{ratio[step]:.2f} at step {step}" for step in (5, 6, 10, 100))
+    near = int(ratio.index[ratio > 1 - SMALL].min())
+    return [
+        Verdict(
+            falls and errors[1999.0] < 0.01,
+            f"the first-order variance is too large by a relative {told}; the error falls with rho "
+            f"and is below {SMALL:.0%} from rho = {small_from:.0f} on",
+        ),
+        Verdict(
+            errors[5.0] < SMALL,
+            "yet where rectification begins it is no approximation: it gives "
+            f"{1 + errors[5.0]:.1f} times the variance at rho = 5",
+        ),
+        Verdict(
+            (ratio <= 1).all(),
+            "its error is on the safe side: first-order r_t is the smaller one at every step; at "
+            f"beta2 = 0.999 its ratio to exact r_t is {told_r}, and within {SMALL:.0%} from step "
+            f"{near} on",
+        ),
+    ]
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """r_t of both forms at a few steps."""
+    r = rows[rows["of"].str.startswith("r_t") & rows["x"].isin(STEPS)]
+    return pd.DataFrame(
+        {
+            "beta2": r["of"].str.rpartition("=")[2],
+            "step": r["x"].astype(int),
+            "rho_t": r["rho"],
+            "r_t, first order": r["first_order"],
+            "r_t, exact": r["exact"],
+            "ratio": r["first_order"] / r["exact"],
+        }
+    )[lambda t: t["beta2"].isin(("0.99", "0.999"))]
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    figure, (left, right) = style.panels(2)
+    variance = rows[rows["of"] == "variance"]
+    x, exact, first = (variance[name] for name in ("x", *FORMS))
+    left.loglog(x, exact, color=style.BLUE, label="exact")
+    left.loglog(x, first, color=style.ORANGE, ls="--", label="first order")
+    left.loglog(x, first - exact, color=style.BLACK, lw=1, label="difference")
+    left.set(xlabel="rho", ylabel="Var[psi], tau = 1", title="Variance of the adaptive rate")
+    style.legend(left)
+    for beta2, color in zip(BETA2S, style.CYCLE, strict=False):
+        r = rows[rows["of"] == f"r_t, beta2={beta2}"]
+        right.semilogx(r["x"], r["exact"], color=color, label=f"beta2 = {beta2}")
+        right.semilogx(r["x"], r["first_order"], color=color, ls="--")
+    right.set(xlabel="step t", ylabel="r_t", title="r_t: exact, and first order (dashed)")
+    style.legend(right)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="approximation",
+    title="The first-order variance",
+    claim=(
+        "The first-order form of Var[psi] is close to the exact one, and the closer the larger rho "
+        "(sections 4.2 and 5.4, Fig. 8)."
+    ),
+    runs=runs,
+    judge=judge,
+    draw=draw,
+    table=table,
+)
