@@ -1,8 +1,9 @@
 """The experiments, in the order of the page."""
 
-from . import approximation, variance
+from . import approximation, average, variance, warmup
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (approximation, variance)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (approximation, variance, average, warmup)
 }
