@@ -1,9 +1,27 @@
 """The experiments, in the order of the page."""
 
-from . import approximation, average, variance, warmup
+from . import (
+    approximation,
+    average,
+    controls,
+    distortion,
+    robustness,
+    search,
+    variance,
+    warmup,
+)
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (approximation, variance, average, warmup)
+    for module in (
+        approximation,
+        variance,
+        average,
+        warmup,
+        search,
+        controls,
+        distortion,
+        robustness,
+    )
 }

@@ -1,0 +1,148 @@
+"""The paper's controls in training: is it the variance of the adaptive rate that warmup cures?"""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from . import style
+from .experiment import Experiment, Row, Run, Verdict
+from .intervals import mean_interval
+from .language import training
+from .optimizers import MAKE, hold, slug, warmup
+from .search import SIZE
+
+LAYERS, LR, SGD_LR = 8, 2e-3, 0.1  # where the search finds Adam in trouble, and SGD at its best
+STEPS, SEEDS, EVALUATIONS = 500, 6, 25
+
+
+def losses(optimizer: str, seed: int, layers: int, steps: int) -> list[Row]:
+    """Held-out loss along a training."""
+    lr = SGD_LR if optimizer == "SGD with momentum" else LR
+    every = -(-steps // EVALUATIONS)
+    return [
+        {
+            "optimizer": optimizer,
+            "seed": seed,
+            "step": moment.step,
+            "held_out": moment.held_out_loss(),
+        }
+        for moment in training(
+            lambda params: MAKE[optimizer](params, lr, steps),
+            seed=seed,
+            layers=layers,
+            steps=steps,
+            **SIZE,
+        )
+        if moment.step % every == 0 or moment.step == steps
+    ]
+
+
+def runs(quick: bool) -> list[Run]:
+    size = {"layers": 1, "steps": 12} if quick else {"layers": LAYERS, "steps": STEPS}
+    return [
+        Run(f"{slug(name)}-seed{seed}", losses, {"optimizer": name, "seed": seed, **size})
+        for name in MAKE
+        for seed in range(2 if quick else SEEDS)
+    ]
+
+
+def final(rows: pd.DataFrame) -> pd.DataFrame:
+    """Held-out loss after the last step: seeds by optimizers."""
+    last = rows[rows["step"] == rows["step"].max()]
+    return last.pivot(index="seed", columns="optimizer", values="held_out")[list(MAKE)]
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard error, and the difference from Adam in pairs of one seed."""
+    losses = final(rows)
+    told = []
+    for name in MAKE:
+        row = {
+            "optimizer": name,
+            "held-out loss": losses[name].mean(),
+            "standard error": stats.sem(losses[name]),
+        }
+        if name != "Adam":
+            row |= {
+                "minus Adam": (losses[name] - losses["Adam"]).mean(),
+                "p (t)": stats.ttest_rel(losses[name], losses["Adam"]).pvalue,
+                "p (Wilcoxon)": stats.wilcoxon(losses[name], losses["Adam"]).pvalue,
+            }
+        told.append(row)
+    return pd.DataFrame(told)
+
+
+def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
+    losses = final(rows)
+    steps = rows["step"].max()
+    verdicts = []
+    for name, says in (
+        ("Adam with warmup", f"warmup (T = {warmup(steps)} of {steps} steps) helps Adam"),
+        ("Adam-2k", f"so does holding parameters for k = {hold(steps)} steps (Adam-2k)"),
+        ("Adam-eps", "so does eps = 1e-4 (Adam-eps)"),
+        ("RAdam", "so does RAdam"),
+    ):
+        verdicts.append(compare(losses[name], losses["Adam"], says, name, "Adam"))
+    radam, warm = losses["RAdam"], losses["Adam with warmup"]
+    verdicts.append(
+        compare(radam, warm, "RAdam is at least as good as tuned warmup", "RAdam", "with warmup")
+    )
+    return verdicts
+
+
+def compare(ours: pd.Series, theirs: pd.Series, says: str, name: str, other: str) -> Verdict:
+    """Whether the first loses less than the second, in pairs of one seed."""
+    difference, half = mean_interval(ours - theirs)
+    p = stats.wilcoxon(ours, theirs).pvalue
+    sure = abs(difference) > half
+    return Verdict(
+        bool(difference < 0) if sure else None,
+        f"{says}: {name} minus {other} is {difference:+.3f} ± {half:.3f} nats per byte "
+        f"(95%, {len(ours)} seeds; Wilcoxon p = {p:.2g})",
+    )
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    figure, (left, right) = style.panels(2, height=3.8, width_ratios=(1.5, 1))
+    for name, color in style.OPTIMIZERS.items():
+        curves = rows[rows["optimizer"] == name].pivot(
+            index="seed", columns="step", values="held_out"
+        )
+        style.band(left, curves.columns, *mean_interval(curves), color=color, label=name)
+    seeds = rows["seed"].nunique()
+    left.set(
+        xlabel="step",
+        ylabel="held-out loss (nats/byte)",
+        title=f"Mean and 95% band of {seeds} seeds",
+    )
+    style.legend(left)
+    losses = final(rows)
+    mean, half = mean_interval(losses)
+    for place, name in enumerate(losses):
+        color = style.OPTIMIZERS.get(name, style.ORANGE)
+        right.plot(losses[name], [place + 0.25] * seeds, ".", color=color, alpha=0.4)
+        right.errorbar(mean[place], place, xerr=half[place], fmt="o", color=color, capsize=4)
+    right.set_yticks(range(len(losses.columns)), losses.columns)
+    right.invert_yaxis()
+    steps = rows["step"].max()
+    right.set(
+        xlabel="nats/byte", title=f"After {steps} steps: T = {warmup(steps)}, k = {hold(steps)}"
+    )
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="controls",
+    title="The controls, in training",
+    claim=(
+        "Adam that keeps parameters still for the first updates (Adam-2k), or whose adaptive rate "
+        "varies less (Adam-eps), trains without warmup, and RAdam as well as tuned warmup does "
+        "(sections 3.1 and 5.3, Fig. 1)."
+    ),
+    runs=runs,
+    judge=judge,
+    draw=draw,
+    table=table,
+)
