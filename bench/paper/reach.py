@@ -24,8 +24,8 @@ def code_digest(function: Callable[..., Any]) -> str:
     """Twelve hexadecimal digits for `function` and all it names, as far as its package goes.
 
     Followed by name through the definitions at the top of its module, and through relative imports
-    (`from .x import y`) to those of others. Comments, layout and code that it does not name, such
-    as that of a figure, do not count; nor do libraries, radam_kernels among them.
+    (`from .x import y`) to those of others. Comments, docstrings and code that it does not name,
+    such as that of a figure, do not count; nor do libraries, radam_kernels among them.
     """
     top = cache(_top)
     pending, reached = [(function.__module__, function.__name__)], {}
@@ -42,9 +42,17 @@ def code_digest(function: Callable[..., Any]) -> str:
         elif node := definitions.get(name):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             pending += [(module, found) for found in names]
-            reached[place] = ast.unparse(node)
+            reached[place] = _code(node)
     code = "\n".join(f"{place}: {text}" for place, text in sorted(reached.items()))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def _code(node: ast.stmt) -> str:
+    """Without comments, layout and docstrings."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner):
+            del inner.body[0]
+    return ast.unparse(node)
 
 
 def _top(module: str) -> tuple[Definitions, dict[str, Import]]:

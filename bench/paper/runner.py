@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
-import signal
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,8 +19,7 @@ from tqdm import tqdm
 from ..machine import facts
 from .experiment import Experiment, Row, Run
 from .reach import code_digest
-
-THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+from .worker import begin, timed
 
 
 class Kept(NamedTuple):
@@ -56,8 +52,8 @@ def do_missing(
 ) -> dict[str, dict[str, BaseException]]:
     """Does all runs of the experiments that are not kept in `folder`, `jobs` of them at a time.
 
-    A run that fails, or whose process dies, does not disturb the others; what was raised is
-    returned by experiment and key. On an interrupt only unfinished runs are lost.
+    A run that fails does not disturb the others; what was raised is returned by experiment and
+    key. Where a process dies, or at an interrupt, unfinished runs are lost and finished ones kept.
     """
     planned = [(experiment, run) for experiment in experiments for run in experiment.runs(quick)]
     for experiment in experiments:
@@ -74,7 +70,7 @@ def do_missing(
         _pool(min(jobs, len(missing))) as pool,
     ):
         futures: dict[Future, tuple[Experiment, Run]] = {
-            pool.submit(_timed, run): (experiment, run) for experiment, run in missing
+            pool.submit(timed, run): (experiment, run) for experiment, run in missing
         }
         for future in as_completed(futures):
             experiment, run = futures[future]
@@ -82,7 +78,7 @@ def do_missing(
             bar.update()
             if error := future.exception():
                 failed.setdefault(experiment.name, {})[run.key] = error
-                bar.write(f"failed: {experiment.name} {run.key}: {error!r}")
+                bar.write(f"failed: {experiment.name} {run.key}: {error!r}{error.__cause__ or ''}")
                 continue
             rows, seconds = future.result()
             _write(kept_file(folder, experiment, run), Kept(_digest(run), rows, seconds, made))
@@ -115,10 +111,7 @@ def _write(path: Path, kept: Kept) -> None:
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    # Read when a process loads numpy or torch, before any code of ours could ask for one thread.
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(THREADS)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin)
     try:
         yield pool
         pool.shutdown()
@@ -127,21 +120,3 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
         for process in multiprocessing.active_children():
             process.terminate()
         raise
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _begin() -> None:
-    """In a new process: one thread, and no traceback when the user interrupts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
-def _timed(run: Run) -> tuple[list[Row], float]:
-    begin = time.perf_counter()
-    rows = run.function(**run.arguments)
-    return rows, time.perf_counter() - begin

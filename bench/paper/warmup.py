@@ -70,10 +70,11 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
     return [
         Verdict(
             linear["rms"].max() < NEAR,
-            f"A linear warmup of the right length is near: at beta2 = 0.999 the nearest is "
-            f"T = {usual['nearest_T']:.0f}, at a root mean square distance of {usual['rms']:.3f} "
-            f"over {HORIZON}/(1 - beta2) steps, at most {usual['largest_gap']:.2f} (step "
-            f"{usual['at_step']:.0f}); over all beta2 at most {linear['rms'].max():.3f}.",
+            f"A linear warmup of the right length is near (to {NEAR}): at beta2 = 0.999 the "
+            f"nearest is T = {usual['nearest_T']:.0f}, at a root mean square distance of "
+            f"{usual['rms']:.3f} over {HORIZON}/(1 - beta2) steps, at most "
+            f"{usual['largest_gap']:.2f} (step {usual['at_step']:.0f}); over all beta2 at most "
+            f"{linear['rms'].max():.3f}.",
         ),
         Verdict(
             long_memory.max() / long_memory.min() < 1.1,
