@@ -4,24 +4,22 @@ from . import (
     approximation,
     average,
     controls,
+    counterexample,
     distortion,
+    noise,
     robustness,
     search,
+    travel,
     variance,
     warmup,
 )
 from .experiment import Experiment
 
+MODULES = (
+    *(approximation, variance, average, warmup),
+    *(noise, travel, counterexample),
+    *(search, controls, distortion, robustness),
+)
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (
-        approximation,
-        variance,
-        average,
-        warmup,
-        search,
-        controls,
-        distortion,
-        robustness,
-    )
+    module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES
 }
