@@ -167,7 +167,7 @@ def test_a_process_that_dies_is_named_and_finished_runs_are_kept(toy, tmp_path):
 
 def test_keys_are_file_names_and_unique(toy, tmp_path):
     one = Run("one", toy.count, {"at": "", "times": 1})
-    with pytest.raises(ValueError, match="twice: {'one'}"):
+    with pytest.raises(ValueError, match=r"twice: \{'one'\}"):
         do(experiment(one, one), tmp_path)
     with pytest.raises(ValueError, match="got 'a/b'"):
         do(experiment(one._replace(key="a/b")), tmp_path)

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
     if not args.names:
         for experiment in EXPERIMENTS.values():
-            print(f"{experiment.name:12} {experiment.title}\n{'':12} {experiment.claim}")
+            print(f"{experiment.name:15} {experiment.title}\n{'':15} {experiment.claim}")
         return 0
     chosen = [e for e in EXPERIMENTS.values() if {e.name, "all"} & {*args.names}]
     out = args.out / ("quick" if args.quick else "full")
