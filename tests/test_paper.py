@@ -137,8 +137,8 @@ def test_a_run_of_other_arguments_or_other_code_is_stale(toy, tmp_path):
         return runner.read_kept(tmp_path, experiment(run), run)
 
     run = Run("one", toy.count, {"at": "log", "times": 1})
-    made = runner.Kept(runner._digest(run), [{"value": 2}], 0.1, {})
-    runner._write(runner.kept_file(tmp_path, experiment(run), run), made)
+    made = runner.Kept(runner.digest(run), [{"value": 2}], 0.1, {})
+    runner.keep(runner.kept_file(tmp_path, experiment(run), run), made)
     assert kept(toy, 1) == made
     assert kept(toy, 2) is None
     assert kept(toy.edit("_paper_toy.py", "a figure", "another"), 1) == made

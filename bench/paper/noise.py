@@ -18,6 +18,7 @@ LR, BETA1, BETA2 = 0.01, 0.9, 0.999
 SCALES = (0.1, 1.0, 10.0)  # s, the standard deviation of the noise
 OPTIMIZERS = ("Adam", "RAdam", "RAdam, waiting")
 ALL = -1  # stands for the mean over all steps, where a step is asked for
+FULL = {"chains": 20_000, "steps": 5_000, "points": 40}
 
 
 def momentum_loss(scale: float, step: int) -> float:
@@ -97,9 +98,6 @@ def runs(quick: bool) -> list[Run]:
     ]
 
 
-FULL = {"chains": 20_000, "steps": 5_000, "points": 40}
-
-
 def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
     at = rows.set_index(["optimizer", "scale", "step"])
 
@@ -132,7 +130,7 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
         ),
         Verdict(
             below("RAdam", small),
-            f"Small gradients, s = {small}: at step {LAST_MOMENTUM} it is "
+            f"Small gradients, s = {small}: at step {LAST_MOMENTUM} RAdam is "
             f"{small_start:.2f} times as far from the optimum as Adam; mean loss over {steps} "
             f"steps, RAdam minus Adam: {told('RAdam', small)} (95%).",
         ),

@@ -44,7 +44,7 @@ def read_kept(folder: Path, experiment: Experiment, run: Run) -> Kept | None:
         kept = Kept(**json.loads(kept_file(folder, experiment, run).read_text()))
     except FileNotFoundError:
         return None
-    return kept if kept.digest == _digest(run) else None
+    return kept if kept.digest == digest(run) else None
 
 
 def do_missing(
@@ -81,7 +81,7 @@ def do_missing(
                 bar.write(f"failed: {experiment.name} {run.key}: {error!r}{error.__cause__ or ''}")
                 continue
             rows, seconds = future.result()
-            _write(kept_file(folder, experiment, run), Kept(_digest(run), rows, seconds, made))
+            keep(kept_file(folder, experiment, run), Kept(digest(run), rows, seconds, made))
     return failed
 
 
@@ -90,7 +90,8 @@ def plain(value: Any) -> Any:
     return value.item()
 
 
-def _digest(run: Run) -> str:
+def digest(run: Run) -> str:
+    """Of a run's arguments and of the code that it reaches."""
     arguments = json.dumps(run.arguments, sort_keys=True)
     return sha256(f"{arguments}{code_digest(run.function)}".encode()).hexdigest()[:12]
 
@@ -101,8 +102,8 @@ def _made() -> dict[str, str]:
     return {key: found[key] for key in ("date", "commit", "sources")} | versions
 
 
-def _write(path: Path, kept: Kept) -> None:
-    """Whole or not at all: an interrupt must not leave half a file under this name."""
+def keep(path: Path, kept: Kept) -> None:
+    """Writes the file whole or not at all: an interrupt must not leave half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(kept._asdict(), default=plain))

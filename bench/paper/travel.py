@@ -18,6 +18,7 @@ LR, BETAS = 0.01, (0.9, 0.999)
 SLOPE, NOISE = 0.01, 0.1  # of the loss; and the noise of its gradient, as a part of it
 OPTIMIZERS = ("Adam", "RAdam")
 NEAR = 0.02  # how far theory may be off, which leaves the noise out: psi is 0.5% smaller for it
+FULL = {"chains": 10_000, "steps": 2_600, "points": 40, "goals": "10 30 100 300 1000"}
 
 
 def distances(optimizer: str, steps: int) -> np.ndarray:
@@ -81,9 +82,6 @@ def runs(quick: bool) -> list[Run]:
         Run(optimizer, travel, {"optimizer": optimizer, "seed": seed, **size})
         for seed, optimizer in enumerate(OPTIMIZERS)
     ]
-
-
-FULL = {"chains": 10_000, "steps": 2_600, "points": 40, "goals": "10 30 100 300 1000"}
 
 
 def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:

@@ -20,6 +20,7 @@ BATCHES = 20
 FIRST = 5  # the paper's first rectified step; before it psi has no finite fourth moment
 END = 12  # memories, 1 / (1 - beta2), after which a variance has its limit to 1e-5
 CONSTANT = 0.15  # how far from its limit we still call a variance constant
+FULL = {"chains": 200_000, "points": 40, "horizon": 6.0}
 
 
 def recorded_steps(beta2: float, points: int, horizon: float) -> list[int]:
@@ -81,9 +82,6 @@ def runs(quick: bool) -> list[Run]:
         Run(f"beta2={b}-mean={m}", simulate, {"beta2": b, "mean": m, "seed": seed, **size})
         for seed, (b, m) in enumerate(plans)
     ]
-
-
-FULL = {"chains": 200_000, "points": 40, "horizon": 6.0}
 
 
 def rectified(rows: pd.DataFrame, form: str) -> tuple[pd.Series, pd.Series]:
