@@ -159,7 +159,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         below.set(xlabel="step t", ylim=(0, None))
     axes[0].set_ylabel("Var[psi_t]\ndashed: Var[r_t psi_t]")
     axes[len(beta2s)].set_ylabel("Var[r_t psi_t] / Var in the end\ndotted: exact r_t")
-    style.legend(axes[0], title="mean (up to 0.1 they coincide)", title_fontsize=8.5)
+    style.legend(axes[len(beta2s) - 1], title="mean (up to 0.1 they coincide)", title_fontsize=8.5)
     return figure
 
 
