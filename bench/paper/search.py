@@ -17,7 +17,7 @@ LAYERS = (4, 8)
 RATES = {
     **dict.fromkeys(
         ("Adam", "Adam with warmup", "RAdam", "Adam-2k", "Adam-eps"),
-        (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+        (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
     ),
     "SGD with momentum": (0.025, 0.05, 0.1, 0.2),
 }
