@@ -114,7 +114,7 @@ EXPERIMENT = Experiment(
     title="The first-order variance",
     claim=(
         "The first-order form of Var[psi] is close to the exact one, and the closer the larger rho "
-        "(sections 4.2 and 5.4, Fig. 8)."
+        "(section 4.2 and Fig. 8)."
     ),
     runs=runs,
     judge=judge,

@@ -139,7 +139,7 @@ EXPERIMENT = Experiment(
     title="From the simple to the exponential moving average",
     claim=(
         "psi^2 of the exponential moving average is well described by Scale-inv-chi^2 with rho_t "
-        "degrees of freedom, which match its centre of mass (sections 4.1 and 5.4)."
+        "degrees of freedom, which match its centre of mass (section 4.1)."
     ),
     runs=runs,
     judge=judge,

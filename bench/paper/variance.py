@@ -108,7 +108,7 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
         Verdict(
             (paper - paper_half).max() < 1 + CONSTANT and early.iloc[0] > 10,
             f"Never much above the variance in the end: at step {FIRST} Var[psi] is "
-            f"{early.iloc[0]:.3g} times as large (beta2 = {beta2}, mean 0); with r_t it is at most "
+            f"{early.iloc[0]:.0f} times as large (beta2 = {beta2}, mean 0); with r_t it is at most "
             f"{paper.max():.2f} times as large, at any step, mean and beta2.",
         ),
         Verdict(
@@ -168,7 +168,7 @@ EXPERIMENT = Experiment(
     title="The variance of the adaptive rate, with and without r_t",
     claim=(
         "Rectification brings the variance of the adaptive rate, large in the first steps, down to "
-        "a constant, also where the gradients' mean is not zero (section 5.4, Fig. 9)."
+        "a constant, also where the gradients' mean is not zero (Fig. 9)."
     ),
     runs=runs,
     judge=judge,
