@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,7 @@ class Run(NamedTuple):
 
     key: str  # readable, and the run's own within its experiment: it names a file
     function: Callable[..., list[Row]]
-    arguments: dict[str, Value]
+    arguments: dict[str, Any]  # as JSON has them
 
 
 class Verdict(NamedTuple):

@@ -18,7 +18,7 @@ LR, BETAS = 0.01, (0.9, 0.999)
 SLOPE, NOISE = 0.01, 0.1  # of the loss; and the noise of its gradient, as a part of it
 OPTIMIZERS = ("Adam", "RAdam")
 NEAR = 0.02  # how far theory may be off, which leaves the noise out: psi is 0.5% smaller for it
-FULL = {"chains": 10_000, "steps": 2_600, "points": 40, "goals": "10 30 100 300 1000"}
+FULL = {"chains": 10_000, "steps": 2_600, "points": 40, "goals": [10, 30, 100, 300, 1000]}
 
 
 def distances(optimizer: str, steps: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def steps_to(optimizer: str, goal: float, steps: int) -> int:
 
 
 def travel(
-    optimizer: str, chains: int, steps: int, points: int, goals: str, seed: int
+    optimizer: str, chains: int, steps: int, points: int, goals: list[int], seed: int
 ) -> list[Row]:
     """Means over chains with 95% intervals, and the theory's value beside each.
 
@@ -48,7 +48,7 @@ def travel(
     generator = np.random.default_rng(seed)
     wanted = {round(step) for step in np.geomspace(1, steps, points)}
     theory = distances(optimizer, steps)
-    needed = {float(goal): torch.ones(chains, dtype=torch.float64) for goal in goals.split()}
+    needed = {float(goal): torch.ones(chains, dtype=torch.float64) for goal in goals}
 
     def gradient(t: int, x: torch.Tensor) -> torch.Tensor:
         return SLOPE * (1 + NOISE * torch.from_numpy(generator.standard_normal(chains)))
@@ -77,7 +77,7 @@ def travel(
 
 
 def runs(quick: bool) -> list[Run]:
-    size = {"chains": 500, "steps": 400, "points": 12, "goals": "10 100"} if quick else FULL
+    size = {"chains": 500, "steps": 400, "points": 12, "goals": [10, 100]} if quick else FULL
     return [
         Run(optimizer, travel, {"optimizer": optimizer, "seed": seed, **size})
         for seed, optimizer in enumerate(OPTIMIZERS)
