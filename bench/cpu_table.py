@@ -1,6 +1,5 @@
 """Turns reports of CPUs into the README's section: `python -m bench.cpu_table [--write]`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from . import aims
 from .cases import COLD, NEW, list_case, model_case, size_case
 from .contenders import ADAM, CPU, CPU16, OPTIMI, PYTORCH_OPTIMIZER, RADAM
 from .folders import RESULTS, ROOT
-from .gpu_table import README, insert
+from .markers import command
 from .report import FILE
 from .report_files import PICTURES
 from .report_lines import GROWTH, disturbed, duration, growth_rows, left_out, machine_lines, times
@@ -38,15 +37,12 @@ DISTURBED = "(!) Other processes were at work while this was measured."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--write", action="store_true", help="into README.md, not to the screen")
-    args = parser.parse_args(arguments)
-    section = render(read(RESULTS), measured_fingerprint(ROOT) or "unknown")
-    if args.write:
-        README.write_text(insert(README.read_text(), section, NAME))
-    else:
-        print(section)
-    return 0
+    return command(__doc__.partition(":")[0], NAME, section, arguments)
+
+
+def section() -> str:
+    """What stands in the README."""
+    return render(read(RESULTS), measured_fingerprint(ROOT) or "unknown")
 
 
 def read(folder: Path) -> dict[Path, dict[str, Any]]:

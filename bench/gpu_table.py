@@ -1,6 +1,5 @@
 """Turns results of GPUs into the README's table: `python -m bench.gpu_table [--write]`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from radam_kernels.fingerprint import measured_fingerprint
 from .cases import model_case, size_case
 from .contenders import ADAM, CUDA, CUDA16, RADAM, TRITON
 from .folders import RESULTS, ROOT
+from .markers import command
 from .models import MODELS
 
 Rows = dict[str, dict[str, Any]]
@@ -19,7 +19,6 @@ Cell = Callable[[Rows, str], str]
 
 NAME = "gpu-table"  # of the markers
 SIZES = (20, 26, 28, 30)
-README = ROOT / "README.md"
 NOTHING = (
     "No number on a GPU has been measured yet: `bench/gpu_report.sh` measures them on a machine "
     "that has one, and\n`python -m bench.gpu_table --write` puts them here."
@@ -33,31 +32,18 @@ LISTS = [model_case(model, "float32") for model in MODELS]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--write", action="store_true", help="into README.md, not to the screen")
-    args = parser.parse_args(arguments)
-    table = render(read(RESULTS), measured_fingerprint(ROOT) or "unknown")
-    if args.write:
-        README.write_text(insert(README.read_text(), table))
-    else:
-        print(table)
-    return 0
+    return command(__doc__.partition(":")[0], NAME, table, arguments)
+
+
+def table() -> str:
+    """What stands in the README."""
+    return render(read(RESULTS), measured_fingerprint(ROOT) or "unknown")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The results of every device but for dry runs, which say nothing of a GPU."""
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("*/gpu.json"))]
     return [results for results in found if not results["dry_run"]]
-
-
-def insert(text: str, table: str, name: str = NAME) -> str:
-    """The text with the table between the markers of that name."""
-    begins, ends = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, begin, rest = text.partition(begins)
-    _, end, after = rest.partition(ends)
-    if not begin or not end:
-        raise ValueError(f"README.md: expected the lines {begins} and {ends}; put them back")
-    return f"{before}{begins}\n{table}\n{ends}{after}"
 
 
 def render(every: list[dict[str, Any]], sources: str) -> str:

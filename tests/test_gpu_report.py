@@ -13,6 +13,7 @@ import torch
 from bench import aims, gpu_table, missing_imports
 from bench.cases import DTYPES
 from bench.contenders import ADAM, CUDA, CUDA16, GRAPH, RADAM, TRITON, contenders, copy_name
+from bench.markers import README, insert
 from bench.models import ALL_MODELS, bert, count, gpt2, llama, resnet50, vit
 from bench.turns import OUT_OF_TIME
 from radam_kernels.fingerprint import fingerprint, measured_fingerprint
@@ -185,15 +186,14 @@ def test_models_have_the_shapes_of_their_layers():
 
 
 def test_the_readme_holds_what_the_command_makes():
-    text = (ROOT / "README.md").read_text()
-    table = gpu_table.render(gpu_table.read(gpu_table.RESULTS), measured_fingerprint(ROOT))
-    assert gpu_table.insert(text, table) == text, "run `python -m bench.gpu_table --write`"
+    text = README.read_text()
+    assert insert(text, gpu_table.NAME, gpu_table.table()) == text, (
+        "run `python -m bench.gpu_table --write`"
+    )
 
 
 def test_without_results_the_table_says_so():
     assert "No number on a GPU has been measured yet" in gpu_table.render([], "0123456789ab")
-    with pytest.raises(ValueError, match="gpu-table:begin"):
-        gpu_table.insert("a README without markers", "table")
 
 
 def test_dry_runs_do_not_reach_the_table(tmp_path, results):

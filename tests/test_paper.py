@@ -270,13 +270,3 @@ def test_the_page_shows_the_committed_result_of_each_experiment(name):
     said = json.loads((page.RESULTS / f"{name}.json").read_text())
     assert said["provenance"]["mode"] == "full"
     assert all(verdict["words"] in part for verdict in said["verdicts"])
-
-
-def test_the_page_keeps_what_stands_around_its_parts():
-    one = EXPERIMENTS["warmup"]
-    text = page.insert("before\n<!-- warmup:begin -->\nold\n<!-- warmup:end -->\nafter\n", one)
-    assert text.startswith("before\n<!-- warmup:begin -->\n**Claim.**")
-    assert text.endswith("\n<!-- warmup:end -->\nafter\n")
-    assert "old" not in text
-    with pytest.raises(ValueError, match="expected the lines <!-- warmup:begin -->"):
-        page.insert("nothing", one)

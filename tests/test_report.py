@@ -16,7 +16,7 @@ pytest.importorskip("tqdm", reason="the report needs tqdm: pip install 'radam_ke
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from PIL import Image
 
-from bench import aims, contenders, cpu_table, gpu_table, memory, peak, report, report_lines, rounds
+from bench import aims, contenders, cpu_table, markers, memory, peak, report, report_lines, rounds
 from bench.cases import Case, Setting, all_cases, list_case, size_case
 from bench.contenders import (
     ADAM,
@@ -32,6 +32,7 @@ from bench.contenders import (
     torchs,
 )
 from bench.growth import fit, growth
+from bench.markers import README, insert
 from bench.report_files import KEY, PICTURES, digest, draw
 from radam_kernels.fingerprint import measured_fingerprint
 
@@ -327,11 +328,23 @@ def test_durations_have_three_digits_and_a_unit(seconds, text):
 
 
 def test_the_readme_holds_what_the_command_makes():
-    text = (ROOT / "README.md").read_text()
-    section = cpu_table.render(cpu_table.read(cpu_table.RESULTS), measured_fingerprint(ROOT))
-    assert gpu_table.insert(text, section, cpu_table.NAME) == text, (
+    text = README.read_text()
+    assert insert(text, cpu_table.NAME, cpu_table.section()) == text, (
         "run `python -m bench.cpu_table --write`"
     )
+
+
+def test_a_command_writes_its_part_and_nothing_else(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
+    monkeypatch.setattr(markers, "README", page)
+    assert markers.command("", "a", lambda: "new", []) == 0
+    assert capsys.readouterr().out == "new\n"
+    assert "old" in page.read_text()
+    assert markers.command("", "a", lambda: "new", ["--write"]) == 0
+    assert page.read_text() == "before\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n"
+    with pytest.raises(ValueError, match="<!-- b:begin --> and <!-- b:end -->"):
+        markers.command("", "b", lambda: "new", ["--write"])
 
 
 def test_the_readmes_pictures_were_drawn_from_the_committed_results():

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..folders import RESULTS as ALL_RESULTS
+from ..markers import insert
 from .experiment import Experiment, Verdict
 from .report import words
 
@@ -17,18 +18,8 @@ def write(experiments: Iterable[Experiment]) -> None:
     text = PAGE.read_text()
     for experiment in experiments:
         if (RESULTS / f"{experiment.name}.json").exists():
-            text = insert(text, experiment)
+            text = insert(text, experiment.name, part(experiment))
     PAGE.write_text(text)
-
-
-def insert(text: str, experiment: Experiment) -> str:
-    """The page with an experiment's part between its markers, which must be there."""
-    begin, end = (f"<!-- {experiment.name}:{mark} -->" for mark in ("begin", "end"))
-    before, found, rest = text.partition(begin)
-    _, found_too, after = rest.partition(end)
-    if not found or not found_too:
-        raise ValueError(f"{PAGE}: expected the lines {begin} and {end}; put them there")
-    return f"{before}{begin}\n{part(experiment)}\n{end}{after}"
 
 
 def part(experiment: Experiment) -> str:
