@@ -4,6 +4,8 @@ import hashlib
 import sys
 from pathlib import Path
 
+COMMANDS = ("__main__.py", "doctor.py", "train.py", "train_report.py")  # no part of a step
+
 
 def fingerprint(root: Path) -> str | None:
     """Twelve hexadecimal digits for the sources under `root`/csrc; None where there are none."""
@@ -12,7 +14,8 @@ def fingerprint(root: Path) -> str | None:
 
 def measured_fingerprint(root: Path) -> str | None:
     """The same for all that decides a step's speed: those sources and the package's Python."""
-    files = [*_compiled(root), *(root / "radam_kernels").rglob("*.py")]
+    python = (file for file in (root / "radam_kernels").rglob("*.py") if file.name not in COMMANDS)
+    files = [*_compiled(root), *python]
     return _digest({file.relative_to(root).as_posix(): file for file in files})
 
 

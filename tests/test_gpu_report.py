@@ -222,11 +222,13 @@ def test_a_table_of_other_sources_is_stale(results):
     assert stale in gpu_table.render([results], "ba9876543210")
 
 
-def test_the_fingerprint_of_a_measurement_sees_every_source(tmp_path):
-    for name in ("csrc/a.cu", "radam_kernels/b.py", "radam_kernels/backends/c.py"):
+def test_the_fingerprint_of_a_measurement_sees_every_source_of_a_step(tmp_path):
+    for name in ("csrc/a.cu", "radam_kernels/train.py", "radam_kernels/backends/c.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     before, compiled = measured_fingerprint(tmp_path), fingerprint(tmp_path)
+    (tmp_path / "radam_kernels/train.py").write_text("2")
+    assert measured_fingerprint(tmp_path) == before
     (tmp_path / "radam_kernels/backends/c.py").write_text("2")
     assert measured_fingerprint(tmp_path) != before
     assert fingerprint(tmp_path) == compiled
