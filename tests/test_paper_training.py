@@ -70,10 +70,13 @@ def test_width_is_the_range_around_the_best_that_is_within_a_hundredth(accuracie
     assert found == pytest.approx(decades, abs=1e-9)
 
 
-@pytest.mark.parametrize(("shift", "says"), [(-0.5, True), (0.5, False), (0.0, None)])
-def test_controls_are_judged_by_pairs_of_one_seed(shift, says):
+@pytest.mark.parametrize(
+    ("shift", "scale", "says"),
+    [(-0.5, 1, True), (0.5, 1, False), (0.0, 1, False), (0.0, 100, None)],
+)
+def test_controls_are_judged_by_pairs_of_one_seed(shift, scale, says):
     ours = pd.Series([3.0, 2.0, 1.0, 4.0, 5.0, 6.0])
-    noise = pd.Series([0.01, -0.01, 0.02, -0.02, 0.03, -0.02])
+    noise = scale * pd.Series([0.01, -0.01, 0.02, -0.02, 0.03, -0.02])
     verdict = controls.compare(ours + shift + noise, ours, "it helps", "RAdam", "Adam")
     assert verdict.supported is says
     assert f"{shift + noise.mean():+.3f}" in verdict.words

@@ -11,11 +11,11 @@ from .experiment import Experiment, Row, Run, Verdict
 from .intervals import mean_interval
 from .language import training
 from .optimizers import MAKE, hold, slug, warmup
-from .search import SIZE
+from .search import SIZE, STALLED
 
 LAYERS, LR, SGD_LR = 8, 2e-3, 0.1  # where the search finds Adam in trouble, and SGD at its best
 STEPS, SEEDS, EVALUATIONS = 500, 6, 25
-STALLED = 3.0  # nats per byte: who knows the frequencies of single bytes has 3.25
+MATTERS = 0.05  # nats per byte: below it, a difference is none
 
 
 def losses(optimizer: str, seed: int, layers: int, steps: int) -> list[Row]:
@@ -94,43 +94,40 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
 
 
 def compare(ours: pd.Series, theirs: pd.Series, says: str, name: str, other: str) -> Verdict:
-    """Whether the first loses less than the second, in pairs of one seed."""
+    """Whether the first loses less than the second, and so much less that it matters, in pairs."""
     difference, half = mean_interval(ours - theirs)
     p = stats.wilcoxon(ours, theirs).pvalue
-    sure = abs(difference) > half
+    better, not_better = difference + half < 0, difference - half > -MATTERS
     return Verdict(
-        bool(difference < 0) if sure else None,
-        f"{says}: {name} minus {other} is {difference:+.3f} ± {half:.3f} nats per byte "
-        f"(95%, {len(ours)} seeds; Wilcoxon p = {p:.2g})",
+        False if not_better else True if better else None,
+        f"{says}: {name} minus {other} is {difference:+.3f} ± {half:.3f} nats per byte, "
+        f"where {MATTERS} would matter (95%, {len(ours)} seeds; Wilcoxon p = {p:.2g})",
     )
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     figure, (left, right) = style.panels(2, height=3.8, width_ratios=(1.5, 1))
+    seeds, steps = rows["seed"].nunique(), rows["step"].max()
     for name, color in style.OPTIMIZERS.items():
         curves = rows[rows["optimizer"] == name].pivot(
             index="seed", columns="step", values="held_out"
         )
         style.band(left, curves.columns, *mean_interval(curves), color=color, label=name)
-    seeds = rows["seed"].nunique()
     left.set(
         xlabel="step",
         ylabel="held-out loss (nats/byte)",
-        title=f"Mean and 95% band of {seeds} seeds",
+        title=f"Mean and 95% band of {seeds} seeds; T = {warmup(steps)}, k = {hold(steps)}",
     )
     style.legend(left)
     losses = final(rows)
     mean, half = mean_interval(losses)
     for place, name in enumerate(losses):
-        color = style.OPTIMIZERS.get(name, style.ORANGE)
+        color = style.OPTIMIZERS[name.partition(",")[0]]
         right.plot(losses[name], [place + 0.25] * seeds, ".", color=color, alpha=0.4)
         right.errorbar(mean[place], place, xerr=half[place], fmt="o", color=color, capsize=4)
     right.set_yticks(range(len(losses.columns)), losses.columns)
     right.invert_yaxis()
-    steps = rows["step"].max()
-    right.set(
-        xlabel="nats/byte", title=f"After {steps} steps: T = {warmup(steps)}, k = {hold(steps)}"
-    )
+    right.set(xlabel="nats/byte", title=f"After {steps} steps")
     return figure
 
 

@@ -115,13 +115,12 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
         )
     ]
     for name in NAMES[1:]:
-        difference, half = mean_interval(moved[name] - moved["Adam"])
-        mean, _ = mean_interval(moved[name])
+        mean, half = mean_interval(moved[name])
+        left, left_half = mean_interval(moved[name] - moved["Adam"] / 2)
         verdicts.append(
             Verdict(
-                bool(difference > 0) if abs(difference) > half else None,
-                f"{name} distorts them less: {mean:+.2f} decades, {difference:+.2f} ± {half:.2f} "
-                "against Adam in pairs of one seed",
+                bool(left > 0) if abs(left) > left_half else None,
+                f"{name} avoids more than half of that: {mean:+.2f} ± {half:.2f}",
             )
         )
     return verdicts

@@ -166,7 +166,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         right.errorbar(mean[place], place, xerr=half[place], fmt="o", color=color, capsize=4)
     right.set_yticks(range(len(RATES)), [name.replace(" with ", "\nwith ") for name in RATES])
     right.invert_yaxis()
-    right.set(xlabel="decades", title="Learning rates within 1% of the best")
+    right.set(xlabel="decades of learning rates", title="Within 1% of the best")
     return figure
 
 
