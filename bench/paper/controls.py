@@ -135,9 +135,9 @@ EXPERIMENT = Experiment(
     name="controls",
     title="The controls, in training",
     claim=(
-        "Adam that keeps parameters still for the first updates (Adam-2k), or whose adaptive rate "
-        "varies less (Adam-eps), trains without warmup, and RAdam as well as tuned warmup does "
-        "(sections 3.1 and 5.3, Fig. 1)."
+        "Adam that first gathers samples for its adaptive rate alone (Adam-2k), or whose adaptive "
+        "rate varies less (Adam-eps), trains without warmup; RAdam trains about as well as Adam "
+        "with warmup (sections 3.1 and 5.2, Fig. 1)."
     ),
     runs=runs,
     judge=judge,

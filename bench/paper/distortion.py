@@ -91,11 +91,11 @@ def changes(rows: pd.DataFrame, update: int, of: str = "median") -> pd.DataFrame
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """How far the gradients have moved, and spread, since the first update."""
+    """By how many decades the gradients have moved, and spread, since the first update."""
     updates = [update for update in (10, 100) if update in set(rows["update"])]
     told = {"optimizer": NAMES}
     for update in updates:
-        for of, heading in (("median", "median |g| by"), ("spread", "its spread by")):
+        for of, heading in (("median", "median by"), ("spread", "spread by")):
             mean, half = mean_interval(changes(rows, update, of))
             told[f"{heading} update {update}"] = [
                 f"{m:+.2f} ± {h:.2f}" for m, h in zip(mean, half, strict=True)
@@ -157,7 +157,7 @@ EXPERIMENT = Experiment(
     title="Gradients and adaptive rates in the first updates",
     claim=(
         "Without warmup, Adam's first ten updates distort the distribution of the gradients toward "
-        "small values; warmup, Adam-2k and Adam-eps avoid it (section 3.1, Fig. 2 and 3)."
+        "small values; warmup, Adam-2k and Adam-eps avoid it (sections 2 and 3.1, Fig. 2 and 3)."
     ),
     runs=runs,
     judge=judge,

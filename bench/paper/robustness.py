@@ -154,7 +154,8 @@ def draw(rows: pd.DataFrame) -> Figure:
     best = rows.groupby(["optimizer", "lr"])["accuracy"].mean().max()
     left.set(
         xscale="log", xlabel="learning rate (SGD with momentum: 100 times that)",
-        ylabel="accuracy on held-out digits", title=f"After {EPOCHS} epochs",
+        ylabel="accuracy on held-out digits",
+        title=f"Mean and 95% band of {rows['seed'].nunique()} seeds",
         ylim=(best - 0.15, 1),
     )  # fmt: skip
     style.legend(left, loc="lower center")
@@ -175,7 +176,7 @@ EXPERIMENT = Experiment(
     title="Robustness to the learning rate",
     claim=(
         "RAdam reaches about the same accuracy over a wider range of learning rates than Adam and "
-        "SGD with momentum (section 5.2, Fig. 6)."
+        "SGD with momentum (section 5.1, Fig. 6)."
     ),
     runs=runs,
     judge=judge,

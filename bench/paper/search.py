@@ -137,7 +137,7 @@ EXPERIMENT = Experiment(
     title="Where Adam needs warmup",
     claim=(
         "There are transformers that Adam fails to train at a useful learning rate unless the rate "
-        "is warmed up (sections 1 and 3.1, Fig. 1)."
+        "is warmed up (sections 1 and 2, Fig. 1)."
     ),
     runs=runs,
     judge=judge,
