@@ -72,7 +72,7 @@ def test_width_is_the_range_around_the_best_that_is_within_a_hundredth(accuracie
 
 @pytest.mark.parametrize(
     ("shift", "scale", "says"),
-    [(-0.5, 1, True), (0.5, 1, False), (0.0, 1, False), (0.0, 100, None)],
+    [(-0.5, 1, True), (0.5, 1, False), (0.0, 1, False), (-0.5, 100, None)],
 )
 def test_controls_are_judged_by_pairs_of_one_seed(shift, scale, says):
     ours = pd.Series([3.0, 2.0, 1.0, 4.0, 5.0, 6.0])
