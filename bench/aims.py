@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .cases import NEW, POWERS, list_case, model_case, size_case
-from .contenders import ADAM, COPY, CPU, CPU16, CUDA, STREAM, copy_name
+from .contenders import ADAM, CPU, CPU16, CUDA, copy_name, on
 from .models import MODELS
 
 LARGE = [size_case(power, "float32") for power in (26, 28, 30)]  # 64M and more
@@ -74,7 +74,7 @@ def _row(results: dict[str, Any], case: str, name: str) -> dict[str, Any]:
 GPU_OF_ADAM, GPU_OF_RADAM = ratio("vs_adam_fused"), ratio("vs_radam_foreach")
 OF_STREAM, OF_STREAM16 = ratio("share_of_limit", CPU), ratio("share_of_limit", CPU16)
 OF_ADAM, OF_RADAM = ratio("vs_adam_fused", CPU), ratio("vs_radam_foreach", CPU)
-_STREAMED = copy_name(28).replace(COPY, STREAM)
+_STREAMED = on(copy_name(28), "cpu")
 # What a loop that does nothing but stream the same bytes reaches.
 LIMITS: dict[Value, Value] = {
     OF_ADAM: ratio("vs_adam_fused", _STREAMED),

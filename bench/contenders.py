@@ -122,7 +122,7 @@ def everyone(dtype: torch.dtype, device_type: str) -> list[Contender]:
     """All of the above on that type of device, and all other RAdams; the flat ones last."""
     wide, narrow = widths(dtype)
     base = [
-        c._replace(name=_on(c.name, device_type))
+        c._replace(name=on(c.name, device_type))
         for c in contenders(dtype, device_type)
         if device_type == "cuda" or not c.graph
     ]
@@ -145,7 +145,7 @@ def everyone(dtype: torch.dtype, device_type: str) -> list[Contender]:
     return [c._replace(absent=c.absent or _absent(c.name, device_type)) for c in found]
 
 
-def _on(name: str, device_type: str) -> str:
+def on(name: str, device_type: str) -> str:
     """The name of a GPU's contender on a type of device."""
     if device_type == "cuda":
         return name
