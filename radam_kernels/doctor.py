@@ -51,8 +51,7 @@ def _facts() -> dict[str, str]:
     facts = {
         "radam_kernels": f"{_version('radam_kernels')}, sources {cpu.fingerprint}",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__}; tensors are read through {cpu.tensors_read_by()}"
-        + ", those that are as they were recognised" * cpu.snapshots_work(),
+        "torch": f"{torch.__version__}; tensors are read through {cpu.tensors_read_by()}",
         "triton": _version("triton"),
         "cpu": f"{', '.join(cpu.instruction_sets)}; {torch.get_num_threads()} threads from "
         f"{cpu.threads_from()}",

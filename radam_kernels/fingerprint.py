@@ -9,7 +9,7 @@ COMMANDS = ("__main__.py", "doctor.py", "train.py", "train_report.py")  # no par
 
 def fingerprint(root: Path) -> str | None:
     """Twelve hexadecimal digits for the sources under `root`/csrc; None where there are none."""
-    return _digest({file.name: file for file in _compiled(root)})
+    return _digest({file.relative_to(root).as_posix(): file for file in _compiled(root)})
 
 
 def measured_fingerprint(root: Path) -> str | None:
@@ -20,7 +20,7 @@ def measured_fingerprint(root: Path) -> str | None:
 
 
 def _compiled(root: Path) -> list[Path]:
-    return list((root / "csrc").glob("*.[ch]*"))
+    return list((root / "csrc").rglob("*.[ch]*"))
 
 
 def _digest(files: dict[str, Path]) -> str | None:

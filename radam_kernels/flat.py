@@ -4,11 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .modules import cpu
-
-# The fields of a table's rows, all int64; the struct Segment in csrc/step.h has them in this order.
-SEGMENT_FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq", "numel", "scalars")
 
 _ALIGNMENT = 256  # bytes: a cache line on any device, and torch's own allocators' promise
 
@@ -18,22 +16,17 @@ def is_dense(tensor: Tensor) -> bool:
     return cpu.is_dense(tensor)
 
 
-def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Zeros with the shape, strides and device of each tensor, in one allocation for each dtype.
-
-    Each result owns just its own part of that memory, as far as `untyped_storage()` tells: saving,
-    pickling or copying one does not drag the others along. The memory goes when the last one does.
-
-    Args:
-        tensors: dense tensors; a result has the strides of its tensor.
-        dtypes: the dtype of each result.
-    """
-    chunks: dict[tuple, list[int]] = {}
-    for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
-        chunks.setdefault((tensor.device, dtype), []).append(i)
-    results: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for (device, dtype), members in chunks.items():
-        _, views = _views([tensors[i] for i in members], dtype, device)
+def zeros_like(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
+) -> list[Tensor]:
+    """Zeros with the shape and strides of each dense tensor, as parts of a buffer for each dtype
+    and device."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, kind in enumerate(zip(dtypes, devices, strict=True)):
+        kinds.setdefault(kind, []).append(i)
+    results: list[Tensor] = list(tensors)
+    for kind, members in kinds.items():
+        _, views = _views([tensors[i] for i in members], *kind)
         for i, view in zip(members, views, strict=True):
             results[i] = view
     return results
@@ -45,70 +38,112 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
 
     Each parameter stays the same object, with the same values, shape and strides; its memory is a
     part of the buffer from now on, starting on a multiple of 256 bytes, in the order given. A
-    parameter given several times (tied weights) is moved once. Views of a parameter made before
-    (`p.data[0]`, `p.view(-1)`) go on showing the old memory: flatten before making any. Saving or
-    copying one parameter does not drag the others along, as with `zeros_like`.
+    parameter given several times (tied weights) is moved once. Parameters that a call before has
+    put into one buffer, the same and in the same order, stay there.
+
+    One buffer pays where something else wants one: a collective, a copy to the host, a norm. A step
+    is as fast without. What it costs: views made before (`p.data[0]`, `p.view(-1)`) go on showing
+    the old memory, so flatten before making any; saving or pickling one parameter alone writes the
+    whole buffer; `model.to()` or `.half()` gives each parameter memory of its own again.
 
     Args:
         params: dense tensors of any dtype and device.
 
     Raises:
-        ValueError: a parameter is not dense, or is itself part of a larger storage, so that
-            others may look at its memory. Nothing is moved then.
+        ValueError: a parameter is not dense, is sharded or a wrapper around other tensors, or is
+            itself part of a larger storage, so that others may use its memory. Nothing is moved
+            then.
     """
-    unique = list(dict.fromkeys(params))
     groups: dict[tuple, list[Tensor]] = {}
-    for i, param in enumerate(unique):
-        if not is_dense(param):
-            raise ValueError(
-                f"flatten: param {i} of shape {tuple(param.shape)} and strides {param.stride()} is "
-                "not dense; replace its data by a contiguous copy first"
-            )
+    for i, param in enumerate(dict.fromkeys(params)):
+        _check(param, i)
+        groups.setdefault((param.dtype, param.device), []).append(param)
+    flat = {kind: _buffer_of(members) for kind, members in groups.items()}
+    owners: dict[int, int] = {}
+    for i, param in enumerate(param for members in groups.values() for param in members):
+        if param.numel() and (first := owners.setdefault(param.data_ptr(), i)) != i:
+            raise ValueError(f"flatten: params {first} and {i} share their memory")
+    for kind, members in groups.items():
+        if flat[kind] is None:
+            _check_storages(members)
+    buffers = []
+    for kind, members in groups.items():
+        buffer = flat[kind]
+        if buffer is None:
+            buffer, views = _views(members, *kind)
+            for param, view in zip(members, views, strict=True):
+                param.data = view.copy_(param)
+        buffers.append(buffer)
+    return buffers
+
+
+def _check(param: Tensor, i: int) -> None:
+    what = f"flatten: param {i} of shape {tuple(param.shape)}"
+    if hasattr(param, "to_local") or getattr(param, "_fsdp_flattened", False):
+        # Alike on every rank, whatever its part is: otherwise some would go on, and hang.
+        raise ValueError(
+            f"{what} is sharded, and its memory belongs to FSDP or its DTensor; leave flatten out"
+        )
+    if is_traceable_wrapper_subclass(param):
+        raise ValueError(
+            f"{what} is a {type(param).__name__}, which wraps other tensors and has no memory of "
+            "its own to move; leave it out"
+        )
+    if param.is_meta:
+        raise ValueError(
+            f"{what} is on meta and has no memory; call to_empty() on its module first"
+        )
+    if not is_dense(param):
+        raise ValueError(
+            f"{what} and strides {param.stride()} is not dense; replace its data by a contiguous "
+            "copy first"
+        )
+
+
+def _check_storages(params: list[Tensor]) -> None:
+    for param in params:
         storage = param.untyped_storage().nbytes()
         if storage != param.numel() * param.element_size():
             raise ValueError(
-                f"flatten: param {i} of shape {tuple(param.shape)} is a view into a larger storage "
-                f"({storage} bytes), which moving it would tear apart; give it memory of its own "
-                "(`p.data = p.data.clone()`) or leave it out"
+                f"flatten: a param of shape {tuple(param.shape)} and strides {param.stride()} is a "
+                f"view into a larger storage ({storage} bytes), which moving it would tear apart; "
+                "give it memory of its own (`p.data = p.data.clone()`) or leave it out"
             )
-        groups.setdefault((param.device, param.dtype), []).append(param)
-    owners: dict[int, int] = {}
-    for i, param in enumerate(unique):
-        if param.numel() and (first := owners.setdefault(param.data_ptr(), i)) != i:
-            raise ValueError(f"flatten: params {first} and {i} share their memory")
-    buffers = []
-    for (device, dtype), members in groups.items():
-        buffer, views = _views(members, dtype, device)
-        buffers.append(buffer)
-        for param, view in zip(members, views, strict=True):
-            param.data = view.copy_(param)
-    return buffers
+
+
+def _offsets(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[int], int]:
+    """Where each tensor starts in a buffer, and how long that is; in elements."""
+    unit = _ALIGNMENT // dtype.itemsize
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.numel() // unit) * unit
+    return offsets, end
+
+
+def _buffer_of(params: list[Tensor]) -> Tensor | None:
+    """The buffer that these parameters are in already, in this order; None if there is none."""
+    first = params[0]
+    offsets, end = _offsets(params, first.dtype)
+    begin, storage = first.storage_offset(), first.untyped_storage()
+    if first.data_ptr() % _ALIGNMENT or storage.nbytes() < (begin + end) * first.element_size():
+        return None
+    for param, offset in zip(params, offsets, strict=True):
+        same = param.untyped_storage().data_ptr() == storage.data_ptr()
+        if not same or param.storage_offset() != begin + offset:
+            return None
+    return first.data.as_strided((end,), (1,), begin) if end else None
 
 
 def _views(
     tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
     """One new buffer of zeros, and parts of it laid out like the tensors."""
-    size = torch.empty((), dtype=dtype).element_size()
-    unit = _ALIGNMENT // size
-    offsets, end = [], 0
-    for tensor in tensors:
-        offsets.append(end)
-        end += -(-tensor.numel() // unit) * unit
+    offsets, end = _offsets(tensors, dtype)
+    unit = _ALIGNMENT // dtype.itemsize
     room = torch.zeros(end + unit, dtype=dtype, device=device)
-    skip = -room.data_ptr() % _ALIGNMENT // size  # torch aligns to 64 bytes on the CPU
-    buffer = room[skip : skip + end]
-    return buffer, [
-        _own(buffer.as_strided(tensor.shape, tensor.stride(), skip + offset))
+    skip = -room.data_ptr() % _ALIGNMENT // dtype.itemsize  # torch aligns to 64 bytes on the CPU
+    return room[skip : skip + end], [
+        room.as_strided(tensor.shape, tensor.stride(), skip + offset)
         for tensor, offset in zip(tensors, offsets, strict=True)
     ]
-
-
-def _own(view: Tensor) -> Tensor:
-    """The view as a tensor whose storage is just its own memory, which it keeps alive."""
-    if not view.numel():  # no address to own
-        return torch.empty_like(view)
-    # By a capsule: Tensor.__dlpack__ refuses GPUs that are not the current one.
-    owned = torch.from_dlpack(torch.utils.dlpack.to_dlpack(view))
-    # torch 2.6 forgets the strides of dimensions of size one, which tell memory formats apart.
-    return owned if owned.stride() == view.stride() else owned.as_strided(view.shape, view.stride())

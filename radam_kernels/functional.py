@@ -1,12 +1,12 @@
 """The step as a function on raw tensors, for people who keep their own flat buffers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from .backends import check_name
-from .launch import launch
+from .hyperparameters import DEFAULTS
+from .launch import explain, launch
 from .modules import cpu
 
 
@@ -21,12 +21,12 @@ def radam_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = False,
-    maximize: bool = False,
-    rho_threshold: float = 5.0,
-    degenerated_to_sgd: bool = True,
-    rectification: str = "first_order",
+    weight_decay: float = DEFAULTS["weight_decay"],
+    decoupled_weight_decay: bool = DEFAULTS["decoupled_weight_decay"],
+    maximize: bool = DEFAULTS["maximize"],
+    rho_threshold: float = DEFAULTS["rho_threshold"],
+    degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
+    rectification: str = DEFAULTS["rectification"],
     grad_scale: float = 1.0,
     backend: str = "auto",
 ) -> None:
@@ -71,23 +71,24 @@ def radam_(
         "rectification": rectification,
         "grad_scale": grad_scale,
     }
-    table = cpu.Table()
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        try:
-            table.add(*map(_real, tensors), float(step), 0, tensors[0])
-        except ValueError as error:
+    plan = cpu.Plan()
+    try:
+        for i, reason in plan.refresh_tensors(*lists, float(step), group):
             shapes = ", ".join(
                 f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}"
-                for name, t in zip(("param", "grad", "exp_avg", "exp_avg_sq"), tensors, strict=True)
+                for name, t in zip(_STREAMS, (tensors[i] for tensors in lists), strict=True)
             )
-            raise ValueError(f"tensors {i}: {error}; got {shapes}") from None
-    launch(table, [group], backend, lambda i: f"params[{i}]")
-    if lists[2]:
-        torch.autograd.graph.increment_version(lists[2] + lists[3])
+            raise ValueError(f"tensors {i}: {reason}; got {shapes}")
+    except (cpu.Refusal, cpu.InvalidGroup) as error:
+        raise explain(error, plan.owners, [group], _name_among(lists[0])) from None
+    launch(plan, backend)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    if not tensor.is_complex():
-        return tensor
-    with torch.no_grad():
-        return torch.view_as_real(tensor)
+_STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
+
+
+def _name_among(params: list[Tensor]) -> Callable[[Tensor], str]:
+    def name(owner: Tensor) -> str:
+        return next(f"params[{i}]" for i, param in enumerate(params) if param is owner)
+
+    return name

@@ -1,85 +1,91 @@
-"""From a filled table to memory: the last checks, one launch a bucket, and the new counts."""
+"""Runs a plan: a backend for each bucket, one launch each, and the step counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
+from torch import Tensor
 
-from .backends import reference, resolve
-from .capture import is_capturing
+from .backends import cpu as cpu_backend
+from .backends import devices, reference, resolve
+from .interrupts import deferred_interrupts
 from .modules import cpu
-from .scaling import UNSCALED, Scaling
+from .schedule import group_scalars
 from .stages import Stages
-
-_DEVICE_TYPES = {1: "cpu", 2: "cuda", 10: "cuda"}  # DLPack's numbers; ROCm calls itself cuda
 
 
 def launch(
-    table,
-    groups: list[dict[str, Any]],
+    plan,
     backend: str,
-    name: Callable[[int], str],
-    scaling: Scaling = UNSCALED,
+    write_backs: Iterable[tuple[Tensor, Tensor]] = (),
     stages: Stages | None = None,
 ) -> None:
-    """Steps every segment of the table, advances the step counts and empties the table.
+    """Steps every bucket of a plan of the module _cpu, and writes the step counts.
+
+    No signal comes between the first write and the last: on the CPU all of it is one call, and
+    elsewhere SIGINT is deferred.
 
     Args:
-        table: a filled Table of the module _cpu.
-        groups: dicts with RAdam's hyperparameters; the table says which segment obeys which.
+        plan: refreshed, with nothing pending.
         backend: "auto" or a backend's name.
-        name: what to call the table's owner number i in an error.
-        scaling: of the gradients of capturable groups.
-        stages: to be told of those that begin here: table, update and advance.
+        write_backs: (parameter, copy of it that is stepped): copied back after the step.
+        stages: told of the stage "update".
 
     Raises:
-        ValueError: memory that the step writes is used by another segment, or a hyperparameter out
-            of range. Nothing is changed.
         RuntimeError: no backend can step tensors on such a device, or a CUDA graph is being
             captured that a replay would not do this step with. Nothing is changed.
     """
-    if stages:
-        stages.enter("table")
-    try:
-        buckets = table.prepare(groups)
-    except cpu.Overlap as overlap:
-        owner, stream, other, other_stream = overlap.args
-        if stream == other_stream and name(owner) == name(other):
-            raise ValueError(f"{name(owner)} is given twice; leave one out") from None
-        raise ValueError(
-            f"{stream} of {name(owner)} shares memory with {other_stream} of {name(other)}; "
-            "a step writes to it: clone one of them, or leave one out"
-        ) from None
     steps = []
     capturing = False
-    for bucket in buckets:
-        device_type = _DEVICE_TYPES.get(bucket.device_type, "unknown")
-        steps.append((resolve(backend, device_type, bucket.capturable), device_type, bucket))
-        if device_type == "cuda":
-            capturing |= is_capturing(torch.device("cuda", bucket.device[1]))
+    for bucket in plan.buckets:
+        device_type = devices.type_name(bucket.device[0])
+        steps.append((resolve(backend, device_type), bucket))
+        if device_type != "cpu":
+            capturing |= devices.is_capturing(devices.device_of(bucket))
     if capturing:
         _check_capture(steps)
     if stages:
         stages.enter("update")
-    for step_, _, bucket in steps:
-        step_(bucket, table, groups, scaling)
-    if stages:
-        stages.enter("advance")
-    if owners := table.advance():
-        # Autograd must learn of the write: a stale graph raises instead of giving wrong gradients.
-        increment_version(owners)
+    if not write_backs and all(run is cpu_backend.run for run, _ in steps):
+        plan.run_cpu(torch.get_num_threads())
+        return
+    with deferred_interrupts():
+        plan.begin()
+        for run, bucket in steps:
+            run(bucket)
+        plan.commit()
+        with torch.no_grad():
+            for owner, param in write_backs:
+                owner.copy_(param)
 
 
-def _check_capture(steps: list[tuple[Callable, str, Any]]) -> None:
+def _check_capture(steps: list[tuple[Callable, object]]) -> None:
     """Raises RuntimeError for steps that a CUDA graph, which is being captured, can't hold."""
-    for step_, device_type, bucket in steps:
+    for run, bucket in steps:
         if not bucket.capturable:
             reason = "the host counts the steps: construct RAdam with capturable=True"
-        elif device_type != "cuda":
+        elif bucket.device[0] == 1:
             reason = "some parameters are on the CPU: give them an optimizer of their own"
-        elif step_ is reference.step_:
-            reason = "the reference backend waits for the GPU: use the cuda backend"
+        elif run is reference.run:
+            reason = "the reference backend waits for the GPU: use the cuda or triton backend"
         else:
             continue
         raise RuntimeError(f"a CUDA graph is being captured, and replays would not step: {reason}")
+
+
+def explain(
+    error: Exception,
+    owners: list[Tensor],
+    groups: list[dict[str, Any]],
+    name_of: Callable[[Tensor], str],
+) -> Exception:
+    """What to raise for a Refusal or InvalidGroup of the module _cpu: the same, with names."""
+    if isinstance(error, cpu.Refusal):
+        message, indices = error.args
+        return ValueError(message.format(*(name_of(owners[i]) for i in indices)))
+    group, step = error.args
+    try:
+        group_scalars(groups[group], step)
+    except Exception as reason:
+        return reason
+    return ValueError(f"param_groups[{group}]: hyperparameters that no kernel takes")

@@ -9,29 +9,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import check_name
-from .capture import is_capturing
 from .flat import flatten_
-from .launch import launch
+from .hyperparameters import DEFAULTS, check
+from .launch import explain, launch
 from .modules import cpu
-from .options import check_options
+from .repair import Repairs, repair
 from .scaling import UNSCALED, Scaling
-from .shield import shield_state, unshield
 from .stages import listen
-from .staging import (
-    MOMENTS,
-    Staged,
-    as_step,
-    check_state,
-    find_sharing,
-    fits,
-    flat_moments,
-    is_step,
-    local,
-    moment_dtype,
-    real,
-    stage,
-    step_device,
-)
+from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, prepare_load
 
 
 class RAdam(Optimizer):
@@ -54,7 +39,9 @@ class RAdam(Optimizer):
             step or replay; other hyperparameters are part of the graph. Works on the CPU, too.
         differentiable: only False is supported.
         backend: "auto" (the fastest for each device), "cuda", "triton", "cpu" or "reference".
-        flatten: move the parameters into one flat buffer for each dtype and device (`flatten_`).
+        flatten: keep parameters that need a gradient, and their moments, in one flat buffer each
+            for a dtype and device; `flatten_` says what that is good for, and what it costs.
+            Frozen parameters stay where they are; sharded ones are refused.
         rho_threshold: rectify where rho_t is above it. 5.0 is torch's, 4.0 the paper's Algorithm 2.
         degenerated_to_sgd: below the threshold, step along the momentum (torch); False leaves the
             parameter as it is (the authors' code).
@@ -67,7 +54,12 @@ class RAdam(Optimizer):
     The state of a parameter is torch's: `step` (float32, so it stops counting at 2**24 as torch's
     does; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`. Checkpoints go to and from
     `torch.optim.RAdam`. Whatever is edited between steps (hyperparameters, state, gradients,
-    `p.data`) is picked up.
+    `p.data`) is picked up. As in torch, a loaded moment that fits is used without a copy: deepcopy
+    a state dict to load it into two optimizers.
+
+    `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
+    which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes
+    an optimizer with backend="auto" and flatten=False.
 
     Where all groups are `capturable`, `GradScaler.step` hands over its scale and verdict: the
     gradients are unscaled on the way through the kernel and stay scaled in memory (torch's fused
@@ -85,22 +77,22 @@ class RAdam(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        decoupled_weight_decay: bool = False,
+        lr: float | Tensor = DEFAULTS["lr"],
+        betas: tuple[float, float] = DEFAULTS["betas"],
+        eps: float = DEFAULTS["eps"],
+        weight_decay: float = DEFAULTS["weight_decay"],
+        decoupled_weight_decay: bool = DEFAULTS["decoupled_weight_decay"],
         *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
+        foreach: bool | None = DEFAULTS["foreach"],
+        maximize: bool = DEFAULTS["maximize"],
+        capturable: bool = DEFAULTS["capturable"],
+        differentiable: bool = DEFAULTS["differentiable"],
         backend: str = "auto",
         flatten: bool = False,
-        rho_threshold: float = 5.0,
-        degenerated_to_sgd: bool = True,
-        rectification: str = "first_order",
-        state_dtype: torch.dtype | None = None,
+        rho_threshold: float = DEFAULTS["rho_threshold"],
+        degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
+        rectification: str = DEFAULTS["rectification"],
+        state_dtype: torch.dtype | None = DEFAULTS["state_dtype"],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -117,13 +109,13 @@ class RAdam(Optimizer):
             "rectification": rectification,
             "state_dtype": state_dtype,
         }
-        check_options(defaults)
+        check(defaults)
         check_name(backend)
         self._backend = backend
         self._flatten = False  # not while the groups come in: all of them share one buffer
         super().__init__(params, defaults)
         if flatten:
-            flatten_(p for group in self.param_groups for p in group["params"])
+            flatten_(_trained(self.param_groups))
         self._flatten = flatten
 
     @property
@@ -134,11 +126,11 @@ class RAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; with `flatten`, its parameters move into a buffer too."""
         if isinstance(param_group, dict):
-            check_options({**self.defaults, **param_group})
+            check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._flatten:
             try:
-                flatten_(self.param_groups[-1]["params"])
+                flatten_(_trained(self.param_groups[-1:]))
             except ValueError:
                 self.param_groups.pop()
                 raise
@@ -155,42 +147,54 @@ class RAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        made: list[Tensor] = []
-        staged: list[Staged] = []
-        groups = self.param_groups
-        # Taken out, so that a step in another thread, or within this one, has a table of its own.
-        table = self.__dict__.pop("_table", None) or cpu.Table()
+        repairs = Repairs()
+        # Taken out, so that a step in another thread, or within this one, has a plan of its own.
+        plan = self.__dict__.pop("_plan", None) or cpu.Plan()
         stages = listen()
         try:
             if stages:
-                stages.enter("collect")
-            if pending := table.collect(groups, self.state):
-                staged = self._attend(table, pending, made)
-            launch(
-                table,
-                groups,
-                self._backend,
-                lambda i: str(_Name(table.owners[i], groups)),
-                self._scaling(),
-                stages,
-            )
+                stages.enter("plan")
+            if self._refresh(plan, repairs):
+                launch(plan, self._backend, repairs.write_backs, stages)
         except BaseException:
-            for owner in made:
-                del self.state[owner]
-            table.release()
+            # Once memory has been written, the state that goes with it stays.
+            if not plan.begun:
+                repairs.undo(self.state)
             # GradScaler deletes these after a step, and would multiply its next scale by the old.
             for name in Scaling._fields:
                 self.__dict__.pop(name, None)
             raise
         finally:
-            self._table = table
+            plan.release()
+            self._plan = plan
             if stages:
                 stages.enter(None)
-        for item in staged:
-            if item.copied:
-                with torch.no_grad():
-                    local(item.owner).copy_(item.param)
         return loss
+
+    def _refresh(self, plan, repairs: Repairs) -> bool:
+        """Plans the step; False where the tensors are fake, and the step is done."""
+        groups, scaling = self.param_groups, self._scaling()
+        if torch._C._len_torch_dispatch_stack():
+            from . import fake
+
+            if fake.is_active():
+                fake.step(groups, self.state)
+                return False
+        try:
+            pending = plan.refresh(groups, self.state, {}, scaling)
+            if pending:
+                from . import fake
+
+                if fake.any_fake([owner for _, _, owner, _, _ in pending]):
+                    fake.step(groups, self.state)
+                    return False
+                repair(repairs, pending, plan, groups, self.state, self._name, self._moments)
+                pending = plan.refresh(groups, self.state, repairs.replacements, scaling)
+        except (cpu.Refusal, cpu.InvalidGroup) as error:
+            raise explain(error, plan.owners, groups, self._name) from None
+        for _, _, owner, _, reason in pending:
+            raise ValueError(f"{self._name(owner)}: {reason}")
+        return True
 
     def _scaling(self) -> Scaling:
         """What GradScaler has left here for this step."""
@@ -204,96 +208,75 @@ class RAdam(Optimizer):
             )
         return Scaling(found.get("grad_scale"), found.get("found_inf"))
 
-    @torch.no_grad()
-    def _attend(self, table, pending: list[tuple], made: list[Tensor]) -> list[Staged]:
-        """Puts into the table what collect() left aside. Checks all of it before it changes any.
+    def _moments(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
+        """New moments, zero, for each (parameter, dtype)."""
+        if not self._flatten:
+            return new_moments([owner for owner, _ in fresh], [dtype for _, dtype in fresh])
+        # One buffer for all that train, those too that have no gradient yet.
+        reserved = self.__dict__.setdefault("_reserved", {})
 
-        `made` receives the parameters whose state is made here.
-        """
-        staged = []
-        for _, owner, grad in pending:
-            name = _Name(owner, self.param_groups)
-            staged.append(stage(owner, grad, name))
-            if self.state.get(owner):
-                check_state(self.state[owner], owner, name)
-        if any(item.copied for item in staged):
-            owners = [*table.owners, *(item.owner for item in staged)]
-            if pair := find_sharing(owners):
-                name, other = (str(_Name(owners[i], self.param_groups)) for i in pair)
-                raise ValueError(
-                    f"{name} shares memory with {'itself' if name == other else other}, and a step "
-                    "writes to it: clone one of them, make it contiguous, or leave one out"
-                )
-        self._make_moments(pending, staged, made)
-        for (index, owner, _), item in zip(pending, staged, strict=True):
-            state = self.state[owner]
-            try:
-                table.add(
-                    real(item.param),
-                    real(item.grad),
-                    *(real(local(state[key])) for key in MOMENTS),
-                    state["step"],
-                    index,
-                    owner,
-                    self.param_groups[index]["capturable"],
-                )
-            except ValueError as error:
-                raise ValueError(f"{_Name(owner, self.param_groups)}: {error}") from None
-        return staged
+        def is_reserved(owner: Tensor, dtype: torch.dtype) -> bool:
+            return owner in reserved and all(
+                fits(reserved[owner][k], owner, dtype) for k in MOMENTS
+            )
 
-    def _make_moments(self, pending: list[tuple], staged: list[Staged], made: list[Tensor]) -> None:
-        """New moments for parameters without state, and for state that its parameter outgrew."""
-        owners, dtypes = [], []
-        for (index, owner, _), item in zip(pending, staged, strict=True):
-            group, state = self.param_groups[index], self.state.get(owner)
-            dtype = moment_dtype(owner, group["state_dtype"])
-            fitting = state and all(fits(local(state[k]), item.param, dtype) for k in MOMENTS)
-            if not fitting:
-                owners.append(owner)
-                dtypes.append(dtype)
-            counted = fitting and is_step(state["step"], step_device(owner, group))
-            if not counted and is_capturing(item.param.device):
-                raise RuntimeError(
-                    f"{_Name(owner, self.param_groups)} has no state that fits it, and what is "
-                    "made while a CUDA graph is captured is made anew at each replay: step once "
-                    "before the capture"
-                )
-        for index, owner, _ in pending:
-            state = self.state[owner]
-            if not state:
-                made.append(owner)
-            # First, as in torch's state; the walk over the state counts on this order.
-            device = step_device(owner, self.param_groups[index])
-            state["step"] = as_step(state.get("step", 0), device)
-        for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
-            state = self.state[owner]
-            for key, moment in moments.items():
-                if key in state:
-                    local(moment).copy_(local(state[key]))
-            state.update(moments)
+        if not all(is_reserved(owner, dtype) for owner, dtype in fresh):
+            wanted = dict(fresh)
+            for group in self.param_groups:
+                for owner in _trained([group]):
+                    if is_new(self.state.get(owner)):
+                        wanted.setdefault(owner, moment_dtype(owner, group["state_dtype"]))
+            made = new_moments(list(wanted), list(wanted.values()), flatten=True)
+            reserved.clear()
+            reserved.update(zip(wanted, made, strict=True))
+        return [reserved.pop(owner) for owner, _ in fresh]
+
+    def _name(self, owner: Tensor) -> str:
+        """What errors call a parameter."""
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param is owner:
+                    name = f"param {i} of group {index}"
+                    names = group.get("param_names", ())
+                    return f'{name} ("{names[i]}")' if i < len(names) else name
+        return "a parameter"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class or of torch's, bit for bit, into flat buffers.
+        """Loads a state of this class or of torch's, bit for bit.
 
-        torch's own loading casts moments to the dtype of their parameter; this one keeps them.
+        torch's own loading casts moments to the dtype of their parameter; this one keeps them, in
+        `state_dtype`. A moment that fits is used without a copy, as in torch.
 
         Raises:
-            ValueError: groups or shapes that do not match. Nothing is changed.
+            ValueError: groups, shapes or values that do not match. Nothing is changed.
         """
+
+        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return prepare_load(self, state_dict, self._flatten)
+
         # Last among the hooks, so that it sees what the others made of the state.
-        hook = self.register_load_state_dict_pre_hook(shield_state)
+        hook = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
 
+    def __repr__(self) -> str:
+        name, rest = super().__repr__().split("\n", 1)
+        return f"{name}\nbackend: {self._backend}\nflatten: {self._flatten}\n{rest}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of unpickling, copying and loading; tensors stay the tensors that they are."""
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_flatten", False)
+        for own in self.state.values():
+            for key, value in own.items() if isinstance(own, dict) else ():
+                if isinstance(value, Loaded):
+                    own[key] = value.value
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -304,38 +287,7 @@ class RAdam(Optimizer):
                     stacklevel=3,
                 )
                 group["differentiable"] = False
-        self._gather()
-
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Moves all moments, as loaded or unpickled, into flat buffers; copies the step counts."""
-        owners, dtypes = [], []
-        for group in self.param_groups:
-            for owner in group["params"]:
-                if state := self.state.get(owner):
-                    owners.append(owner)
-                    dtypes.append(moment_dtype(owner, group["state_dtype"]))
-                    step = unshield(state["step"])
-                    state["step"] = as_step(step, step_device(owner, group)).clone()
-        for owner, moments in zip(owners, flat_moments(owners, dtypes), strict=True):
-            state = self.state[owner]
-            for key, moment in moments.items():
-                local(moment).copy_(local(unshield(state[key])))
-            state.update(moments)
 
 
-class _Name:
-    """What errors call a parameter; looked up only when one is raised."""
-
-    def __init__(self, owner: Tensor, groups: list[dict[str, Any]]) -> None:
-        self.owner = owner
-        self.groups = groups
-
-    def __str__(self) -> str:
-        for index, group in enumerate(self.groups):
-            for i, param in enumerate(group["params"]):
-                if param is self.owner:
-                    name = f"param {i} of group {index}"
-                    names = group.get("param_names", ())
-                    return f'{name} ("{names[i]}")' if i < len(names) else name
-        return "a parameter"
+def _trained(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"] if param.requires_grad]

@@ -4,41 +4,33 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..scaling import Scaling
+from . import devices
 
-# Best first for each type of device; "auto" takes the first that works.
 _MODULES = {"cuda": "cuda", "cpu": "cpu", "triton": "triton_", "reference": "reference"}
 NAMES = tuple(_MODULES)
-_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 class Backend(Protocol):
     """What every module in this folder offers."""
 
-    def why_not(self, device_type: str, capturable: bool = False) -> str | None:
-        """Why the backend can't step tensors on "cpu" or "cuda" here; None if it can.
+    def why_not(self, device_type: str) -> str | None:
+        """Why the backend can't step tensors on this type of device here; None if it can."""
 
-        With `capturable`, their step counts are there too, and the backend has to advance them.
-        """
-
-    def step_(self, bucket, table, groups: list[dict[str, Any]], scaling: Scaling) -> None:
+    def run(self, bucket) -> None:
         """Steps a bucket's segments in place; advances its step counts if it is capturable.
 
         Args:
             bucket: a Bucket of the module _cpu, which has checked the tensors in it: dense, of
                 one layout, on one device, of one supported dtype set, sharing no memory.
-            table: the Table that the bucket belongs to, for its scalars.
-            groups: the hyperparameters that the scalars come from.
-            scaling: for capturable buckets; its tensors may be on another device.
         """
 
 
 @cache
-def why_not(name: str, device_type: str, capturable: bool = False) -> str | None:
+def why_not(name: str, device_type: str) -> str | None:
     """Why backend `name` can't step tensors on `device_type` here; None if it can."""
-    return _module(name).why_not(device_type, capturable)
+    return _module(name).why_not(device_type)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -48,7 +40,7 @@ def available_backends() -> dict[str, str | None]:
     """
     reasons = {}
     for name in NAMES:
-        found = [why_not(name, device_type) for device_type in _PREFERENCE]
+        found = [why_not(name, row.name) for row in devices.DEVICE_TYPES]
         reasons[name] = None if None in found else found[0]
     return reasons
 
@@ -64,27 +56,28 @@ def check_name(name: str) -> None:
 
 
 @cache
-def resolve(name: str, device_type: str, capturable: bool = False) -> Callable:
-    """The step_ function of backend `name`, or of the best one, for tensors on `device_type`.
+def resolve(name: str, device_type: str) -> Callable:
+    """The `run` function of backend `name`, or of the best one, for tensors on `device_type`.
 
     Raises RuntimeError where there is none. One named explicitly never gives way to another.
     """
-    for candidate in _PREFERENCE.get(device_type, ()) if name == "auto" else (name,):
-        if why_not(candidate, device_type, capturable) is None:
+    row = devices.BY_NAME.get(device_type)
+    candidates = (name,) if name != "auto" else row.backends if row else ()
+    for candidate in candidates:
+        if why_not(candidate, device_type) is None:
             if name == "auto" and candidate == "reference":
-                reasons = [why_not(n, device_type, capturable) for n in _PREFERENCE[device_type]]
+                reasons = [why_not(n, device_type) for n in candidates]
                 warnings.warn(
-                    f"radam_kernels: no kernel steps {device_type!r} parameters here"
-                    f"{' with capturable=True' * capturable}, so the slow reference does: "
-                    + "; ".join(filter(None, reasons)),
+                    f"radam_kernels: no kernel steps {device_type!r} parameters here, so the slow "
+                    "reference does: " + "; ".join(filter(None, reasons)),
                     stacklevel=2,
                 )
-            return _module(candidate).step_
+            return _module(candidate).run
     if name == "auto":
         raise RuntimeError(f"no backend steps parameters on {device_type!r} devices; {_working()}")
     raise RuntimeError(
         f"backend {name!r} can't step parameters on {device_type!r}: "
-        f"{why_not(name, device_type, capturable)}; {_working()}"
+        f"{why_not(name, device_type)}; {_working()}"
     )
 
 

@@ -3,19 +3,27 @@
 import torch
 from torch import Tensor
 
-from ..capture import is_capturing
 from ..modules import load_optional
 from ..schedule import StepScalars
-from .device_tables import DeviceTables, device_tables
+from .devices import device_of, is_capturing
+from .upload import DeviceTables, tables_of
 
 _cuda = load_optional("_cuda")
+NOT_BUILT = (
+    "RADAM_CUDA=0 was set, or there was no nvcc on the PATH, when radam_kernels was installed"
+    + (
+        ""
+        if torch.version.cuda
+        else f"; this torch ({torch.__version__}) has no CUDA, so nothing is missing"
+    )
+)
 
 
-def why_not(device_type: str, capturable: bool = False) -> str | None:
+def why_not(device_type: str) -> str | None:
     if device_type != "cuda":
         return "the CUDA kernel steps CUDA tensors only"
     if _cuda is None:
-        return "built without nvcc: put CUDA's compiler on the PATH and install radam_kernels again"
+        return f"not built: {NOT_BUILT}"
     if torch.version.hip:
         return "this torch is for ROCm; the Triton kernel runs there"
     if not torch.cuda.is_available():
@@ -25,26 +33,33 @@ def why_not(device_type: str, capturable: bool = False) -> str | None:
     return None
 
 
-def step_(bucket, table, groups, scaling) -> None:
-    device = torch.device("cuda", bucket.device[1])
-    stream = torch.cuda.current_stream(device).cuda_stream
-    launch_(_cuda, bucket, table, groups, scaling.on(device), device, stream)
+def run(bucket) -> None:
+    device = device_of(bucket)
+    launch_(_cuda, bucket, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-def launch_(module, bucket, table, groups, scaling, device: torch.device, stream: int) -> None:
+def launch_(module, bucket, device: torch.device, stream: int) -> None:
     """Advances the counts where they are on the device, and steps; `module` has the kernels."""
-    tables = tables_of(module, bucket, table, device, stream)
-    segments = bucket.segment_rows
-    at = tables.rows("segments", segments), tables.work(segments, module.chunk(*bucket.dtypes))
+
+    def upload(rows: bytes) -> Tensor:
+        # Not from pinned memory: arguments of launches need no event to guard them.
+        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
+        module.upload(room.data_ptr(), rows, device.index, stream)
+        return room
+
+    tables = tables_of(bucket, stream, upload, keep=not is_capturing(device))
+    segments, grads, work = tables.segments(bucket, module.chunk(*bucket.dtypes))
     address, count, rows = 0, 0, None
     if bucket.capturable:
-        rows = advance(module, bucket, tables, scaling, device, stream)
+        rows = advance(module, bucket, tables, device, stream)
     else:
-        address, count = table.scalars(groups)
+        address, count = bucket.scalars
         if count > module.inline_scalars:
-            rows = tables.rows("scalars", table.scalar_rows(groups))
+            rows = tables.rows("scalars", bucket.scalar_rows)
     module.step(
-        *(tensor.data_ptr() for tensor in at),
+        segments.data_ptr(),
+        grads.data_ptr(),
+        work.data_ptr(),
         tables.run,
         tables.blocks,
         *bucket.dtypes,
@@ -56,27 +71,12 @@ def launch_(module, bucket, table, groups, scaling, device: torch.device, stream
     )
 
 
-def tables_of(module, bucket, table, device: torch.device, stream: int) -> DeviceTables:
-    """The bucket's tables on the device; a graph that is being captured gets its own."""
-
-    def upload(rows: bytes) -> Tensor:
-        # Not from pinned memory: arguments of launches need no event to guard them.
-        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
-        module.upload(room.data_ptr(), rows, device.index, stream)
-        return room
-
-    # Where the host counts, launch() has asked already.
-    keep = not (bucket.capturable and is_capturing(device))
-    return device_tables(bucket, table, stream, upload, keep=keep)
-
-
-def advance(
-    module, bucket, tables: DeviceTables, scaling, device: torch.device, stream: int
-) -> Tensor:
-    """Moves the counts on; returns float64 [segments, 9], rows of StepScalars, without waiting."""
+def advance(module, bucket, tables: DeviceTables, device: torch.device, stream: int) -> Tensor:
+    """Advances the counts; returns float64 rows of StepScalars, one a segment, without waiting."""
     counters = tables.rows("counters", bucket.counter_rows)
     hyperparameters = tables.rows("hyperparameters", bucket.hyperparameter_rows)
     rows = torch.empty((bucket.count, len(StepScalars._fields)), dtype=torch.float64, device=device)
+    scaling = bucket.scaling.on(device)
     module.advance(
         counters.data_ptr(),
         bucket.count,

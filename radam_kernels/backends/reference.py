@@ -8,33 +8,39 @@ from ..modules import DTYPES
 from ..schedule import Action, StepScalars, group_scalars
 
 
-def why_not(device_type: str, capturable: bool = False) -> str | None:
+def why_not(device_type: str) -> str | None:
     return None
 
 
 @torch.no_grad()
-def step_(bucket, table, groups, scaling) -> None:
+def run(bucket) -> None:
     if bucket.capturable:
-        rows = _advance(bucket, groups, scaling)
+        rows = _advance(bucket)
     else:
-        rows = [group_scalars(groups[group], step) for group, step in table.counts]
+        rows = [group_scalars(bucket.groups[group], step) for group, step in bucket.counts]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
-    for tensors, row in zip(bucket.tensors(), bucket.scalars(), strict=True):
-        radam_update_(*tensors, rows[row], compute)
+    for tensors, row in zip(bucket.tensors, bucket.scalar_indices, strict=True):
+        radam_update_(*map(real, tensors), rows[row], compute)
 
 
-def _advance(bucket, groups, scaling) -> list[StepScalars]:
-    """Moves on step counts that are on the device, and waits for them; csrc/advance.h does not."""
-    loss_scale, found_inf = scaling.numbers()
+def _advance(bucket) -> list[StepScalars]:
+    """Advances step counts that are on the device, and waits for them; csrc/core/advance.h does
+    not."""
+    loss_scale, found_inf = bucket.scaling.numbers()
     rows = []
-    for step, group in bucket.steps():
+    for step, group in bucket.steps:
         t = (step + 1).item()
         if found_inf != 0 or not (t >= 1 and t.is_integer()):
-            rows.append(StepScalars(*[0.0] * 8, action=float(Action.SKIP)))
+            rows.append(StepScalars(*[0.0] * len(StepScalars._fields)))  # Action.SKIP
         else:
-            rows.append(group_scalars({**groups[group], "grad_scale": 1.0 / loss_scale}, t))
+            rows.append(group_scalars({**bucket.groups[group], "grad_scale": 1.0 / loss_scale}, t))
             step.fill_(t)
     return rows
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, on the same memory; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def radam_update_(
@@ -45,7 +51,7 @@ def radam_update_(
     scalars: StepScalars,
     compute: torch.dtype,
 ) -> None:
-    """One RAdam step on tensors of one shape, in place; csrc/radam_math.h says the same in C++.
+    """One RAdam step on tensors of one shape, in place; csrc/core/update.h says the same in C++.
 
     Every operation rounds once to `compute` (float32, or float64 for float64 parameters); what is
     stored in 16 bits is rounded to nearest even at the end.

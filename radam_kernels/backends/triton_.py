@@ -1,15 +1,17 @@
-"""The Triton kernel: CUDA and ROCm GPUs, and any machine under TRITON_INTERPRET=1."""
+"""The Triton kernel: NVIDIA, AMD and Intel GPUs, and any machine under TRITON_INTERPRET=1."""
 
-import torch
+from contextlib import nullcontext
 
-from .device_tables import device_tables, upload_pinned
+from . import devices
+from .advance import advance
+from .upload import tables_of, upload_pinned
 
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
 try:
     import triton
 
-    from .triton_kernel import CHUNK, INTERPRETED, launch_
+    from .triton_kernel import CHUNK, INTERPRETED, launch_, upload_by_arguments
 except ImportError as error:
     INTERPRETED = COMPILES_EXACTLY = False
     _missing = f"Triton can't be imported ({error}); pip install triton"
@@ -18,7 +20,7 @@ else:
     COMPILES_EXACTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
-def why_not(device_type: str, capturable: bool = False) -> str | None:
+def why_not(device_type: str) -> str | None:
     if _missing:
         return _missing
     if INTERPRETED:
@@ -28,30 +30,23 @@ def why_not(device_type: str, capturable: bool = False) -> str | None:
             f"Triton {triton.__version__} compiles division and square root so that subnormals are "
             "flushed to zero; 3.6 and later do not"
         )
-    if device_type != "cuda":
+    if device_type == "cpu":
         return f"Triton steps GPU tensors only; {_INTERPRETER}"
-    if capturable:
-        return "the Triton kernel does not count steps on the GPU, as capturable=True needs"
-    return None if torch.cuda.is_available() else f"torch finds no GPU; {_INTERPRETER}"
+    if not devices.is_available(device_type):
+        return f"torch finds no {device_type} device; {_INTERPRETER}"
+    return None
 
 
-def step_(bucket, table, groups, scaling) -> None:
-    if INTERPRETED:
-        _step(bucket, table, groups, scaling, torch.device("cpu"), 0)
-        return
-    device = torch.device("cuda", bucket.device[1])
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _step(bucket, table, groups, scaling, device, stream)
-
-
-def _step(bucket, table, groups, scaling, device: torch.device, stream: int) -> None:
-    tables = device_tables(bucket, table, stream, upload_pinned(device))
-    rows = bucket.segment_rows
-    segments, work = tables.rows("segments", rows), tables.work(rows, CHUNK)
-    if bucket.capturable:
-        bucket.advance(*scaling.numbers())
-        scalars = tables.rows("scalars", bucket.scalar_rows)
-    else:
-        scalars = tables.rows("scalars", table.scalar_rows(groups))
-    launch_(segments, work, scalars, tables.run, tables.blocks, bucket.dtypes)
+def run(bucket) -> None:
+    device = devices.device_of(bucket)
+    with nullcontext() if device.type == "cpu" else devices.guard(device):
+        capturing = devices.is_capturing(device)
+        # Pinned memory would have to outlive the graph; arguments of launches are part of it.
+        upload = (upload_by_arguments if capturing else upload_pinned)(device)
+        tables = tables_of(bucket, devices.stream_key(device), upload, keep=not capturing)
+        segments, grads, work = tables.segments(bucket, CHUNK)
+        if bucket.capturable:
+            scalars = advance(bucket).contiguous()
+        else:
+            scalars = tables.rows("scalars", bucket.scalar_rows)
+        launch_(segments, grads, work, scalars, tables.run, tables.blocks, bucket.dtypes)

@@ -1,13 +1,14 @@
-"""The element update in Triton and the kernel around it; csrc/radam_math.h says it in C++."""
+"""The element update in Triton and the kernel around it; csrc/core/update.h says it in C++."""
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..flat import SEGMENT_FIELDS
 from ..modules import cpu
 from ..schedule import Action, StepScalars
+from .upload import Upload
 
 CHUNK = 4096  # elements that one program steps
 
@@ -16,8 +17,17 @@ _SKIP = tl.constexpr(int(Action.SKIP))
 _HOLD = tl.constexpr(int(Action.HOLD))
 _MOMENTUM = tl.constexpr(int(Action.MOMENTUM))
 _RECTIFIED = tl.constexpr(int(Action.RECTIFIED))
-_SEGMENT_WIDTH = tl.constexpr(len(SEGMENT_FIELDS))
+_SEGMENT_WIDTH = tl.constexpr(len(cpu.segment_fields))
+_PARAM, _EXP_AVG, _EXP_AVG_SQ, _NUMEL, _SCALARS = (
+    tl.constexpr(cpu.segment_fields.index(name))
+    for name in ("param", "exp_avg", "exp_avg_sq", "numel", "scalars")
+)
 _SCALARS_WIDTH = tl.constexpr(len(StepScalars._fields))
+_FIELDS = {name: tl.constexpr(i) for i, name in enumerate(StepScalars._fields)}
+_GRAD_SCALE, _WEIGHT_DECAY, _DECAY = (_FIELDS[n] for n in ("grad_scale", "weight_decay", "decay"))
+_ONE_MINUS_BETA1, _BETA2 = _FIELDS["one_minus_beta1"], _FIELDS["beta2"]
+_ONE_MINUS_BETA2, _EPS = _FIELDS["one_minus_beta2"], _FIELDS["eps"]
+_STEP_SIZE, _ACTION = _FIELDS["step_size"], _FIELDS["action"]
 _FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64 = (tl.constexpr(i) for i in range(len(cpu.dtypes)))
 
 
@@ -115,35 +125,37 @@ def _step_block(
 
 @triton.jit(do_not_specialize=["run"])
 def radam_step_kernel(
-    segments, work, scalars, run,
+    segments, grads, work, scalars, run,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Steps one chunk of one segment; tables as in device_tables.py."""
+    """Steps one chunk of one segment; tables as in upload.py."""
     # A row of work is for 2^run programs, so walk on from where the first of them begins.
     program = tl.program_id(0).to(tl.int64)
     row = work + 2 * (program >> run)
-    segment = segments + tl.load(row).to(tl.int64) * _SEGMENT_WIDTH
+    index = tl.load(row).to(tl.int64)
     chunk = tl.load(row + 1) + (program & ((1 << run) - 1))
-    chunks = tl.cdiv(tl.load(segment + 4), BLOCK)
+    chunks = tl.cdiv(tl.load(segments + index * _SEGMENT_WIDTH + _NUMEL), BLOCK)
     while chunk >= chunks:
         chunk -= chunks
-        segment += _SEGMENT_WIDTH
-        chunks = tl.cdiv(tl.load(segment + 4), BLOCK)
+        index += 1
+        chunks = tl.cdiv(tl.load(segments + index * _SEGMENT_WIDTH + _NUMEL), BLOCK)
     begin = chunk * BLOCK
-    param, grad = tl.load(segment), tl.load(segment + 1)
-    exp_avg, exp_avg_sq = tl.load(segment + 2), tl.load(segment + 3)
-    numel = tl.load(segment + 4)
-    row = scalars + tl.load(segment + 5) * _SCALARS_WIDTH
+    segment = segments + index * _SEGMENT_WIDTH
+    param, grad = tl.load(segment + _PARAM), tl.load(grads + index)
+    exp_avg, exp_avg_sq = tl.load(segment + _EXP_AVG), tl.load(segment + _EXP_AVG_SQ)
+    numel = tl.load(segment + _NUMEL)
+    row = scalars + tl.load(segment + _SCALARS) * _SCALARS_WIDTH
 
     # float64 in memory, because a Python float argument is float32 when compiled; narrowed once.
     T: tl.constexpr = tl.float64 if PARAM == _FLOAT64 else tl.float32
     s = (
-        tl.load(row).to(T), tl.load(row + 1).to(T), tl.load(row + 2).to(T), tl.load(row + 3).to(T),
-        tl.load(row + 4).to(T), tl.load(row + 5).to(T), tl.load(row + 6).to(T),
-        tl.load(row + 7).to(T),
+        tl.load(row + _GRAD_SCALE).to(T), tl.load(row + _WEIGHT_DECAY).to(T),
+        tl.load(row + _DECAY).to(T), tl.load(row + _ONE_MINUS_BETA1).to(T),
+        tl.load(row + _BETA2).to(T), tl.load(row + _ONE_MINUS_BETA2).to(T),
+        tl.load(row + _EPS).to(T), tl.load(row + _STEP_SIZE).to(T),
     )  # fmt: skip
-    action = tl.load(row + 8).to(tl.int32)
+    action = tl.load(row + _ACTION).to(tl.int32)
     l2 = s[1] != 0
 
     if action != _SKIP:
@@ -163,17 +175,55 @@ def radam_step_kernel(
                 )  # fmt: skip
 
 
+_WORDS = 64  # 32-bit words that an upload carries as arguments
+
+
+@triton.jit(do_not_specialize=["count", *(f"w{i}" for i in range(_WORDS))])
+def radam_upload_kernel(
+    to, count,
+    w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15,
+    w16, w17, w18, w19, w20, w21, w22, w23, w24, w25, w26, w27, w28, w29, w30, w31,
+    w32, w33, w34, w35, w36, w37, w38, w39, w40, w41, w42, w43, w44, w45, w46, w47,
+    w48, w49, w50, w51, w52, w53, w54, w55, w56, w57, w58, w59, w60, w61, w62, w63,
+):  # fmt: skip
+    """Writes up to 64 words that travel as arguments of the launch, as int32."""
+    words = (
+        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15,
+        w16, w17, w18, w19, w20, w21, w22, w23, w24, w25, w26, w27, w28, w29, w30, w31,
+        w32, w33, w34, w35, w36, w37, w38, w39, w40, w41, w42, w43, w44, w45, w46, w47,
+        w48, w49, w50, w51, w52, w53, w54, w55, w56, w57, w58, w59, w60, w61, w62, w63,
+    )  # fmt: skip
+    for i in tl.static_range(64):
+        tl.store(to + i, words[i], mask=i < count)
+
+
+def upload_by_arguments(device: torch.device) -> Upload:
+    """An upload that a graph can capture: what it copies is part of its launches."""
+
+    def upload(rows: bytes) -> Tensor:
+        words = np.frombuffer(rows, np.int32)
+        room = torch.empty(len(words), dtype=torch.int32, device=device)
+        for begin in range(0, len(words), _WORDS):
+            some = words[begin : begin + _WORDS].tolist()
+            padding = [0] * (_WORDS - len(some))
+            radam_upload_kernel[(1,)](room[begin:], len(some), *some, *padding)
+        return room.view(torch.int64)
+
+    return upload
+
+
 # triton.jit has looked at TRITON_INTERPRET, which has several spellings.
 INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
 
 
 def launch_(
-    segments: Tensor, work: Tensor, scalars: Tensor, run: int, blocks: int, dtypes: tuple[int, ...]
-) -> None:
+    segments: Tensor, grads: Tensor, work: Tensor, scalars: Tensor, run: int, blocks: int,
+    dtypes: tuple[int, ...],
+) -> None:  # fmt: skip
     """Launches the kernel on the current stream: tables as tensors of 8-byte words, dtype codes."""
     if blocks:
         # No autotuning: it would run a kernel that works in place several times over.
         radam_step_kernel[(blocks,)](
-            segments, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes,
+            segments, grads, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes,
             CHUNK, CHUNK // 4, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

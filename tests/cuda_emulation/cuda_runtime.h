@@ -1,4 +1,4 @@
-// Stands in for the CUDA runtime, so that csrc/step_cuda.cu compiles as plain C++ as it stands:
+// Stands in for the CUDA runtime, so that csrc/cuda/step_cuda.cu compiles as plain C++ as it stands:
 // blocks and threads become loops. Only for kernels without barriers, shuffles or shared memory.
 #pragma once
 
@@ -32,6 +32,10 @@ inline uint4 __ldcs(const uint4* from) {
   uint4 value;
   memcpy(&value, from, sizeof(value));
   return value;
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
 }
 inline void __stcs(uint4* to, uint4 value) {
   check_aligned(to);

@@ -1,0 +1,244 @@
+// The module _cpu: the plan of a step, and the CPU kernel. It links to Python and to nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cpu/step_cpu.h"
+#include "cpu/threads.h"
+#include "host/plan.h"
+
+namespace py = pybind11;
+
+namespace radam {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Python has checked the tensors; counts, pointers and alignment are cheap to check once more.
+void check(const Segments& segments, const DTypeSet& dtypes, const StepScalars* rows,
+           int64_t scalars) {
+  if (segments.count < 0 || (segments.count > 0 && (!segments.rows || !segments.grads || !rows))) {
+    throw py::value_error("expected tables with rows, got " + std::to_string(segments.count) +
+                          " segments and " + std::to_string(scalars) +
+                          " rows of scalars, or the address of a table is null");
+  }
+  for (int64_t i = 0; i < segments.count; ++i) {
+    const Segment& s = segments.rows[i];
+    const auto aligned = [&](const void* data, DType dtype) {
+      return data && reinterpret_cast<uintptr_t>(data) % kDTypeSizes[dtype] == 0;
+    };
+    const bool good = s.numel >= 0 && s.scalars >= 0 && s.scalars < scalars &&
+                      (s.numel == 0 ||
+                       (aligned(s.param, dtypes.param) && aligned(segments.grads[i], dtypes.grad) &&
+                        aligned(s.exp_avg, dtypes.state) && aligned(s.exp_avg_sq, dtypes.state)));
+    if (!good) {
+      throw py::value_error(
+          "segment " + std::to_string(i) + " of " + std::to_string(segments.count) + ": numel " +
+          std::to_string(s.numel) + ", scalars " + std::to_string(s.scalars) + " of " +
+          std::to_string(scalars) + ", or a pointer that is null or not aligned to its element");
+    }
+  }
+}
+
+void step(uintptr_t rows, uintptr_t grads, int64_t count, int param, int grad, int state,
+          uintptr_t scalars, int64_t scalars_count, int threads, int isa) {
+  const auto& sets = instruction_sets();
+  if (isa < 0 || isa >= static_cast<int>(sets.size())) {
+    throw py::value_error("isa: expected 0 to " + std::to_string(sets.size() - 1) + ", got " +
+                          std::to_string(isa));
+  }
+  const DTypeSet dtypes = dtype_set(param, grad, state);
+  const Segments segments = {pointer<const Segment>(rows), pointer<const void* const>(grads),
+                             count};
+  check(segments, dtypes, pointer<const StepScalars>(scalars), scalars_count);
+  py::gil_scoped_release released;
+  step_cpu(segments, dtypes, pointer<const StepScalars>(scalars), threads,
+           sets[static_cast<size_t>(isa)]);
+}
+
+py::object object(const Ref& ref) { return py::reinterpret_borrow<py::object>(ref.get()); }
+
+py::list tensors(const Bucket& bucket) {
+  py::list rows;
+  for (const Tensors& t : bucket.tensors) {
+    rows.append(
+        py::make_tuple(object(t.param), object(t.grad), object(t.exp_avg), object(t.exp_avg_sq)));
+  }
+  return rows;
+}
+
+py::list steps(const Bucket& bucket) {
+  py::list rows;
+  for (size_t i = 0; bucket.capturable && i < bucket.tensors.size(); ++i) {
+    rows.append(py::make_tuple(object(bucket.tensors[i].step), bucket.counters[i].group));
+  }
+  return rows;
+}
+
+py::list counts(const Bucket& bucket) {
+  py::list rows;
+  for (const Count& count : bucket.counts) rows.append(py::make_tuple(count.group, count.step));
+  return rows;
+}
+
+template <typename Row>
+py::bytes as_bytes(const std::vector<Row>& rows) {
+  return py::bytes(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Row));
+}
+
+// Raises `message` and `arguments` as the exception class `name` of this module.
+template <typename... Arguments>
+void raise(const char* name, const Arguments&... arguments) {
+  PyErr_SetObject(py::module_::import("radam_kernels._cpu").attr(name).ptr(),
+                  py::make_tuple(arguments...).ptr());
+}
+
+#define RADAM_NAME(name) #name,
+const std::vector<std::string> kScalarsFields = {RADAM_STEP_SCALARS(RADAM_NAME)};
+const std::vector<std::string> kSegmentFields = {RADAM_SEGMENT(RADAM_NAME)};
+#undef RADAM_NAME
+
+}  // namespace
+}  // namespace radam
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace radam;
+  m.doc() = "The plan of a step, and the CPU kernel of radam_kernels.";
+  m.attr("fingerprint") = RADAM_FINGERPRINT;
+  m.attr("dtypes") = std::vector<std::string>(kDTypeNames, kDTypeNames + kDTypes);
+  m.attr("step_scalars_fields") = kScalarsFields;
+  m.attr("segment_fields") = kSegmentFields;
+  std::vector<std::string> isas;
+  for (const InstructionSet& isa : instruction_sets()) isas.push_back(isa.name);
+  m.attr("instruction_sets") = isas;
+  m.def("threads_from", &threads_from, "Where threads come from: OpenMP or std::thread.");
+  m.def("tensors_read_by", &tensors_read_by, "How tensors are read: DLPack or Python.");
+  m.def("dtype_code", [](py::handle dtype) { return dtype_code(dtype.ptr()); });
+  m.def("is_dense", [](py::handle tensor) {
+    TensorInfo info;
+    return describe(tensor.ptr(), info) && is_dense(info);
+  });
+  m.def("supported", [](int param, int grad, int state) {
+    return param >= 0 && grad >= 0 && state >= 0 &&
+           supported(
+               {static_cast<DType>(param), static_cast<DType>(grad), static_cast<DType>(state)});
+  });
+  m.def("state_dtype", [](int param, int requested) {
+    return static_cast<int>(state_dtype(static_cast<DType>(param), requested));
+  });
+  m.def("step", &step, py::arg("segments"), py::arg("grads"), py::arg("count"), py::arg("param"),
+        py::arg("grad"), py::arg("state"), py::arg("scalars"), py::arg("scalars_count"),
+        py::arg("threads"), py::arg("isa") = 0,
+        "Steps `count` segments at address `segments` (int64 rows of segment_fields), whose "
+        "gradients' addresses are at `grads`, with the StepScalars at address `scalars`. Dtypes "
+        "are codes; `isa` indexes instruction_sets.");
+
+  py::exception<Refusal>(m, "Refusal", PyExc_ValueError).attr("__doc__") =
+      "Tensors that can't be stepped together: a message with {0} and {1} for "
+      "the names of owners, and the owners' indices in Plan.owners.";
+  py::exception<InvalidGroup>(m, "InvalidGroup", PyExc_ValueError).attr("__doc__") =
+      "Options that no step can be made of: the group's index, and the step.";
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const PythonError&) {  // Python's error indicator is set already
+    } catch (const Refusal& refusal) {
+      raise("Refusal", refusal.message, refusal.owners);
+    } catch (const InvalidGroup& invalid) {
+      raise("InvalidGroup", invalid.group, invalid.step);
+    }
+  });
+
+  py::class_<Bucket>(m, "Bucket", "The segments of one launch; valid until Plan.release().")
+      .def_property_readonly(
+          "device", [](const Bucket& b) { return py::make_tuple(b.device.type, b.device.index); },
+          "DLPack's number of the device type, and the device's index.")
+      .def_property_readonly(
+          "dtypes",
+          [](const Bucket& b) {
+            return py::make_tuple(static_cast<int>(b.dtypes.param), static_cast<int>(b.dtypes.grad),
+                                  static_cast<int>(b.dtypes.state));
+          },
+          "Codes of the dtypes of parameters, gradients and moments.")
+      .def_readonly("capturable", &Bucket::capturable,
+                    "Whether the step counts lie on the bucket's device, and advance there.")
+      .def_property_readonly("count", [](const Bucket& b) { return b.segments.size(); })
+      .def_property_readonly(
+          "segment_rows", [](const Bucket& b) { return as_bytes(b.segments); },
+          "Rows of segment_fields, as bytes.")
+      .def_property_readonly(
+          "grad_rows", [](const Bucket& b) { return as_bytes(b.grads); },
+          "The address of each segment's gradient, as bytes.")
+      .def_property_readonly(
+          "scalar_rows", [](const Bucket& b) { return as_bytes(b.scalars); },
+          "The rows of StepScalars that the segments obey, as bytes; empty where capturable.")
+      .def_property_readonly(
+          "scalars",
+          [](const Bucket& b) {
+            return py::make_tuple(reinterpret_cast<uintptr_t>(b.scalars.data()), b.scalars.size());
+          },
+          "Address and number of these rows.")
+      .def_property_readonly(
+          "scalar_indices",
+          [](const Bucket& b) {
+            py::list rows;
+            for (const Segment& segment : b.segments) rows.append(segment.scalars);
+            return rows;
+          },
+          "The row of StepScalars that each segment obeys.")
+      .def_property_readonly("counts", &counts, "(group index, step count) of each of these rows.")
+      .def_property_readonly(
+          "counter_rows", [](const Bucket& b) { return as_bytes(b.counters); },
+          "Where the step counts are, as bytes.")
+      .def_property_readonly(
+          "hyperparameter_rows", [](const Bucket& b) { return as_bytes(b.hyperparameters); },
+          "The options of the counters' groups, as bytes; capturable only.")
+      .def_property_readonly("steps", &steps,
+                             "(step tensor, group index) of each segment; capturable only.")
+      .def_property_readonly("tensors", &tensors,
+                             "(param, grad, exp_avg, exp_avg_sq) of each segment.")
+      .def_property_readonly("groups", [](const Bucket& b) { return object(b.groups); })
+      .def_property_readonly("scaling", [](const Bucket& b) { return object(b.scaling); })
+      .def_property(
+          "cache", [](const Bucket& b) { return b.cache.get() ? object(b.cache) : py::none(); },
+          [](Bucket& b, const py::object& cache) { b.cache = Ref::borrow(cache.ptr()); },
+          "What the backend keeps from step to step, as long as the plan lives; None at first.")
+      .def("run", &Plan::run_bucket, py::arg("threads"), "Steps the segments, on the CPU.");
+
+  py::class_<Plan>(m, "Plan", "The plan of one step; see csrc/host/plan.h.")
+      .def(py::init<>())
+      .def(
+          "refresh",
+          [](Plan& plan, py::handle groups, py::handle state, const py::dict& repaired,
+             py::handle scaling) {
+            return py::reinterpret_steal<py::list>(
+                plan.refresh(groups.ptr(), state.ptr(), repaired.ptr(), scaling.ptr()).release());
+          },
+          py::arg("groups"), py::arg("state"), py::arg("repaired"), py::arg("scaling"))
+      .def(
+          "refresh_tensors",
+          [](Plan& plan, const py::list& params, const py::list& grads, const py::list& exp_avgs,
+             const py::list& exp_avg_sqs, double step, const py::dict& group) {
+            return py::reinterpret_steal<py::list>(
+                plan.refresh_tensors(params.ptr(), grads.ptr(), exp_avgs.ptr(), exp_avg_sqs.ptr(),
+                                     step, group.ptr())
+                    .release());
+          },
+          py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+          py::arg("step"), py::arg("group"))
+      .def("begin", &Plan::begin, "Bumps the version of every tensor that is written.")
+      .def("commit", &Plan::commit, "Writes the step counts that the host keeps.")
+      .def("run_cpu", &Plan::run_cpu, py::arg("threads"),
+           "begin(), every bucket, commit(): in one call, so that no signal comes between.")
+      .def("release", &Plan::release, "Lets go of every tensor.")
+      .def_property_readonly("begun", &Plan::begun, "Whether memory may have been written.")
+      .def_property_readonly("buckets", &Plan::buckets, py::return_value_policy::reference_internal)
+      .def_property_readonly("owners", [](const Plan& plan) {
+        return py::reinterpret_borrow<py::list>(plan.owners());
+      });
+}

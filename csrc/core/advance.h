@@ -1,0 +1,68 @@
+// Increments step counts that are stored on the device (capturable), and makes their StepScalars.
+// For the host and the device.
+#pragma once
+
+#include "core/dtypes.h"
+#include "core/schedule.h"
+
+namespace radam {
+
+// Where a step count is, and whose hyperparameters go with it.
+struct Counter {
+  void* step;
+  int32_t dtype;  // kFloat32 or kFloat64
+  int32_t group;  // a row of Hyperparameters
+};
+static_assert(sizeof(Counter) == 16, "these tables travel as bytes");
+
+// What GradScaler leaves on an optimizer: one float each where the counters are, or null.
+struct Scaling {
+  const float* grad_scale;  // the gradients are divided by it
+  const float* found_inf;   // not zero (it may be 2): no step, and no count
+};
+
+RADAM_INLINE double read_number(const void* data, int dtype) {
+  switch (dtype) {
+    case kFloat64:
+      return *static_cast<const double*>(data);
+    case kBFloat16:
+      return widen(*static_cast<const bfloat16*>(data));
+    case kFloat16:
+      return widen(*static_cast<const float16*>(data));
+    default:
+      return *static_cast<const float*>(data);
+  }
+}
+
+// A count and one, in the type of the count: a float32 stays at 2^24, as torch's does.
+RADAM_INLINE double next_count(const void* step, int dtype) {
+  if (dtype == kFloat64) return *static_cast<const double*>(step) + 1.0;
+  return *static_cast<const float*>(step) + 1.0f;
+}
+
+RADAM_INLINE void write_count(void* step, int dtype, double count) {
+  if (dtype == kFloat64) {
+    *static_cast<double*>(step) = count;
+  } else {
+    *static_cast<float*>(step) = static_cast<float>(count);
+  }
+}
+
+// Moves one count on and returns what its parameter's step needs. A step that must not be
+// (found_inf) or can't be (a count that is none; nobody is there to raise) is skipped and not
+// counted.
+RADAM_INLINE StepScalars advance(const Counter& counter, const Hyperparameters* groups,
+                                 const Scaling& scaling) {
+  const StepScalars skip = {};
+  static_assert(kSkip == 0, "scalars that are all zero skip");
+  if (scaling.found_inf && *scaling.found_inf != 0) return skip;
+  Hyperparameters h = groups[counter.group];
+  if (h.lr_data) h.lr = read_number(h.lr_data, h.lr_dtype);
+  if (scaling.grad_scale) h.grad_scale /= *scaling.grad_scale;
+  const double t = next_count(counter.step, counter.dtype);
+  if (!valid(h, t)) return skip;
+  write_count(counter.step, counter.dtype, t);
+  return step_scalars(h, t);
+}
+
+}  // namespace radam

@@ -1,0 +1,237 @@
+// What the CPU kernel computes with: two vectors of elements, as long as the instruction set has
+// them, and their ways from and to memory in every dtype. Arithmetic is GCC's vector extension,
+// which clang knows too; conversions name instructions where a compiler does not find them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtypes.h"
+
+#if defined(__AVX512BW__)
+#define RADAM_VECTOR_BYTES 64
+#elif defined(__AVX2__) && defined(__F16C__)
+#define RADAM_VECTOR_BYTES 32
+#else
+#define RADAM_VECTOR_BYTES 16
+#endif
+
+// Each object that includes this is compiled for an instruction set of its own and shares nothing.
+namespace radam {
+namespace {
+
+constexpr int kVectorBytes = RADAM_VECTOR_BYTES;
+template <typename T>
+constexpr int kWidth = kVectorBytes / sizeof(T);
+
+template <typename Element, int kBytes = kVectorBytes>
+struct Vector {
+  typedef Element type __attribute__((vector_size(kBytes)));
+};
+using Floats = Vector<float>::type;
+using Words = Vector<uint32_t>::type;
+using Halves = Vector<uint16_t>::type;                          // of two vectors of float
+using NarrowHalves = Vector<uint16_t, kVectorBytes / 2>::type;  // of one
+
+// Vector number `index` of those that begin at an address of any alignment.
+template <typename V>
+RADAM_INLINE V read(const void* from, int index = 0) {
+  V vector;
+  memcpy(&vector, static_cast<const char*>(from) + index * sizeof(V), sizeof(V));
+  return vector;
+}
+
+template <typename V>
+RADAM_INLINE void write(V vector, void* to, int index = 0) {
+  memcpy(static_cast<char*>(to) + index * sizeof(V), &vector, sizeof(V));
+}
+
+template <typename T>
+struct Lanes {
+  using V = typename Vector<T>::type;
+  V v;
+
+  RADAM_INLINE Lanes(V vector) : v(vector) {}
+  // In every lane (x - 0 and not 0 + x, which would lose the sign of -0.0); any NaN as one that
+  // round_bfloat16 leaves a NaN.
+  RADAM_INLINE explicit Lanes(double x)
+      : v((x == x ? static_cast<T>(x) : std::numeric_limits<T>::quiet_NaN()) - V{}) {}
+};
+
+template <typename T>
+RADAM_INLINE Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
+  return a.v + b.v;
+}
+template <typename T>
+RADAM_INLINE Lanes<T> operator-(Lanes<T> a, Lanes<T> b) {
+  return a.v - b.v;
+}
+template <typename T>
+RADAM_INLINE Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
+  return a.v * b.v;
+}
+template <typename T>
+RADAM_INLINE Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
+  return a.v / b.v;
+}
+template <typename T>
+RADAM_INLINE Lanes<T> sqrt(Lanes<T> x) {
+  for (int k = 0; k < kWidth<T>; ++k) x.v[k] = std::sqrt(x.v[k]);  // becomes one instruction
+  return x;
+}
+
+// A factor that is one most of the time: then nothing is multiplied, which gives the same bits.
+template <typename T>
+struct Factor {
+  Lanes<T> x;
+  bool one;
+
+  RADAM_INLINE Factor(Lanes<T> factor) : x(factor), one(factor.v[0] == 1) {}
+};
+
+template <typename T>
+RADAM_INLINE Lanes<T> operator*(Lanes<T> a, const Factor<T>& factor) {
+  return factor.one ? a : a * factor.x;
+}
+
+// Elements that are stepped together.
+template <typename T>
+struct Pair {
+  Lanes<T> a, b;
+};
+
+// Which 16-bit elements are in a and which in b: the first half and the second, or those at even
+// and those at odd places. Zipped ones come out of memory and go back without a change of lanes,
+// which pays where all streams are that narrow.
+enum Order { kInOrder, kZipped };
+
+// The 16-bit halves at even places from one, and at odd places from the other.
+RADAM_INLINE Halves zip(Words even, Words odd) {
+#if RADAM_VECTOR_BYTES == 32
+  return (Halves)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#else
+  return (Halves)((even & 0xffffu) | (odd & 0xffff0000u));
+#endif
+}
+
+// 16-bit elements, each in the low half of a word.
+RADAM_INLINE Words read_extended(const void* from, int index) {
+#if RADAM_VECTOR_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32(read<__m128i>(from, index));
+#else
+  return __builtin_convertvector(read<NarrowHalves>(from, index), Words);
+#endif
+}
+
+template <Order kOrder>
+RADAM_INLINE Pair<float> load_bfloat16(const void* from) {
+  if constexpr (kOrder == kZipped) {
+    const Words both = read<Words>(from);
+    return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+  } else {
+    return {(Floats)(read_extended(from, 0) << 16), (Floats)(read_extended(from, 1) << 16)};
+  }
+}
+
+// Rounds both to nearest even, and zips them: up from the middle on, and then the last bit is
+// cleared where it was the middle, which makes that even. This takes fewer operations than to round
+// each alone as narrow() does, but some NaN run over into numbers: not those whose low bits are 0.
+RADAM_INLINE Halves round_bfloat16(const Pair<float>& x) {
+  const Words a = (Words)x.a.v + 0x8000u, b = (Words)x.b.v + 0x8000u;
+  const Halves rounded = zip(a >> 16, b), rest = zip(a, b << 16);
+#if RADAM_VECTOR_BYTES == 32
+  return rounded & (Halves)_mm256_adds_epu16((__m256i)rest, _mm256_set1_epi16(-2));
+#else
+  return rounded & ((Halves)(rest == 0) + static_cast<uint16_t>(0xffff));
+#endif
+}
+
+template <typename To>
+RADAM_INLINE void store_each(const Pair<float>& x, void* to) {
+  float wide[2 * kWidth<float>];
+  To narrowed[2 * kWidth<float>];
+  write(x.a.v, wide, 0);
+  write(x.b.v, wide, 1);
+  for (int k = 0; k < 2 * kWidth<float>; ++k) narrowed[k] = narrow<To>(wide[k]);
+  memcpy(to, narrowed, sizeof(narrowed));
+}
+
+template <Order kOrder>
+RADAM_INLINE void store_bfloat16(const Pair<float>& x, void* to) {
+  if constexpr (kOrder == kZipped) {
+    // All that went in was bfloat16, so the low bits of a NaN are 0.
+    write(round_bfloat16(x), to);
+  } else {
+#if RADAM_VECTOR_BYTES == 32
+    const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
+    if (__builtin_expect(_mm256_movemask_ps(unordered), 0)) return store_each<bfloat16>(x, to);
+    const __m256i unzip = _mm256_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0,  //
+                                          15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    const __m256i quarters = _mm256_shuffle_epi8((__m256i)round_bfloat16(x), unzip);
+    write(_mm256_permute4x64_epi64(quarters, 0xd8), to);
+#else
+    store_each<bfloat16>(x, to);
+#endif
+  }
+}
+
+RADAM_INLINE Pair<float> load_float16(const void* from) {
+#if RADAM_VECTOR_BYTES == 64
+  return {(Floats)_mm512_cvtph_ps(read<__m256i>(from, 0)),
+          (Floats)_mm512_cvtph_ps(read<__m256i>(from, 1))};
+#elif RADAM_VECTOR_BYTES == 32
+  return {(Floats)_mm256_cvtph_ps(read<__m128i>(from, 0)),
+          (Floats)_mm256_cvtph_ps(read<__m128i>(from, 1))};
+#else
+  float16 narrow[2 * kWidth<float>];
+  float wide[2 * kWidth<float>];
+  memcpy(narrow, from, sizeof(narrow));
+  for (int k = 0; k < 2 * kWidth<float>; ++k) wide[k] = widen(narrow[k]);
+  return {read<Floats>(wide, 0), read<Floats>(wide, 1)};
+#endif
+}
+
+RADAM_INLINE void store_float16(const Pair<float>& x, void* to) {
+#if RADAM_VECTOR_BYTES == 64
+  write(_mm512_cvtps_ph((__m512)x.a.v, _MM_FROUND_TO_NEAREST_INT), to, 0);
+  write(_mm512_cvtps_ph((__m512)x.b.v, _MM_FROUND_TO_NEAREST_INT), to, 1);
+#elif RADAM_VECTOR_BYTES == 32
+  write(_mm256_cvtps_ph((__m256)x.a.v, _MM_FROUND_TO_NEAREST_INT), to, 0);
+  write(_mm256_cvtps_ph((__m256)x.b.v, _MM_FROUND_TO_NEAREST_INT), to, 1);
+#else
+  store_each<float16>(x, to);
+#endif
+}
+
+template <typename T, DType kDType, Order kOrder>
+RADAM_INLINE Pair<T> load(const void* from) {
+  if constexpr (kDType == kBFloat16) {
+    return load_bfloat16<kOrder>(from);
+  } else if constexpr (kDType == kFloat16) {
+    return load_float16(from);
+  } else {
+    using V = typename Lanes<T>::V;
+    return {read<V>(from, 0), read<V>(from, 1)};
+  }
+}
+
+template <DType kDType, Order kOrder, typename T>
+RADAM_INLINE void store(const Pair<T>& x, void* to) {
+  if constexpr (kDType == kBFloat16) {
+    store_bfloat16<kOrder>(x, to);
+  } else if constexpr (kDType == kFloat16) {
+    store_float16(x, to);
+  } else {
+    write(x.a.v, to, 0);
+    write(x.b.v, to, 1);
+  }
+}
+
+}  // namespace
+}  // namespace radam

@@ -1,0 +1,279 @@
+// The CUDA kernels: a block steps one chunk of one segment; and the two small ones around it.
+//
+// The step is bound by memory. Per fp32 parameter 28 bytes move (p, g, m, v in; p, m, v out), which
+// at 4.3 TB/s takes 6.5 ps, in which an H200 issues 193 instructions; the loop takes 56, IEEE
+// division and square root among them. So the design is about keeping enough bytes in flight. Every
+// thread issues its 16-byte loads of all four streams before it uses the first, and five 256-thread
+// blocks of 48 registers fill an SM: 82 kB where 25 are needed. What is read or written once passes
+// the caches marked as streaming. bench/machine_code.py counts all this, for every dtype set.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "core/update.h"
+#include "cuda/step_cuda.h"
+
+namespace radam {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectors = 4;  // that a thread steps, one after another
+
+template <typename Element>
+using Storage = typename Element::Storage;
+
+template <typename P>
+using Compute = std::conditional_t<sizeof(P) == 8, double, float>;
+
+// StepScalars as the kernel wants them; the host makes them where it can.
+template <typename T>
+struct Row {
+  Scalars<T> s;
+  Action action;
+
+  RADAM_INLINE Row() : Row(StepScalars{}) {}
+  RADAM_INLINE explicit Row(const StepScalars& scalars) : s(scalars), action(action_of(scalars)) {}
+};
+
+template <typename T>
+struct Arguments {
+  const Segment* segments;
+  const uintptr_t* grads;
+  const Work* work;
+  int run;
+  const StepScalars* device_scalars;
+  Row<T> rows[kInlineScalars];
+};
+
+// Elements a thread steps at once: 16 bytes of the narrowest stream.
+template <typename P, typename G, typename S>
+constexpr int kVector =
+    16 / (sizeof(P) < sizeof(G) ? (sizeof(P) < sizeof(S) ? sizeof(P) : sizeof(S))
+                                : (sizeof(G) < sizeof(S) ? sizeof(G) : sizeof(S)));
+
+template <typename P, typename G, typename S>
+constexpr int64_t kChunk = int64_t{kThreads} * kVectors * kVector<P, G, S>;
+
+// N elements in as many 16-byte accesses as it takes.
+template <typename T, int N>
+struct alignas(16) Pack {
+  static constexpr int kWords = N * sizeof(T) / 16;
+  union {
+    uint4 words[kWords];
+    T x[N];
+  };
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load(const T* from) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < pack.kWords; ++i) {
+    pack.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+  }
+  return pack;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
+#pragma unroll
+  for (int i = 0; i < pack.kWords; ++i) {
+    __stcs(reinterpret_cast<uint4*>(to) + i, pack.words[i]);
+  }
+}
+
+template <typename P, typename G, typename S, typename T = Compute<P>>
+__device__ __forceinline__ void step_element(P& p, G g, S& m, S& v, const Scalars<T>& s, bool l2,
+                                             Action action) {
+  T p_ = widen(p), m_ = widen(m), v_ = widen(v);
+  radam_update(p_, static_cast<T>(widen(g)), m_, v_, s, l2, action);
+  p = narrow<P>(p_);
+  m = narrow<S>(m_);
+  v = narrow<S>(v_);
+}
+
+__device__ __forceinline__ bool aligned(const Segment& s, uintptr_t grad) {
+  const uintptr_t all = reinterpret_cast<uintptr_t>(s.param) | grad |
+                        reinterpret_cast<uintptr_t>(s.exp_avg) |
+                        reinterpret_cast<uintptr_t>(s.exp_avg_sq);
+  return all % 16 == 0;
+}
+
+template <typename P, typename G, typename S>
+__global__ void __launch_bounds__(kThreads)
+    radam_step_kernel(const __grid_constant__ Arguments<Compute<P>> arguments) {
+  using T = Compute<P>;
+  constexpr int kN = kVector<P, G, S>;
+  constexpr int64_t kElements = kChunk<P, G, S>;
+
+  const Work work = arguments.work[blockIdx.x >> arguments.run];
+  int64_t index = work.segment;
+  int64_t chunk = work.chunk + (blockIdx.x & ((1u << arguments.run) - 1));
+  const auto chunks = [&] { return (arguments.segments[index].numel + kElements - 1) / kElements; };
+  for (; chunk >= chunks(); ++index) chunk -= chunks();
+  const Segment segment = arguments.segments[index];
+  // Read-only to the compiler: without __ldg this load costs six registers, and so a block per SM.
+  const uintptr_t grad = __ldg(arguments.grads + index);
+  const Row<T> row = arguments.device_scalars ? Row<T>(arguments.device_scalars[segment.scalars])
+                                              : arguments.rows[segment.scalars];
+  const Scalars<T>& s = row.s;
+  const Action action = row.action;
+  if (action == kSkip) return;
+  const bool l2 = s.weight_decay != 0;
+
+  const int64_t begin = chunk * kElements;
+  const int64_t left = segment.numel - begin;
+  const int count = static_cast<int>(left < kElements ? left : kElements);
+  P* const params = static_cast<P*>(segment.param) + begin;
+  const G* const grads = reinterpret_cast<const G*>(grad) + begin;
+  S* const exp_avgs = static_cast<S*>(segment.exp_avg) + begin;
+  S* const exp_avg_sqs = static_cast<S*>(segment.exp_avg_sq) + begin;
+
+  int done = 0;  // up to here, whole vectors
+  if (aligned(segment, grad)) {
+    done = count - count % kN;
+#pragma unroll 1
+    for (int i = threadIdx.x * kN; i < done; i += kThreads * kN) {
+      auto p = load<P, kN>(params + i);
+      const auto g = load<G, kN>(grads + i);
+      auto m = load<S, kN>(exp_avgs + i);
+      auto v = load<S, kN>(exp_avg_sqs + i);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        step_element(p.x[j], g.x[j], m.x[j], v.x[j], s, l2, action);
+      }
+      store(params + i, p);
+      store(exp_avgs + i, m);
+      store(exp_avg_sqs + i, v);
+    }
+  }
+  // The rest of a segment, or all of one that does not start on 16 bytes.
+#pragma unroll 1
+  for (int i = done + threadIdx.x; i < count; i += kThreads) {
+    step_element(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], s, l2, action);
+  }
+}
+
+// Few, because float64 is slow on most GPUs: a thousand counters shall use many SMs.
+constexpr int kAdvanceThreads = 32;
+
+__global__ void __launch_bounds__(kAdvanceThreads)
+    radam_advance_kernel(const __grid_constant__ CudaAdvance a) {
+  const int64_t i = int64_t{blockIdx.x} * kAdvanceThreads + threadIdx.x;
+  if (i < a.count) a.scalars[i] = advance(a.counters[i], a.groups, a.scaling);
+}
+
+// What fits into the arguments of a launch, whose limit is 4 KB before CUDA 12.1.
+struct Payload {
+  static constexpr int kWords = 500;
+  uint64_t* to;
+  int64_t count;
+  uint64_t words[kWords];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    radam_upload_kernel(const __grid_constant__ Payload payload) {
+  for (int i = threadIdx.x; i < payload.count; i += kThreads) payload.to[i] = payload.words[i];
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Makes a device current, and the one before it again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+template <typename Argument>
+void launch(void (*kernel)(Argument), const Argument& argument, int64_t blocks, int threads,
+            int device, void* stream, const char* name) {
+  if (blocks < 0 || blocks > INT32_MAX) {
+    throw std::runtime_error("too many blocks for one launch: " + std::to_string(blocks));
+  }
+  if (blocks == 0) return;
+  const DeviceGuard guard(device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, argument), name);
+}
+
+}  // namespace
+
+int64_t cuda_chunk(const DTypeSet& dtypes) {
+  return visit_dtypes(dtypes, [](auto p, auto g, auto s) {
+    return kChunk<Storage<decltype(p)>, Storage<decltype(g)>, Storage<decltype(s)>>;
+  });
+}
+
+void step_cuda(const CudaStep& step) {
+  if (step.run < 0 || step.run > 30) {
+    throw std::runtime_error("run: expected 0 to 30, got " + std::to_string(step.run));
+  }
+  if (!step.device_scalars && (!step.scalars || step.scalars_count > kInlineScalars)) {
+    throw std::runtime_error(std::to_string(step.scalars_count) + " rows of scalars; at most " +
+                             std::to_string(kInlineScalars) + " travel with the launch");
+  }
+  visit_dtypes(step.dtypes, [&](auto p, auto g, auto s) {
+    using P = Storage<decltype(p)>;
+    using T = Compute<P>;
+    Arguments<T> arguments = {step.segments, step.grads,          step.work,
+                              step.run,      step.device_scalars, {}};
+    for (int64_t i = 0; !step.device_scalars && i < step.scalars_count; ++i) {
+      arguments.rows[i] = Row<T>(step.scalars[i]);
+    }
+    launch(radam_step_kernel<P, Storage<decltype(g)>, Storage<decltype(s)>>, arguments, step.blocks,
+           kThreads, step.device, step.stream, "radam_step_kernel");
+  });
+}
+
+void advance_cuda(const CudaAdvance& advance) {
+  launch(radam_advance_kernel, advance, (advance.count + kAdvanceThreads - 1) / kAdvanceThreads,
+         kAdvanceThreads, advance.device, advance.stream, "radam_advance_kernel");
+}
+
+void upload_cuda(void* to, const void* from, int64_t size, int device, void* stream) {
+  constexpr int64_t kBytes = sizeof(Payload::words);
+  for (int64_t done = 0; done < size; done += kBytes) {
+    const int64_t bytes = std::min(size - done, kBytes);
+    Payload payload = {reinterpret_cast<uint64_t*>(static_cast<char*>(to) + done), bytes / 8, {}};
+    memcpy(payload.words, static_cast<const char*>(from) + done, static_cast<size_t>(bytes));
+    launch(radam_upload_kernel, payload, 1, kThreads, device, stream, "radam_upload_kernel");
+  }
+}
+
+const char* why_not_cuda(int device) {
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    // This loads them, too: while a graph is captured might be a bad moment for it.
+    check(cudaFuncGetAttributes(&attributes, radam_step_kernel<float, float, float>),
+          "radam_step_kernel");
+    check(cudaFuncGetAttributes(&attributes, radam_advance_kernel), "radam_advance_kernel");
+    check(cudaFuncGetAttributes(&attributes, radam_upload_kernel), "radam_upload_kernel");
+  } catch (const std::runtime_error&) {
+    return cudaGetErrorString(cudaGetLastError());
+  }
+  return "";
+}
+
+}  // namespace radam

@@ -1,0 +1,90 @@
+// Reads the options of a parameter group. Range checks are in valid().
+#include "host/options.h"
+
+#include <stdexcept>
+
+namespace radam {
+namespace {
+
+// Names that a step looks up, interned once and never released.
+struct Names {
+#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name);
+#define RADAM_NAME_OF_FLAG(name) RADAM_NAME(name)
+  RADAM_HYPERPARAMETERS(RADAM_NAME, RADAM_NAME_OF_FLAG)
+  RADAM_NAME(betas)
+  RADAM_NAME(exact)
+  RADAM_NAME(first_order)
+  RADAM_NAME(grad_scale)
+  RADAM_NAME(lr)
+  RADAM_NAME(rectification)
+#undef RADAM_NAME
+#undef RADAM_NAME_OF_FLAG
+};
+
+// A borrowed item of a dict that must be there.
+PyObject* required(PyObject* dict, PyObject* key) {
+  PyObject* found = item(dict, key);
+  if (!found) {
+    PyErr_SetObject(PyExc_KeyError, key);
+    throw PythonError();
+  }
+  return found;
+}
+
+// A number, or a tensor of one element.
+double number(PyObject* value) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double x = PyFloat_AsDouble(value);
+  if (x == -1.0 && PyErr_Occurred()) throw PythonError();
+  return x;
+}
+
+bool flag(PyObject* group, PyObject* key) {
+  const int truth = PyObject_IsTrue(required(group, key));
+  if (truth < 0) throw PythonError();
+  return truth != 0;
+}
+
+void read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
+  h.lr_data = nullptr;
+  h.lr_dtype = 0;
+  TensorInfo info;
+  if (device && !PyFloat_CheckExact(lr) && describe(lr, info) && !info.complex && info.numel == 1 &&
+      info.dtype >= 0 && (info.device.type != kCPU || device->type == kCPU)) {
+    if (!(info.device == *device)) {
+      throw std::invalid_argument(
+          "lr is a tensor on another device than a parameter of its group; give a number, or a "
+          "tensor on the CPU");
+    }
+    h.lr = 0.0;
+    h.lr_data = info.data;
+    h.lr_dtype = info.dtype;
+  } else {
+    h.lr = number(lr);
+  }
+}
+
+}  // namespace
+
+bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device) {
+  static const Names n;
+  const Ref betas = Ref::steal(PySequence_Tuple(required(group, n.betas)));
+  if (PyTuple_GET_SIZE(betas.get()) != 2) return false;
+  PyObject* form = required(group, n.rectification);
+  if (!PyUnicode_Check(form)) return false;
+  h.exact = PyUnicode_Compare(form, n.exact) == 0;
+  if (!h.exact && PyUnicode_Compare(form, n.first_order) != 0) return false;
+  PyObject* grad_scale = item(group, n.grad_scale);
+  h.grad_scale = grad_scale ? number(grad_scale) : 1.0;
+  h.beta1 = number(PyTuple_GET_ITEM(betas.get(), 0));
+  h.beta2 = number(PyTuple_GET_ITEM(betas.get(), 1));
+  read_lr(required(group, n.lr), h, device);
+#define RADAM_READ_NUMBER(name) h.name = number(required(group, n.name));
+#define RADAM_READ_FLAG(name) h.name = flag(group, n.name);
+  RADAM_HYPERPARAMETERS(RADAM_READ_NUMBER, RADAM_READ_FLAG)
+#undef RADAM_READ_NUMBER
+#undef RADAM_READ_FLAG
+  return true;
+}
+
+}  // namespace radam

@@ -1,0 +1,96 @@
+// Sorts what a step writes and looks for neighbours that overlap. Sorting takes longer than the
+// rest of a step, so it is done again only if something has moved; a gradient that has moved is
+// compared with the neighbours of its predecessor first.
+#include "host/overlap.h"
+
+#include <algorithm>
+
+namespace radam {
+
+bool OverlapCheck::same_writes(const std::deque<Bucket>& buckets) const {
+  size_t i = 0;
+  for (const Bucket& bucket : buckets) {
+    for (size_t j = 0; j < bucket.segments.size(); ++j) {
+      if (i == verified_.size()) return false;
+      const Segment& s = bucket.segments[j];
+      const Verified& old = verified_[i++];
+      if (!(old.dtypes == bucket.dtypes && s.param == old.segment.param &&
+            s.exp_avg == old.segment.exp_avg && s.exp_avg_sq == old.segment.exp_avg_sq &&
+            s.numel == old.segment.numel && old.step == bucket.counters[j].step)) {
+        return false;
+      }
+    }
+  }
+  return i == verified_.size();
+}
+
+// Makes written_ and verified_, with no gradients yet.
+std::optional<Overlap> OverlapCheck::sort_writes(const std::deque<Bucket>& buckets) {
+  verified_.clear();
+  written_.clear();
+  for (const Bucket& bucket : buckets) {
+    for (size_t i = 0; i < bucket.segments.size(); ++i) {
+      const Segment& s = bucket.segments[i];
+      const Counter& counter = bucket.counters[i];
+      const auto write = [&](const void* data, int dtype, int64_t numel, const char* stream) {
+        const char* begin = static_cast<const char*>(data);
+        const char* end = begin + numel * kDTypeSizes[dtype];
+        if (numel) written_.push_back({begin, end, bucket.owners[i], stream});
+      };
+      write(s.param, bucket.dtypes.param, s.numel, "param");
+      write(s.exp_avg, bucket.dtypes.state, s.numel, "exp_avg");
+      write(s.exp_avg_sq, bucket.dtypes.state, s.numel, "exp_avg_sq");
+      write(counter.step, counter.dtype, counter.step ? 1 : 0, "step");
+      verified_.push_back({bucket.dtypes, s, counter.step, nullptr, 0});
+    }
+  }
+  std::sort(written_.begin(), written_.end(),
+            [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < written_.size(); ++i) {
+    const Interval &a = written_[i - 1], &b = written_[i];
+    if (b.begin < a.end) {
+      verified_.clear();
+      return Overlap{a.owner, b.owner, a.stream, b.stream};
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<Overlap> OverlapCheck::find(const std::deque<Bucket>& buckets) {
+  if (!same_writes(buckets)) {
+    if (auto found = sort_writes(buckets)) return found;
+  }
+  size_t i = 0;
+  for (const Bucket& bucket : buckets) {
+    for (size_t j = 0; j < bucket.segments.size(); ++j) {
+      const Segment& s = bucket.segments[j];
+      Verified& verified = verified_[i++];
+      const void* grad = bucket.grads[j];
+      if (grad == verified.grad) continue;
+      const char* begin = static_cast<const char*>(grad);
+      const char* end = begin + s.numel * kDTypeSizes[bucket.dtypes.grad];
+      // A gradient that is its own parameter is read before that element is written.
+      const bool own = grad == s.param && bucket.dtypes.grad == bucket.dtypes.param;
+      if (s.numel != 0 && !own) {
+        const auto fits = [&](size_t after) {
+          return (after == 0 || written_[after - 1].end <= begin) &&
+                 (after == written_.size() || end <= written_[after].begin);
+        };
+        if (!fits(verified.after)) {
+          const auto after =
+              std::lower_bound(written_.begin(), written_.end(), end,
+                               [](const Interval& a, const char* at) { return a.begin < at; });
+          verified.after = static_cast<size_t>(after - written_.begin());
+          if (!fits(verified.after)) {
+            const Interval& before = *(after - 1);
+            return Overlap{bucket.owners[j], before.owner, "grad", before.stream};
+          }
+        }
+      }
+      verified.grad = grad;
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace radam

@@ -1,0 +1,533 @@
+// All that a step depends on is read and checked at every step, in one pass: an edit between steps
+// (gradients, pointers, state, step counts) can't be missed. What the last step saw serves as a
+// hint only: where a parameter's state is, and which addresses to prefetch.
+#include "host/plan.h"
+
+#include <stdexcept>
+
+#include "cpu/step_cpu.h"
+#include "host/dtensor.h"
+
+namespace radam {
+namespace {
+
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep };
+constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "step"};
+
+// Parameters that are prefetched ahead of the walk.
+constexpr size_t kAhead = 4;
+
+// Names that a step looks up, interned once and never released.
+struct Names {
+#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
+  RADAM_NAME(capturable);
+  RADAM_NAME(exp_avg);
+  RADAM_NAME(exp_avg_sq);
+  RADAM_NAME(found_inf);
+  RADAM_NAME(grad);
+  RADAM_NAME(grad_scale);
+  RADAM_NAME(lr);
+  RADAM_NAME(params);
+  RADAM_NAME(state_dtype);
+  RADAM_NAME(step);
+#undef RADAM_NAME
+};
+
+const Names& names() {
+  static const Names interned;
+  return interned;
+}
+
+// param.grad. For the plain types and DTensor it calls the getter of the attribute directly instead
+// of looking for it in every class of the type.
+Ref gradient(PyObject* param) {
+  struct Plain {
+    PyTypeObject *tensor = nullptr, *parameter = nullptr;
+    PyGetSetDef* grad = nullptr;
+
+    Plain() {
+      const Ref torch = Ref::steal(PyImport_ImportModule("torch.nn"));
+      Ref type = attribute(torch.get(), "Parameter");
+      Ref found = attribute(type.get(), "grad");
+      if (!PyObject_TypeCheck(found.get(), &PyGetSetDescr_Type)) return;
+      grad = reinterpret_cast<PyGetSetDescrObject*>(found.release())->d_getset;
+      parameter = reinterpret_cast<PyTypeObject*>(type.release());
+      tensor = parameter->tp_base;
+    }
+  };
+  static const Plain plain;
+  PyTypeObject* type = Py_TYPE(param);
+  if (plain.grad && (type == plain.parameter || type == plain.tensor || is_dtensor(param))) {
+    return Ref::steal(plain.grad->get(param, plain.grad->closure));
+  }
+  return Ref::steal(PyObject_GetAttr(param, names().grad));
+}
+
+// A list or tuple as it is, any other iterable as a list.
+Ref sequence(PyObject* object, const char* message) {
+  return Ref::steal(PySequence_Fast(object, message));
+}
+
+void append_to(PyObject* list, PyObject* object) {
+  if (PyList_Append(list, object) != 0) throw PythonError();
+}
+
+// Other threads run while one of these lives.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() { PyEval_RestoreThread(state_); }
+  GilReleased(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+float number(PyObject* scaling, PyObject* name, float otherwise) {
+  const Ref value = Ref::steal(PyObject_GetAttr(scaling, name));
+  if (value.get() == Py_None) return otherwise;
+  const double x = PyFloat_AsDouble(value.get());
+  if (x == -1.0 && PyErr_Occurred()) throw PythonError();
+  return static_cast<float>(x);
+}
+
+}  // namespace
+
+// The walk
+
+Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling) {
+  release();
+  find_dtensor();
+  const Ref pending = Ref::steal(PyList_New(0));
+  const Ref all = sequence(groups, "param_groups: expected a list of dicts");
+  if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
+  walk(all.get(), state, repaired, pending.get());
+  if (PyList_GET_SIZE(pending.get()) == 0) complete(all.get(), scaling);
+  return Ref::borrow(pending.get());
+}
+
+void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending) {
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
+    items_.emplace_back(Ref::borrow(key), Ref::borrow(value));
+  }
+  Py_ssize_t position = 0;
+  for (Py_ssize_t g = 0; g < PySequence_Fast_GET_SIZE(groups); ++g) {
+    const Ref options = Ref::borrow(PySequence_Fast_GET_ITEM(groups, g));
+    if (!PyDict_Check(options.get())) {
+      throw std::invalid_argument("param_groups[" + std::to_string(g) + "]: expected a dict");
+    }
+    add_group(options.get());
+    PyObject* found = item(options.get(), names().params);
+    if (!found)
+      throw std::invalid_argument("param_groups[" + std::to_string(g) + "] has no \"params\"");
+    const Ref params =
+        sequence(found, "\"params\" of a parameter group: expected a list of tensors");
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i, ++position) {
+      const Ref owner = Ref::borrow(PySequence_Fast_GET_ITEM(params.get(), i));
+      prefetch(static_cast<size_t>(position) + kAhead);
+      const Ref grad = gradient(owner.get());
+      if (static_cast<size_t>(position) == entries_.size()) entries_.emplace_back();
+      Entry& entry = entries_[static_cast<size_t>(position)];
+      if (grad.get() == Py_None) continue;
+      Row row = {Ref::borrow(owner.get()), {}};
+      std::string reason = "it has no state";
+      if (find_replacement(repaired, position, row)) {
+        reason = take(std::move(row), g, entry);
+      } else if (find_row(find_state(owner.get(), entry), row)) {
+        row.tensors.param = Ref::borrow(owner.get());
+        row.tensors.grad = Ref::borrow(grad.get());
+        reason = take(std::move(row), g, entry);
+      }
+      if (reason.empty()) continue;
+      const Ref left = Ref::steal(
+          Py_BuildValue("(nnOOs)", position, g, owner.get(), grad.get(), reason.c_str()));
+      append_to(pending, left.get());
+    }
+  }
+  entries_.resize(static_cast<size_t>(position));
+}
+
+Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
+                          PyObject* exp_avg_sqs, double step, PyObject* group) {
+  release();
+  const Ref pending = Ref::steal(PyList_New(0));
+  add_group(group);
+  groups_.back().counted = true;
+  count_ = step;
+  Entry entry;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    const auto part = [&](PyObject* list) { return Ref::borrow(PyList_GetItem(list, i)); };
+    Row row = {part(params), {part(params), part(grads), part(exp_avgs), part(exp_avg_sqs), Ref()}};
+    for (const Ref* one : {&row.tensors.exp_avg, &row.tensors.exp_avg_sq}) {
+      append_to(written_.get(), one->get());
+    }
+    entry = Entry();
+    const std::string reason = take(std::move(row), 0, entry);
+    if (reason.empty()) continue;
+    const Ref left = Ref::steal(Py_BuildValue("(ns)", i, reason.c_str()));
+    append_to(pending.get(), left.get());
+  }
+  if (PyList_GET_SIZE(pending.get()) == 0) {
+    const Ref groups = Ref::steal(Py_BuildValue("[O]", group));
+    complete(groups.get(), Py_None);
+  }
+  return Ref::borrow(pending.get());
+}
+
+void Plan::add_group(PyObject* options) {
+  PyObject* dtype = item(options, names().state_dtype);
+  PyObject* capturable = item(options, names().capturable);
+  Group group = {Ref::borrow(options), dtype ? dtype_code(dtype) : -1, false};
+  const int truth = capturable ? PyObject_IsTrue(capturable) : 0;
+  if (truth < 0) throw PythonError();
+  group.capturable = truth == 1;
+  groups_.push_back(std::move(group));
+}
+
+// The value of `param` in the optimizer's state; null if it has none. A dict lookup would hash the
+// parameter, which runs Python code; most parameters are where they were at the last step.
+PyObject* Plan::find_state(PyObject* param, Entry& entry) {
+  if (entry.item >= items_.size() || items_[entry.item].first.get() != param) {
+    if (item_of_.empty()) {
+      for (size_t i = 0; i < items_.size(); ++i) item_of_.emplace(items_[i].first.get(), i);
+    }
+    const auto found = item_of_.find(param);
+    if (found == item_of_.end()) return nullptr;
+    entry.item = found->second;
+  }
+  return items_[entry.item].second.get();
+}
+
+// Fills in what is stepped in the place of the row's owner, if anything is.
+bool Plan::find_replacement(PyObject* repaired, Py_ssize_t position, Row& row) const {
+  if (PyDict_GET_SIZE(repaired) == 0) return false;
+  const Ref key = Ref::steal(PyLong_FromSsize_t(position));
+  PyObject* found = item(repaired, key.get());
+  if (!found || PyTuple_GET_ITEM(found, 0) != row.owner.get()) return false;
+  const auto part = [&](int i) { return Ref::borrow(PyTuple_GET_ITEM(found, i)); };
+  row.tensors = {part(1), part(2), part(3), part(4), part(5)};
+  return true;
+}
+
+// Fills in moments and step from a parameter's state; false if one is missing.
+bool Plan::find_row(PyObject* state, Row& row) const {
+  if (!state || !PyDict_Check(state)) return false;
+  PyObject *keys[3], *values[3];
+  Py_ssize_t position = 0;
+  int n = 0;
+  while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
+  // Nearly always in the order in which they were put there, under interned names.
+  if (n < 3 || keys[0] != names().step || keys[1] != names().exp_avg ||
+      keys[2] != names().exp_avg_sq) {
+    values[0] = item(state, names().step);
+    values[1] = item(state, names().exp_avg);
+    values[2] = item(state, names().exp_avg_sq);
+  }
+  if (!values[0] || !values[1] || !values[2]) return false;
+  row.tensors.step = Ref::borrow(values[0]);
+  row.tensors.exp_avg = Ref::borrow(values[1]);
+  row.tensors.exp_avg_sq = Ref::borrow(values[2]);
+  return true;
+}
+
+// In training the caches are cold: asks for what the walk will read a few parameters from now. A
+// stale address does no harm.
+void Plan::prefetch(size_t position) const {
+  if (position >= entries_.size()) return;
+  for (const Seen& seen : entries_[position].seen) {
+    __builtin_prefetch(seen.object);
+    __builtin_prefetch(seen.impl);
+    __builtin_prefetch(static_cast<const char*>(seen.impl) - 64);
+    __builtin_prefetch(static_cast<const char*>(seen.impl) + 64);
+    __builtin_prefetch(seen.data);
+  }
+  if (entries_[position].item < items_.size()) {
+    __builtin_prefetch(items_[entries_[position].item].second.get());
+  }
+}
+
+// Checks
+
+// Adds a row to its bucket; returns why it can't be stepped, or an empty string.
+std::string Plan::take(Row row, int64_t group, Entry& entry) {
+  const Group& options = groups_[static_cast<size_t>(group)];
+  if (is_dtensor(row.tensors.param.get())) {
+    if (std::string reason = use_local_tensors(row.tensors); !reason.empty()) return reason;
+  }
+  if (std::string reason = check(row.tensors, entry); !reason.empty()) return reason;
+  if (!options.counted) {
+    const DType param = static_cast<DType>(infos_[kParam].dtype);
+    // There is no complex bfloat16.
+    const bool none = infos_[kParam].complex && options.state_dtype == kBFloat16;
+    if (infos_[kExpAvg].dtype != state_dtype(param, none ? -1 : options.state_dtype)) {
+      return "exp_avg and exp_avg_sq have another dtype than state_dtype";
+    }
+    if (std::string reason = check_step(row.tensors.step.get(), options, entry.seen[kStep]);
+        !reason.empty()) {
+      return reason;
+    }
+  }
+  append(std::move(row), group);
+  return {};
+}
+
+// Replaces DTensors that are placed alike by this rank's parts of them.
+std::string Plan::use_local_tensors(Tensors& tensors) const {
+  Ref* const streams[] = {&tensors.param, &tensors.grad, &tensors.exp_avg, &tensors.exp_avg_sq};
+  Ref locals[4];
+  for (int i = 0; i < 4; ++i) {
+    PyObject* tensor = streams[i]->get();
+    if (!is_dtensor(tensor)) return std::string(kStreamNames[i]) + " is not a DTensor as param is";
+    if (i > 0 && !same_placement(tensors.param.get(), tensor)) {
+      return std::string(kStreamNames[i]) + " is placed in another way than param";
+    }
+    locals[i] = local_tensor(tensor);
+    if (!locals[i].get()) return std::string(kStreamNames[i]) + " has no plain local tensor";
+  }
+  for (int i = 0; i < 4; ++i) *streams[i] = std::move(locals[i]);
+  return {};
+}
+
+// Describes the four tensors in infos_; returns why they can't be stepped together.
+std::string Plan::check(const Tensors& tensors, Entry& entry) {
+  PyObject* const all[] = {tensors.param.get(), tensors.grad.get(), tensors.exp_avg.get(),
+                           tensors.exp_avg_sq.get()};
+  for (int i = 0; i < 4; ++i) {
+    if (!describe(all[i], infos_[i])) {
+      return std::string(kStreamNames[i]) + " has no memory that a kernel can use";
+    }
+  }
+  const TensorInfo& param = infos_[kParam];
+  if (param.dtype < 0) return "param must be float32, bfloat16, float16, float64 or complex";
+  for (int i = 1; i < 4; ++i) {
+    const TensorInfo& other = infos_[i];
+    if (!(other.device == param.device)) return "param, grad and moments are on several devices";
+    if (!same_shape(param, other)) return "param, grad and moments differ in shape";
+    if (other.dtype < 0) return "grad and moments must be float32, bfloat16, float16 or float64";
+    if (other.complex != param.complex) return "param, grad and moments: some are complex";
+  }
+  if (infos_[kExpAvg].dtype != infos_[kExpAvgSq].dtype)
+    return "exp_avg and exp_avg_sq differ in dtype";
+  if (!supported({static_cast<DType>(param.dtype), static_cast<DType>(infos_[kGrad].dtype),
+                  static_cast<DType>(infos_[kExpAvg].dtype)})) {
+    return "float64 goes with float64 only, for param, grad and moments alike";
+  }
+  if (!is_dense(param)) return "param is not dense: it has gaps or elements that share memory";
+  for (int i = 1; i < 4; ++i) {
+    if (!same_layout(param, infos_[i])) return "param, grad and moments differ in strides";
+  }
+  for (int i = 0; i < 4; ++i) {
+    // Gradients come from anywhere, at every step.
+    if (const char* reason = check_memory(all[i], infos_[i], entry.seen[i], i == kGrad)) {
+      return std::string(kStreamNames[i]) + " is " + reason;
+    }
+  }
+  return {};
+}
+
+// What describe() does not tell takes longer than all that it does. So it is asked for once, and
+// again when the tensor's object or memory is another one than at the last step.
+const char* Plan::check_memory(PyObject* tensor, const TensorInfo& info, Seen& seen,
+                               bool always) const {
+  const bool same = seen.object == tensor && seen.impl == info.sizes && seen.data == info.data;
+  if (!same || always) {
+    if (const char* reason = find_lazy(tensor, info)) return reason;
+  }
+  if (!same) {
+    if (const char* reason = find_short_storage(tensor, info)) return reason;
+    seen = {tensor, info.sizes, info.data};
+  }
+  return nullptr;
+}
+
+std::string Plan::check_step(PyObject* step, const Group& group, Seen& seen) {
+  TensorInfo& info = infos_[kStep];
+  const bool good = describe(step, info) && info.numel == 1 && !info.complex &&
+                    (info.dtype == kFloat32 || info.dtype == kFloat64);
+  if (group.capturable) {
+    if (!good || !(info.device == infos_[kParam].device)) {
+      return "step must be one float32 or float64 in a tensor on the parameter's device, as "
+             "capturable is true";
+    }
+  } else if (!good || info.device.type != kCPU) {
+    return "step must be one float32 or float64 in a CPU tensor";
+  }
+  if (const char* reason = check_memory(step, info, seen, false)) {
+    return std::string("step is ") + reason;
+  }
+  return {};
+}
+
+// Buckets
+
+void Plan::append(Row row, int64_t group) {
+  const Group& options = groups_[static_cast<size_t>(group)];
+  Bucket& bucket = bucket_of(options.capturable);
+  Counter counter = {nullptr, kFloat32, static_cast<int32_t>(group)};
+  double next = count_;
+  if (!options.counted) {
+    counter.step = infos_[kStep].data;
+    counter.dtype = infos_[kStep].dtype;
+    if (!options.capturable) next = next_count(counter.step, counter.dtype);
+  }
+  const int64_t scalars = options.capturable ? static_cast<int64_t>(bucket.segments.size())
+                                             : scalars_index(bucket, group, next);
+  bucket.segments.push_back({infos_[kParam].data, infos_[kExpAvg].data, infos_[kExpAvgSq].data,
+                             infos_[kParam].reals(), scalars});
+  bucket.grads.push_back(infos_[kGrad].data);
+  bucket.owners.push_back(PyList_GET_SIZE(owners_.get()));
+  bucket.tensors.push_back(std::move(row.tensors));
+  bucket.counters.push_back(counter);
+  append_to(owners_.get(), row.owner.get());
+  append_to(written_.get(), row.owner.get());
+}
+
+// The bucket for the tensors last described.
+Bucket& Plan::bucket_of(bool capturable) {
+  const DTypeSet dtypes = {static_cast<DType>(infos_[kParam].dtype),
+                           static_cast<DType>(infos_[kGrad].dtype),
+                           static_cast<DType>(infos_[kExpAvg].dtype)};
+  for (Bucket& bucket : buckets_) {
+    if (bucket.device == infos_[kParam].device && bucket.dtypes == dtypes &&
+        bucket.capturable == capturable) {
+      return bucket;
+    }
+  }
+  return buckets_.emplace_back(infos_[kParam].device, dtypes, capturable);
+}
+
+int64_t Plan::scalars_index(Bucket& bucket, int64_t group, double step) const {
+  // Nearly always the count of the parameter before.
+  for (size_t i = bucket.counts.size(); i-- > 0;) {
+    if (bucket.counts[i].group == group && bucket.counts[i].step == step) {
+      return static_cast<int64_t>(i);
+    }
+  }
+  bucket.counts.push_back({group, step});
+  return static_cast<int64_t>(bucket.counts.size()) - 1;
+}
+
+// Makes the buckets whole, and looks for memory that is used twice.
+void Plan::complete(PyObject* groups, PyObject* scaling) {
+  for (Bucket& bucket : buckets_) {
+    if (bucket.segments.empty()) continue;
+    bucket.groups = Ref::borrow(groups);
+    bucket.scaling = Ref::borrow(scaling);
+    if (bucket.capturable) {
+      read_device_groups(bucket, scaling);
+    } else {
+      make_scalars(bucket);
+    }
+  }
+  if (const auto found = overlap_check_.find(buckets_)) {
+    PyObject* const owner = PyList_GET_ITEM(owners_.get(), found->owner);
+    if (found->stream == found->other_stream &&
+        owner == PyList_GET_ITEM(owners_.get(), found->other)) {
+      throw Refusal{"{0} is given twice; leave one out", {found->owner}};
+    }
+    throw Refusal{found->stream + " of {0} shares memory with " + found->other_stream +
+                      " of {1}; a step writes to it: clone one of them, or leave one out",
+                  {found->owner, found->other}};
+  }
+}
+
+void Plan::make_scalars(Bucket& bucket) {
+  for (const Count& count : bucket.counts) {
+    Group& group = groups_[static_cast<size_t>(count.group)];
+    if (!group.has_host) {
+      if (!read_hyperparameters(group.options.get(), group.host)) {
+        throw InvalidGroup{count.group, count.step};
+      }
+      group.has_host = true;
+    }
+    if (!valid(group.host, count.step)) throw InvalidGroup{count.group, count.step};
+    bucket.scalars.push_back(step_scalars(group.host, count.step));
+  }
+}
+
+void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
+  bucket.hyperparameters.assign(groups_.size(), {});
+  int64_t last = -1;  // the parameters of a group come in a row
+  for (const Counter& counter : bucket.counters) {
+    if (counter.group == last) continue;
+    last = counter.group;
+    PyObject* options = groups_[static_cast<size_t>(last)].options.get();
+    Hyperparameters& row = bucket.hyperparameters[static_cast<size_t>(last)];
+    if (!read_hyperparameters(options, row, &bucket.device) || !valid(row, 1.0)) {
+      throw InvalidGroup{last, 1.0};
+    }
+    if (row.lr_data) bucket.learning_rates.push_back(Ref::borrow(item(options, names().lr)));
+  }
+  if (bucket.device.type == kCPU) {
+    bucket.grad_scale = number(scaling, names().grad_scale, 1.0f);
+    bucket.found_inf = number(scaling, names().found_inf, 0.0f);
+  }
+}
+
+std::vector<Bucket*> Plan::buckets() {
+  std::vector<Bucket*> filled;
+  for (Bucket& bucket : buckets_) {
+    if (!bucket.segments.empty()) filled.push_back(&bucket);
+  }
+  return filled;
+}
+
+// The step
+
+void Plan::begin() {
+  static PyObject* const increment_version = [] {
+    const Ref graph = Ref::steal(PyImport_ImportModule("torch.autograd.graph"));
+    return attribute(graph.get(), "increment_version").release();
+  }();
+  // Raises for tensors that must not be written to, such as those of inference mode.
+  if (PyList_GET_SIZE(written_.get()) > 0) {
+    Ref::steal(PyObject_CallOneArg(increment_version, written_.get()));
+  }
+  begun_ = true;
+}
+
+void Plan::run_bucket(Bucket& bucket, int threads) {
+  if (bucket.device.type != kCPU) throw std::invalid_argument("the bucket is not on the CPU");
+  const GilReleased released;
+  if (bucket.capturable) {
+    const Scaling scaling = {&bucket.grad_scale, &bucket.found_inf};
+    bucket.scalars.clear();
+    for (const Counter& counter : bucket.counters) {
+      bucket.scalars.push_back(advance(counter, bucket.hyperparameters.data(), scaling));
+    }
+  }
+  step_cpu(bucket.table(), bucket.dtypes, bucket.scalars.data(), threads, instruction_sets()[0]);
+}
+
+void Plan::commit() {
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.capturable) continue;
+    for (size_t i = 0; i < bucket.counters.size(); ++i) {
+      const Counter& counter = bucket.counters[i];
+      const double step = bucket.counts[static_cast<size_t>(bucket.segments[i].scalars)].step;
+      if (counter.step) write_count(counter.step, counter.dtype, step);
+    }
+  }
+}
+
+void Plan::run_cpu(int threads) {
+  for (const Bucket* bucket : buckets()) {
+    if (bucket->device.type != kCPU) throw std::invalid_argument("a bucket is not on the CPU");
+  }
+  begin();
+  for (Bucket* bucket : buckets()) run_bucket(*bucket, threads);
+  commit();
+}
+
+void Plan::release() {
+  for (Bucket& bucket : buckets_) bucket.release();
+  items_.clear();
+  item_of_.clear();
+  groups_.clear();
+  owners_ = Ref::steal(PyList_New(0));
+  written_ = Ref::steal(PyList_New(0));
+  begun_ = false;
+}
+
+}  // namespace radam

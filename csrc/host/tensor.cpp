@@ -1,0 +1,229 @@
+// Recent versions of torch offer DLPack's C exchange API: a table of C functions, one of which
+// describes a tensor in some 50 ns. The structures below are that standard's binary interface
+// (DLPack 1.3). Older versions are asked through their Python attributes.
+#include "host/tensor.h"
+
+#include <algorithm>
+
+namespace radam {
+namespace {
+
+struct DLDataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+
+struct DLTensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  struct {
+    uint32_t major, minor;
+    void* older;
+  } header;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object_no_sync;
+  void* managed_tensor_to_py_object_no_sync;
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);
+};
+
+const DLPackExchangeAPI* find_exchange_api() {
+  const Ref torch = Ref::steal(PyImport_ImportModule("torch"));
+  const Ref tensor = attribute(torch.get(), "Tensor");
+  constexpr const char* kName = "dlpack_exchange_api";
+  PyObject* capsule = PyObject_GetAttrString(tensor.get(), "__dlpack_c_exchange_api__");
+  if (!capsule) PyErr_Clear();
+  if (!PyCapsule_IsValid(capsule, kName)) return nullptr;
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, kName));
+  return api->header.major == 1 && api->dltensor_from_py_object_no_sync ? api : nullptr;
+}
+
+const DLPackExchangeAPI* exchange_api() {
+  static const DLPackExchangeAPI* const api = find_exchange_api();
+  return api;
+}
+
+// Sets dtype and complex of `info`.
+void set_dtype(TensorInfo& info, const DLDataType& type) {
+  constexpr uint8_t kFloat = 2, kBfloat = 4, kComplex = 5;
+  info.complex = type.code == kComplex;
+  const int bits = info.complex ? type.bits / 2 : type.bits;
+  const bool real = type.lanes == 1 && (type.code == kFloat || info.complex);
+  info.dtype = real && bits == 32                                      ? kFloat32
+               : real && bits == 64                                    ? kFloat64
+               : real && bits == 16                                    ? kFloat16
+               : type.lanes == 1 && type.code == kBfloat && bits == 16 ? kBFloat16
+                                                                       : -1;
+}
+
+int64_t count(const TensorInfo& info) {
+  int64_t numel = 1;
+  for (int i = 0; i < info.ndim; ++i) numel *= info.sizes[i];
+  return numel;
+}
+
+bool describe_by_dlpack(const DLPackExchangeAPI& api, PyObject* tensor, TensorInfo& info) {
+  DLTensor t;
+  if (api.dltensor_from_py_object_no_sync(tensor, &t) != 0) return false;
+  info.data = static_cast<char*>(t.data) + t.byte_offset;
+  info.device = t.device;
+  set_dtype(info, t.dtype);
+  info.ndim = t.ndim;
+  if (info.ndim > kMaxDims) return false;
+  info.sizes = t.shape;
+  info.strides = t.strides;
+  info.numel = count(info);
+  return true;
+}
+
+// Never released: static Python objects must not be destroyed after the interpreter.
+PyObject* const* torch_dtypes(const char* const* names, int count) {
+  auto* found = new PyObject*[static_cast<size_t>(count)];
+  const Ref torch = Ref::steal(PyImport_ImportModule("torch"));
+  for (int i = 0; i < count; ++i) found[i] = attribute(torch.get(), names[i]).release();
+  return found;
+}
+
+bool describe_by_attributes(PyObject* tensor, TensorInfo& info) try {
+  static constexpr const char* kComplexNames[] = {"complex64", "complex32", "complex128"};
+  static constexpr int kParts[] = {kFloat32, kFloat16, kFloat64};
+  static PyObject* const* const complexes = torch_dtypes(kComplexNames, 3);
+  const auto call = [&](const char* name) {
+    return Ref::steal(PyObject_CallMethod(tensor, name, nullptr));
+  };
+  const Ref dtype = attribute(tensor, "dtype");
+  info.dtype = dtype_code(dtype.get());
+  info.complex = false;
+  for (int i = 0; i < 3; ++i) {
+    if (dtype.get() != complexes[i]) continue;
+    info.dtype = kParts[i];
+    info.complex = true;
+  }
+  const Ref device = call("__dlpack_device__");  // (DLPack's number, index)
+  if (!PyTuple_Check(device.get()) || PyTuple_GET_SIZE(device.get()) != 2) return false;
+  info.device = {static_cast<int32_t>(to_int(PyTuple_GET_ITEM(device.get(), 0))),
+                 static_cast<int32_t>(to_int(PyTuple_GET_ITEM(device.get(), 1)))};
+  const Ref sizes = attribute(tensor, "shape"), strides = call("stride");
+  info.ndim = static_cast<int32_t>(PyTuple_Size(sizes.get()));
+  if (info.ndim < 0) throw PythonError();
+  if (info.ndim > kMaxDims) return false;
+  for (int i = 0; i < info.ndim; ++i) {
+    info.storage[i] = to_int(PyTuple_GetItem(sizes.get(), i));
+    info.storage[kMaxDims + i] = to_int(PyTuple_GetItem(strides.get(), i));
+  }
+  info.sizes = info.storage;
+  info.strides = info.storage + kMaxDims;
+  info.numel = count(info);
+  info.data = static_cast<char*>(PyLong_AsVoidPtr(call("data_ptr").get()));
+  return !PyErr_Occurred();
+} catch (const PythonError&) {
+  return false;
+}
+
+// A method of torch's without arguments, called as C: a lookup by name would cost as much again.
+class Method {
+ public:
+  Method(const char* module, const char* type, const char* name)
+      : name_(PyUnicode_InternFromString(name)) {
+    const Ref owner = attribute(Ref::steal(PyImport_ImportModule(module)).get(), type);
+    const Ref found = attribute(owner.get(), name);
+    if (!PyObject_TypeCheck(found.get(), &PyMethodDescr_Type)) return;
+    PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(found.get())->d_method;
+    if (method->ml_flags == METH_NOARGS) function_ = method->ml_meth;
+  }
+  Ref operator()(PyObject* self) const {
+    return Ref::steal(function_ ? function_(self, nullptr)
+                                : PyObject_CallMethodNoArgs(self, name_));
+  }
+
+ private:
+  PyObject* name_;  // never released
+  PyCFunction function_ = nullptr;
+};
+
+}  // namespace
+
+int dtype_code(PyObject* torch_dtype) {
+  static PyObject* const* const dtypes = torch_dtypes(kDTypeNames, kDTypes);
+  for (int i = 0; i < kDTypes; ++i) {
+    if (dtypes[i] == torch_dtype) return i;
+  }
+  return -1;
+}
+
+const char* find_lazy(PyObject* tensor, const TensorInfo& info) {
+  static const Method is_neg("torch", "Tensor", "is_neg"), is_conj("torch", "Tensor", "is_conj");
+  if (is_neg(tensor).get() != Py_False) {
+    return "a negated view (is_neg() is true); call resolve_neg() on it";
+  }
+  if (info.complex && is_conj(tensor).get() != Py_False) {
+    return "a conjugated view (is_conj() is true); call resolve_conj() on it";
+  }
+  return nullptr;
+}
+
+const char* find_short_storage(PyObject* tensor, const TensorInfo& info) {
+  static const Method storage("torch", "Tensor", "untyped_storage"),
+      offset("torch", "Tensor", "storage_offset"), nbytes("torch", "UntypedStorage", "nbytes");
+  if (info.numel == 0) return nullptr;
+  const int64_t item = info.bytes() / info.numel;
+  const int64_t end = to_int(offset(tensor).get()) * item + info.bytes();
+  if (to_int(nbytes(storage(tensor).get()).get()) >= end) return nullptr;
+  return "a tensor whose storage was freed or shrunk (untyped_storage().resize_()); resize it back";
+}
+
+bool describe(PyObject* tensor, TensorInfo& info) {
+  const DLPackExchangeAPI* api = exchange_api();
+  if (api ? describe_by_dlpack(*api, tensor, info) : describe_by_attributes(tensor, info)) {
+    return info.data != nullptr || info.numel == 0;
+  }
+  // Let KeyboardInterrupt propagate.
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError();
+  PyErr_Clear();
+  return false;
+}
+
+bool is_dense(const TensorInfo& info) {
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int i = info.ndim - 1; i >= 0 && contiguous; --i) {
+    if (info.sizes[i] == 1) continue;
+    contiguous = info.strides[i] == expected;
+    expected *= info.sizes[i];
+  }
+  if (contiguous || info.numel <= 1) return true;
+  // A permutation: from the innermost, every stride is the product of the sizes within.
+  bool used[kMaxDims] = {};
+  for (expected = 1; expected < info.numel;) {
+    int next = -1;
+    for (int i = 0; i < info.ndim; ++i) {
+      if (!used[i] && info.sizes[i] != 1 && info.strides[i] == expected) next = i;
+    }
+    if (next < 0) return false;
+    used[next] = true;
+    expected *= info.sizes[next];
+  }
+  return true;
+}
+
+bool same_shape(const TensorInfo& a, const TensorInfo& b) {
+  return a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes);
+}
+
+bool same_layout(const TensorInfo& a, const TensorInfo& b) {
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.strides[i] != b.strides[i] && a.sizes[i] != 1) return false;
+  }
+  return true;
+}
+
+const char* tensors_read_by() { return exchange_api() ? "DLPack" : "Python"; }
+
+}  // namespace radam

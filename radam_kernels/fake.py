@@ -1,0 +1,45 @@
+"""Steps under FakeTensorMode: shapes, dtypes and sizes of a step, without its memory.
+
+Tools such as torch.distributed._tools.mem_tracker plan memory with it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .state import MOMENTS, as_step, is_new, moment_dtype, step_device
+
+
+def is_active() -> bool:
+    """Whether a FakeTensorMode is active."""
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def any_fake(tensors: list[Tensor]) -> bool:
+    return any(map(is_fake, tensors))
+
+
+@torch.no_grad()
+def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+    """Makes the state that a step makes, and writes to the tensors that it writes to.
+
+    The operations are torch's, so real tensors under the mode raise, as in torch.
+    """
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            own = state.get(param)
+            if is_new(own):
+                dtype = moment_dtype(param, group["state_dtype"])
+                made = {"step": as_step(0, step_device(param, group))}
+                made |= {key: torch.zeros_like(param, dtype=dtype) for key in MOMENTS}
+                own = state.setdefault(param, {})
+                own.update(made)
+            for key in MOMENTS:
+                own[key].add_(param.grad)
+            param.add_(own["exp_avg"])
+            own["step"].add_(1)

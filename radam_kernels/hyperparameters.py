@@ -1,0 +1,85 @@
+"""The hyperparameters of a parameter group: one table of their defaults and ranges."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .modules import DTYPES
+from .schedule import check_rho_threshold
+
+
+class Hyperparameter(NamedTuple):
+    """A row of the table; `check` raises ValueError, naming the value, if it is out of range."""
+
+    default: Any
+    check: Callable[[Any], None] | None = None
+
+
+def _check_lr(lr: Any) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}; expected a number >= 0")
+
+
+def _check_betas(betas: Any) -> None:
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}; expected two numbers")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; expected 0 <= beta < 1")
+
+
+def _check_eps(eps: Any) -> None:
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}; expected a number >= 0")
+
+
+def _check_weight_decay(weight_decay: Any) -> None:
+    if not 0.0 <= weight_decay:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}; expected a number >= 0")
+
+
+def _check_state_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in DTYPES[:3]:
+        raise ValueError(f"Invalid state_dtype: {dtype}; expected None or one of {DTYPES[:3]}")
+
+
+def _check_differentiable(differentiable: Any) -> None:
+    if differentiable:
+        raise NotImplementedError(
+            "radam_kernels.RAdam does not support differentiable=True; use differentiable=False, "
+            "or torch.optim.RAdam for this"
+        )
+
+
+# In the order of torch.optim.RAdam's defaults, then ours. csrc/core/schedule.h has those that
+# kernels obey, and checks their ranges again at each step, because groups are edited.
+TABLE = {
+    "lr": Hyperparameter(1e-3, _check_lr),
+    "betas": Hyperparameter((0.9, 0.999), _check_betas),
+    "eps": Hyperparameter(1e-8, _check_eps),
+    "weight_decay": Hyperparameter(0.0, _check_weight_decay),
+    "maximize": Hyperparameter(False),
+    "foreach": Hyperparameter(None),
+    "capturable": Hyperparameter(False),
+    "decoupled_weight_decay": Hyperparameter(False),
+    "differentiable": Hyperparameter(False, _check_differentiable),
+    "rho_threshold": Hyperparameter(5.0),
+    "degenerated_to_sgd": Hyperparameter(True),
+    "rectification": Hyperparameter("first_order"),
+    "state_dtype": Hyperparameter(None, _check_state_dtype),
+}
+DEFAULTS = {name: row.default for name, row in TABLE.items()}
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raises ValueError, naming the value, for hyperparameters out of range.
+
+    NotImplementedError for differentiable=True.
+    """
+    for name, row in TABLE.items():
+        if row.check:
+            row.check(options[name])
+    check_rho_threshold(options["rho_threshold"], options["rectification"])

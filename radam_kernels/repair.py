@@ -1,0 +1,263 @@
+"""What a step needs beyond the plain case: state for new parameters, and copies or views in the
+place of parameters and gradients that a kernel can't use directly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
+from math import gcd, inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.devices import is_capturing
+from .flat import is_dense
+from .modules import DTYPES, cpu
+from .state import (
+    KEYS,
+    MOMENTS,
+    REAL,
+    as_step,
+    check_state,
+    check_storage,
+    fits,
+    is_new,
+    is_step,
+    laid_out_like,
+    local,
+    moment_dtype,
+    step_device,
+)
+
+# Makes moments for [(parameter, dtype)]: dicts of MOMENTS.
+MakeMoments = Callable[[list[tuple[Tensor, torch.dtype]]], list[dict[str, Tensor]]]
+
+
+@dataclass
+class Repairs:
+    """What has been done for a step, and how to undo it while no memory has been written."""
+
+    # By position: owner, then what is stepped in its place (param, grad, moments and step).
+    replacements: dict[int, tuple] = field(default_factory=dict)
+    write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # state as it was
+
+    def undo(self, state: dict[Tensor, Any]) -> None:
+        for owner, items in reversed(self.before):
+            if items is None:
+                state.pop(owner, None)
+            else:
+                state[owner].clear()
+                state[owner].update(items)
+
+
+@dataclass
+class Staged:
+    """A parameter in the form that a kernel steps."""
+
+    param: Tensor  # local and dense, with memory of its own: the owner's, or a copy
+    grad: Tensor  # laid out like param
+    copied: bool  # param is a copy: write it back after the step
+
+
+@torch.no_grad()
+def repair(
+    repairs: Repairs,
+    pending: list[tuple],
+    plan,
+    groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    name_of: Callable[[Tensor], str],
+    make_moments: MakeMoments,
+) -> None:
+    """Makes the parameters that Plan.refresh() left over fit for its next call.
+
+    Checks all of them before it changes any. Raises RuntimeError for sparse gradients (as torch
+    does) and where a CUDA graph is being captured, ValueError for anything else that can't be
+    stepped.
+    """
+    staged = []
+    for _, _, owner, grad, _ in pending:
+        name = name_of(owner)
+        staged.append(_stage(owner, grad, name))
+        if owner in state:
+            check_state(state[owner], owner, name)
+    if any(item.copied for item in staged):
+        _refuse_sharing([*plan.owners, *(owner for _, _, owner, _, _ in pending)], name_of)
+    fresh = []
+    for _, index, owner, _, _ in pending:
+        group, old = groups[index], state.get(owner)
+        dtype = moment_dtype(owner, group["state_dtype"])
+        fitting = not is_new(old) and all(fits(old[k], owner, dtype) for k in MOMENTS)
+        if not fitting:
+            fresh.append((owner, dtype))
+        counted = fitting and is_step(old["step"], step_device(owner, group))
+        if not counted and is_capturing(local(owner).device):
+            raise RuntimeError(
+                f"{name_of(owner)} has no state that fits it, and what is made while a CUDA graph "
+                "is captured is made again at each replay: step once before the capture"
+            )
+    made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
+    for (position, index, owner, grad, _), item in zip(pending, staged, strict=True):
+        old = state.get(owner)
+        new = {
+            "step": as_step(0 if is_new(old) else old["step"], step_device(owner, groups[index]))
+        }
+        new |= made.get(owner) or {key: old[key] for key in MOMENTS}
+        if owner in made and not is_new(old):
+            for key in MOMENTS:
+                local(new[key]).copy_(local(old[key]))
+        repairs.before.append((owner, None if old is None else dict(old)))
+        _put(state, owner, new)
+        if item.param is not owner or item.grad is not grad:
+            tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
+            repairs.replacements[position] = (owner, *tensors)
+        if item.copied:
+            repairs.write_backs.append((local(owner), item.param))
+
+
+def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
+    """Puts step and moments first, as torch does; the walk over the state counts on this order."""
+    items = state.setdefault(owner, {})
+    others = {key: value for key, value in items.items() if key not in KEYS}
+    items.clear()
+    items.update(new)
+    items.update(others)
+
+
+def _stage(owner: Tensor, grad: Tensor, name: str) -> Staged:
+    """Checks a parameter and its gradient; copies what a kernel can't use directly."""
+    if grad.layout != torch.strided or owner.layout != torch.strided:
+        raise RuntimeError(
+            f"RAdam does not support sparse gradients, got {grad.layout} for {name}; "
+            "call to_dense() on it, or use torch.optim.SparseAdam"
+        )
+    if grad.shape != owner.shape or grad.device != owner.device:
+        raise ValueError(
+            f"grad of {name}: expected shape {tuple(owner.shape)} on {owner.device}, got "
+            f"{tuple(grad.shape)} on {grad.device}"
+        )
+    dtype = REAL.get(owner.dtype, owner.dtype)
+    if dtype not in DTYPES or grad.is_complex() > owner.is_complex():
+        raise ValueError(
+            f"{name}: expected float32, bfloat16, float16, float64 or complex, got {owner.dtype} "
+            f"with a gradient of {grad.dtype}; cast it, or leave it out"
+        )
+    if hasattr(owner, "to_local"):
+        _check_gradient_mesh(owner, grad, name)
+        param, grad = local(owner), local(grad, like=owner)
+    else:
+        param = owner
+    if param.is_meta:
+        raise ValueError(
+            f"{name}: a meta tensor has no memory; call to_empty() on its module first"
+        )
+    check_storage(param, name)
+    check_storage(grad, f"grad of {name}")
+    copied = not is_dense(param) or param.is_conj() or param.is_neg()
+    if copied:
+        param = _copy(param, name)
+    return Staged(param, _fit(grad, param), copied)
+
+
+def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: str) -> None:
+    if not hasattr(grad, "to_local") or grad.device_mesh != owner.device_mesh:
+        where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
+        raise ValueError(
+            f"grad of {name}: expected a DTensor on {owner.device_mesh}, got {where}; make it one "
+            "with torch.distributed.tensor.distribute_tensor"
+        )
+
+
+def _copy(param: Tensor, name: str) -> Tensor:
+    """A plain, contiguous copy. Not empty_like, which some classes lack.
+
+    A class without memory of its own (a quantized weight, say) must take the result back, too.
+    """
+    try:
+        copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(param)
+        if type(param) not in (Tensor, torch.nn.Parameter):
+            param.detach().clone().copy_(copy)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name}: a {type(param).__name__} has no memory that a kernel can use, and can't be "
+            f"copied to a plain tensor and back ({error}); train a plain copy and convert that"
+        ) from error
+    return copy
+
+
+def _fit(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient with the layout of the parameter and a dtype that goes with its own."""
+    dtype = grad.dtype
+    codes = [cpu.dtype_code(REAL.get(t, t)) for t in (param.dtype, dtype)]
+    if grad.is_complex() != param.is_complex() or not cpu.supported(*codes, codes[0]):
+        dtype = moment_dtype(param, None)  # wide enough for any gradient that fits the parameter
+    if dtype == grad.dtype and laid_out_like(grad, param):
+        return grad
+    return torch.empty_like(param, dtype=dtype).copy_(grad)
+
+
+def _refuse_sharing(params: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    if pair := find_sharing(params):
+        name, other = (name_of(params[i]) for i in pair)
+        raise ValueError(
+            f"{name} shares memory with {'itself' if name == other else other}, and a step "
+            "writes to it: clone one of them, make it contiguous, or leave one out"
+        )
+
+
+def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
+    """Where in `params` two lie that share an element, or twice one that shares one with itself.
+
+    The plan compares the memory that is stepped, and a parameter that is not dense is stepped as
+    a copy. Such parameters may interleave, so only those in reach of each other are compared.
+    """
+    spans = []
+    for i, param in enumerate(map(local, params)):
+        if param.numel() and param.data_ptr():  # some classes have no memory
+            last = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
+            begin, size = param.data_ptr(), param.element_size()
+            spans.append((begin, begin + (last + 1) * size, i))
+    near: list[int] = []
+    start = end = 0
+    for begin, stop, i in [*sorted(spans), (inf, inf, -1)]:
+        if begin >= end:
+            if pair := _sharing_near([(j, local(params[j])) for j in near], start, end):
+                return pair
+            near, start = [], begin
+        near.append(i)
+        end = max(end, stop)
+    return None
+
+
+def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple[int, int] | None:
+    """As find_sharing, of parameters that lie between two addresses: marks their memory."""
+    if not near or (len(near) == 1 and _nested(near[0][1])):
+        return None
+    offsets = [p.data_ptr() - start for _, p in near]
+    unit = gcd(*offsets, *(p.element_size() for _, p in near))
+    # On the host wherever the parameters are: a GPU would have to be waited for.
+    marks = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
+    views = []
+    for offset, (_, p) in zip(offsets, near, strict=True):
+        width = p.element_size() // unit
+        strides = (*(width * s for s in p.stride()), 1)
+        views.append(marks.as_strided((*p.shape, width), strides, offset // unit).fill_(True))
+    if marks.sum() == sum(view.numel() for view in views):
+        return None
+    for a, b in combinations_with_replacement(range(len(near)), 2):
+        marks.zero_()
+        views[a].fill_(True)
+        if marks.sum() < views[a].numel() if a == b else views[b].any():
+            return near[a][0], near[b][0]
+    return None
+
+
+def _nested(param: Tensor) -> bool:
+    """Whether each stride steps over all that the smaller ones reach: no element is met twice."""
+    reach = 0
+    for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return False
+        reach += (n - 1) * stride
+    return True

@@ -1,0 +1,275 @@
+"""A parameter's state: `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.RAdam keeps them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .flat import is_dense, zeros_like
+from .modules import DTYPES, cpu
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = ("step", *MOMENTS)
+
+COMPLEX = {
+    torch.float16: torch.complex32,
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+}
+REAL = {c: r for r, c in COMPLEX.items()}
+_STEP_DTYPES = (torch.float32, torch.float64)
+
+
+def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """This rank's part of a DTensor, placed as `like` is; any other tensor as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    if like is not None and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    return tensor.to_local()
+
+
+def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
+    """The dtype of the moments of a parameter, under a group's `state_dtype`."""
+    dtype = REAL.get(param.dtype, param.dtype)
+    code = cpu.state_dtype(cpu.dtype_code(dtype), cpu.dtype_code(requested))
+    if not param.is_complex():
+        return DTYPES[code]
+    return COMPLEX.get(DTYPES[code], torch.complex64)  # there is no complex bfloat16
+
+
+def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    """Where the step count of a parameter of this group belongs."""
+    return local(param).device if group["capturable"] else torch.device("cpu")
+
+
+def is_step(value: Any, device: torch.device) -> bool:
+    """Whether a step count can be used without a copy."""
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.dtype in _STEP_DTYPES
+        and value.device == device
+    )
+
+
+def as_step(value: float | Tensor, device: torch.device) -> Tensor:
+    """A step count as torch keeps it: one float32 (or float64) in a tensor."""
+    if is_step(value, device):
+        return value
+    dtype = torch.get_default_dtype()
+    dtype = dtype if dtype in _STEP_DTYPES else torch.float32
+    # Not torch.tensor, which waits for the copy to a GPU.
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def is_new(state: dict[str, Any] | None) -> bool:
+    """Whether a parameter has no state of ours: other keys are a wrapper's, and stay."""
+    return state is None or not any(key in state for key in KEYS)
+
+
+def check_state(state: Any, param: Tensor, name: object) -> None:
+    """Raises ValueError for a state that can't be this parameter's."""
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"state of {name}: expected a dict, got {state!r}; delete it to start from zero"
+        )
+    if is_new(state):
+        return
+    if missing := [key for key in KEYS if key not in state]:
+        raise ValueError(
+            f"state of {name} lacks {missing}; delete {[k for k in KEYS if k in state]} from it to "
+            "start from zero"
+        )
+    step = state["step"]
+    if isinstance(step, Tensor):
+        good = step.numel() == 1 and not step.is_complex() and not step.is_meta
+    else:
+        good = isinstance(step, int | float) and abs(step) <= 2**53
+    if not good:
+        raise ValueError(
+            f"step of {name}: expected a number or one in a tensor, got {_short(step)}"
+        )
+    for key in MOMENTS:
+        _check_moment(state[key], param, f"{key} of {name}")
+
+
+def _check_moment(moment: Any, param: Tensor, what: str) -> None:
+    remedy = "the parameter or its state has changed: delete the state to start from zero"
+    if not isinstance(moment, Tensor) or moment.shape != param.shape:
+        got = tuple(moment.shape) if isinstance(moment, Tensor) else type(moment).__name__
+        raise ValueError(f"{what}: expected shape {tuple(param.shape)}, got {got}; {remedy}")
+    if moment.is_complex() != param.is_complex() or not (
+        moment.is_floating_point() or moment.is_complex()
+    ):
+        raise ValueError(f"{what}: can't keep moments of {param.dtype} in {moment.dtype}; {remedy}")
+    if moment.layout != torch.strided or (moment.is_meta and not param.is_meta):
+        kind = "meta" if moment.is_meta else moment.layout
+        raise ValueError(f"{what}: expected a dense tensor with memory, got {kind}; {remedy}")
+    check_storage(moment, what)
+
+
+def check_storage(tensor: Tensor, what: object) -> None:
+    """Raises ValueError for a tensor whose storage was freed or shrunk."""
+    plain = local(tensor)
+    if type(plain) not in (Tensor, torch.nn.Parameter) or plain.is_meta or not plain.numel():
+        return
+    if plain._is_zerotensor():  # has no memory, and needs none
+        return
+    last = sum((n - 1) * s for n, s in zip(plain.shape, plain.stride(), strict=True))
+    needed = (plain.storage_offset() + last + 1) * plain.element_size()
+    if (found := plain.untyped_storage().nbytes()) < needed:
+        raise ValueError(
+            f"{what}: its storage has {found} bytes and the tensor needs {needed}; something freed "
+            "or shrank it (untyped_storage().resize_()): resize it back before the step"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]}... ({type(value).__name__})"
+
+
+def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
+    """Whether a tensor of the parameter's shape has its strides too, and its values in memory."""
+    strides = zip(param.shape, param.stride(), tensor.stride(), strict=True)
+    same = all(n == 1 or a == b for n, a, b in strides)
+    return same and is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
+
+
+def template(param: Tensor) -> Tensor:
+    """A tensor laid out as what is stepped: a local parameter, or if not dense, a copy of it."""
+    return param if is_dense(param) else torch.empty(param.shape, device="meta")
+
+
+def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can step this moment of a parameter without a copy."""
+    moment, param = local(moment), local(owner)
+    return (
+        moment.dtype == dtype
+        and moment.device == param.device
+        and moment.shape == param.shape
+        and laid_out_like(moment, template(param))
+    )
+
+
+def new_moments(
+    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, flatten: bool = False
+) -> list[dict[str, Tensor]]:
+    """New moments, zero, for each parameter: ordinary tensors, or with `flatten` parts of buffers.
+
+    Args:
+        params: the users' parameters.
+        dtypes: of each parameter's moments.
+        flatten: one buffer for all of one key, dtype and device.
+    """
+    parts = [local(p) for p in params]
+    templates = [template(p) for p in parts]
+    devices = [p.device for p in parts]
+    made = []
+    for _ in MOMENTS:
+        if flatten:
+            made.append(zeros_like(templates, dtypes, devices))
+        else:
+            made.append(
+                [
+                    torch.zeros_like(template, dtype=dtype, device=device)
+                    for template, dtype, device in zip(templates, dtypes, devices, strict=True)
+                ]
+            )
+    return [
+        {key: place(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
+        for owner, *moments in zip(params, *made, strict=True)
+    ]
+
+
+def place(moment: Tensor, owner: Tensor) -> Tensor:
+    """A local moment as a DTensor if its parameter is one, with the parameter's own spec object.
+
+    One object makes the comparison at each step cheap. It says the parameter's dtype, too, so
+    moments of another dtype get a spec of their own.
+    """
+    if not hasattr(owner, "to_local"):
+        return moment
+    cls = type(owner.data)
+    if moment.dtype == owner.dtype and hasattr(owner, "_spec"):
+        return cls(moment, owner._spec, requires_grad=False)
+    return cls.from_local(
+        moment,
+        owner.device_mesh,
+        owner.placements,
+        run_check=False,
+        shape=owner.shape,
+        stride=owner.stride(),
+    )
+
+
+# Loading
+
+
+class Loaded:
+    """Carries a value through Optimizer.load_state_dict, which casts every tensor it sees."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@torch.no_grad()
+def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool) -> dict[str, Any]:
+    """Checks a state dict against the parameters, and converts it: all that can fail in a load.
+
+    A loaded moment that fits its parameter is used without a copy, as in torch; step counts are
+    copied. Values come back wrapped in Loaded.
+    """
+    states = dict(state_dict["state"])
+    ours, converted = [], []
+    # torch complains of lengths, after the hooks.
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        options = {**group, **saved}
+        for key, owner in zip(saved["params"], group["params"], strict=False):
+            if key not in states:
+                continue
+            check_state(states[key], owner, f"param {key}")
+            if is_new(states[key]):
+                continue
+            state = states[key] = dict(states[key])
+            ours.append(state)
+            step = as_step(state["step"], step_device(owner, options))
+            state["step"] = step.clone() if step is state["step"] else step
+            for k in MOMENTS:
+                state[k] = _placed_as(state[k], owner, f"{k} of param {key}")
+            dtype = moment_dtype(owner, options.get("state_dtype"))
+            if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
+                converted.append((owner, dtype, state))
+    made = new_moments([c[0] for c in converted], [c[1] for c in converted], flatten=flatten)
+    for (_, _, state), moments in zip(converted, made, strict=True):
+        for key, moment in moments.items():
+            local(moment).copy_(local(state[key]))
+        state.update(moments)
+    for state in ours:
+        state.update({key: Loaded(state[key]) for key in KEYS})
+    return {**state_dict, "state": states}
+
+
+def _placed_as(moment: Tensor, owner: Tensor, what: str) -> Tensor:
+    """A loaded moment of the parameter's global shape, placed as the parameter is."""
+    sharded, loaded_sharded = hasattr(owner, "to_local"), hasattr(moment, "to_local")
+    if not sharded:
+        return moment.full_tensor() if loaded_sharded else moment
+    if not loaded_sharded:  # every rank has all of it
+        from torch.distributed.tensor import Replicate
+
+        everywhere = [Replicate()] * owner.device_mesh.ndim
+        moment = type(owner.data).from_local(
+            moment.to(local(owner).device), owner.device_mesh, everywhere, run_check=False
+        )
+    if moment.device_mesh != owner.device_mesh:
+        raise ValueError(
+            f"{what}: it is placed on {moment.device_mesh}, its parameter on {owner.device_mesh}; "
+            "load with torch.distributed.checkpoint, which redistributes"
+        )
+    if moment.placements != owner.placements:
+        moment = moment.redistribute(placements=owner.placements)
+    return place(moment.to_local(), owner)
