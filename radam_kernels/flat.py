@@ -55,17 +55,17 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
             then.
     """
     groups: dict[tuple, list[Tensor]] = {}
-    for i, param in enumerate(dict.fromkeys(params)):
+    unique = list(dict.fromkeys(params))
+    for i, param in enumerate(unique):
         _check(param, i)
         groups.setdefault((param.dtype, param.device), []).append(param)
     flat = {kind: _buffer_of(members) for kind, members in groups.items()}
     owners: dict[int, int] = {}
-    for i, param in enumerate(param for members in groups.values() for param in members):
+    for i, param in enumerate(unique):
+        if flat[param.dtype, param.device] is None:
+            _check_storage(param, i)
         if param.numel() and (first := owners.setdefault(param.data_ptr(), i)) != i:
             raise ValueError(f"flatten: params {first} and {i} share their memory")
-    for kind, members in groups.items():
-        if flat[kind] is None:
-            _check_storages(members)
     buffers = []
     for kind, members in groups.items():
         buffer = flat[kind]
@@ -100,15 +100,14 @@ def _check(param: Tensor, i: int) -> None:
         )
 
 
-def _check_storages(params: list[Tensor]) -> None:
-    for param in params:
-        storage = param.untyped_storage().nbytes()
-        if storage != param.numel() * param.element_size():
-            raise ValueError(
-                f"flatten: a param of shape {tuple(param.shape)} and strides {param.stride()} is a "
-                f"view into a larger storage ({storage} bytes), which moving it would tear apart; "
-                "give it memory of its own (`p.data = p.data.clone()`) or leave it out"
-            )
+def _check_storage(param: Tensor, i: int) -> None:
+    storage = param.untyped_storage().nbytes()
+    if storage != param.numel() * param.element_size():
+        raise ValueError(
+            f"flatten: param {i} of shape {tuple(param.shape)} and strides {param.stride()} is a "
+            f"view into a larger storage ({storage} bytes), which moving it would tear apart; give "
+            "it memory of its own (`p.data = p.data.clone()`) or leave it out"
+        )
 
 
 def _offsets(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[int], int]:

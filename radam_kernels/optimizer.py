@@ -221,11 +221,12 @@ class RAdam(Optimizer):
             )
 
         if not all(is_reserved(owner, dtype) for owner, dtype in fresh):
-            wanted = dict(fresh)
-            for group in self.param_groups:
-                for owner in _trained([group]):
-                    if is_new(self.state.get(owner)):
-                        wanted.setdefault(owner, moment_dtype(owner, group["state_dtype"]))
+            wanted = {
+                owner: moment_dtype(owner, group["state_dtype"])
+                for group in self.param_groups
+                for owner in _trained([group])
+                if is_new(self.state.get(owner))
+            } | dict(fresh)
             made = new_moments(list(wanted), list(wanted.values()), flatten=True)
             reserved.clear()
             reserved.update(zip(wanted, made, strict=True))
@@ -262,8 +263,8 @@ class RAdam(Optimizer):
             hook.remove()
 
     def __repr__(self) -> str:
-        name, rest = super().__repr__().split("\n", 1)
-        return f"{name}\nbackend: {self._backend}\nflatten: {self._flatten}\n{rest}"
+        groups = super().__repr__().removesuffix(")")
+        return f"{groups}backend: {self._backend}\nflatten: {self._flatten}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}

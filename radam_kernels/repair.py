@@ -107,8 +107,9 @@ def repair(
         if owner in made and not is_new(old):
             for key in MOMENTS:
                 local(new[key]).copy_(local(old[key]))
-        repairs.before.append((owner, None if old is None else dict(old)))
-        _put(state, owner, new)
+        if old is None or any(old.get(key) is not new[key] for key in KEYS):
+            repairs.before.append((owner, None if old is None else dict(old)))
+            _put(state, owner, new)
         if item.param is not owner or item.grad is not grad:
             tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
             repairs.replacements[position] = (owner, *tensors)

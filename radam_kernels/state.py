@@ -87,7 +87,8 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
     if isinstance(step, Tensor):
         good = step.numel() == 1 and not step.is_complex() and not step.is_meta
     else:
-        good = isinstance(step, int | float) and abs(step) <= 2**53
+        # Beyond 2**53 not every int is a float, and some are too large for any.
+        good = isinstance(step, float) or (isinstance(step, int) and abs(step) <= 2**53)
     if not good:
         raise ValueError(
             f"step of {name}: expected a number or one in a tensor, got {_short(step)}"
@@ -224,6 +225,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
     copied. Values come back wrapped in Loaded.
     """
     states = dict(state_dict["state"])
+    _refuse_other_optimizers(states)
     ours, converted = [], []
     # torch complains of lengths, after the hooks.
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
@@ -251,6 +253,16 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
     for state in ours:
         state.update({key: Loaded(state[key]) for key in KEYS})
     return {**state_dict, "state": states}
+
+
+def _refuse_other_optimizers(states: dict[Any, Any]) -> None:
+    filled = {key: s for key, s in states.items() if isinstance(s, dict) and s}
+    if filled and all(map(is_new, filled.values())):
+        key, state = next(iter(filled.items()))
+        raise ValueError(
+            f"state of param {key} lacks {list(KEYS)}, as all others do: its keys are "
+            f"{list(state)}, so this is another optimizer's checkpoint"
+        )
 
 
 def _placed_as(moment: Tensor, owner: Tensor, what: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from radam_kernels import RAdam, available_backends, launch, optimizer
+from radam_kernels import RAdam, available_backends, launch, repair
 from radam_kernels.backends import reference
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -159,13 +159,13 @@ def test_state_made_during_a_capture_is_refused(monkeypatch):
     params = make()
     ours = RAdam(params, capturable=True)
     set_grads(params, 0)
-    monkeypatch.setattr(optimizer, "is_capturing", lambda device: True)
+    monkeypatch.setattr(repair, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"param 0 of group 0 .*step once before the capture"):
         ours.step()
     assert not ours.state
     monkeypatch.undo()
     ours.step()
-    monkeypatch.setattr(optimizer, "is_capturing", lambda device: True)
+    monkeypatch.setattr(repair, "is_capturing", lambda device: True)
     ours.state[params[3]]["step"] = 1  # would have to become a tensor
     with pytest.raises(RuntimeError, match="param 3 of group 0"):
         ours.step()
@@ -304,18 +304,19 @@ def test_a_float64_count_is_loaded_as_it_is(device):
 class _Bucket:
     """What launch() asks of a bucket in a capture."""
 
-    def __init__(self, capturable: bool) -> None:
+    def __init__(self, device_type: int, capturable: bool) -> None:
+        self.device = (device_type, 0)
         self.capturable = capturable
 
 
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        ((len, "cuda", _Bucket(False)), "construct RAdam with capturable=True"),
-        ((len, "cpu", _Bucket(True)), "some parameters are on the CPU"),
-        ((reference.step_, "cuda", _Bucket(True)), "the reference backend waits"),
+        ((len, _Bucket(2, False)), "construct RAdam with capturable=True"),
+        ((len, _Bucket(1, True)), "some parameters are on the CPU"),
+        ((reference.run, _Bucket(2, True)), "the reference backend waits"),
     ],
 )
 def test_what_a_replay_would_not_do_is_refused(step, reason):
     with pytest.raises(RuntimeError, match=reason):
-        launch._check_capture([(len, "cuda", _Bucket(True)), step])
+        launch._check_capture([(len, _Bucket(2, True)), step])

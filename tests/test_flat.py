@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import weakref
 from itertools import pairwise
 
@@ -43,10 +42,14 @@ def span(tensors) -> int:
 # zeros_like
 
 
+def zeros_like(like, dtypes) -> list[torch.Tensor]:
+    return flat.zeros_like(like, dtypes, [t.device for t in like])
+
+
 def test_zeros_have_the_shape_strides_and_dtype_asked_for():
     like = templates()
     dtypes = [F32 if t.dtype == BF16 else t.dtype for t in like]
-    zeros = flat.zeros_like(like, dtypes)
+    zeros = zeros_like(like, dtypes)
     for z, t, dtype in zip(zeros, like, dtypes, strict=True):
         assert z.shape == t.shape
         assert z.dtype == dtype
@@ -61,7 +64,7 @@ def test_zeros_have_the_shape_strides_and_dtype_asked_for():
 def test_zeros_of_one_dtype_lie_in_one_allocation():
     like = [torch.ones(n) for n in (1, 64, 65, 0, 3)] + [torch.ones(2, dtype=F64)] * 2
     dtypes = [F32, F32, BF16, F32, F32, F64, F64]
-    zeros = flat.zeros_like(like, dtypes)
+    zeros = zeros_like(like, dtypes)
     # On multiples of 256 bytes, close after each other, in order.
     f32 = [z for z in zeros if z.dtype == F32 and z.numel()]
     assert [b.data_ptr() - a.data_ptr() for a, b in pairwise(f32)] == [256, 256]
@@ -73,7 +76,7 @@ def test_zeros_of_one_dtype_lie_in_one_allocation():
 @given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from([F32, F64, BF16, F16])), max_size=9))
 def test_zeros_never_overlap(wanted):
     like = [torch.empty(n) for n, _ in wanted]
-    zeros = flat.zeros_like(like, [dtype for _, dtype in wanted])
+    zeros = zeros_like(like, [dtype for _, dtype in wanted])
     places = sorted((z.data_ptr(), z.nbytes) for z in zeros if z.numel())
     for (a, nbytes), (b, _) in pairwise(places):
         assert a + nbytes <= b
@@ -83,45 +86,11 @@ def test_zeros_never_overlap(wanted):
 
 
 def test_each_of_the_zeros_starts_on_256_bytes_of_its_allocation():
-    zeros = [z for z in flat.zeros_like([torch.ones(5)] * 9, [F32] * 9)]
-    assert all((z.data_ptr() - zeros[0].data_ptr()) % 256 == 0 for z in zeros)
-
-
-def test_each_of_the_zeros_owns_its_own_part_only():
-    zeros = flat.zeros_like([torch.ones(1000)] * 50, [F32] * 50)
-    assert all(z.untyped_storage().nbytes() == 4000 for z in zeros)
-    assert all(z.storage_offset() == 0 and z._base is None for z in zeros)
-    file = io.BytesIO()
-    torch.save(zeros[3], file)
-    assert file.tell() < 8000
-
-
-def test_the_memory_goes_when_the_last_of_the_zeros_does():
-    n = 2**25  # 128 MiB
-    before = resident()
-    zeros = flat.zeros_like([torch.empty(n), torch.empty(10)], [F32] * 2)
-    zeros[0].fill_(1)
-    assert resident() - before > n * 3
-    small = zeros.pop()
-    del zeros
-    assert resident() - before > n * 3, "a part is alive, and so is the whole"
-    assert not small.any()
-    del small
-    gc.collect()
-    assert resident() - before < n
-
-
-def resident() -> int:
-    """Bytes of memory that this process occupies."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-    except OSError:
-        pytest.skip("no /proc here")
+    assert all(z.data_ptr() % 256 == 0 for z in zeros_like([torch.ones(5)] * 9, [F32] * 9))
 
 
 def test_no_zeros_at_all():
-    assert flat.zeros_like([], []) == []
+    assert zeros_like([], []) == []
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -173,7 +142,7 @@ def test_flattened_parameters_are_views_of_the_buffer_in_order():
     with torch.no_grad():
         params[1][0] = 9
     assert buffer[64] == 9
-    assert [p.untyped_storage().nbytes() for p in params] == [4 * p.numel() for p in params]
+    assert {p.untyped_storage().data_ptr() for p in params} == {buffer.untyped_storage().data_ptr()}
 
 
 def test_a_model_can_be_flattened_again_and_so_can_its_copy():
@@ -268,7 +237,7 @@ def test_an_optimizer_flattens_its_groups_into_one_buffer_and_later_ones_too():
     optimizer = radam_kernels.RAdam(groups, flatten=True)
     assert second.data_ptr() - first.data_ptr() == 256
     optimizer.add_param_group({"params": [late]})
-    assert late.untyped_storage().nbytes() == 256
+    assert late.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
     plain = [torch.nn.Parameter(torch.ones(64)) for _ in range(3)]
     groups = [{"params": [plain[0]]}, {"params": [plain[1]], "lr": 0.1}, {"params": [plain[2]]}]
     other = radam_kernels.RAdam(groups)

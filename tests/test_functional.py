@@ -223,7 +223,7 @@ REFUSED = {
     "an integer parameter": (replaced(0, lambda _: torch.zeros(5, dtype=torch.int32)), "float32"),
     "a double parameter": (replaced(0, lambda _: torch.zeros(5, dtype=F64)), "float64 goes with"),
     "a double gradient": (replaced(1, lambda _: torch.zeros(5, dtype=F64)), "float64 goes with"),
-    "a complex gradient": (replaced(1, lambda _: torch.zeros(5, dtype=torch.complex64)), "shape"),
+    "a complex gradient": (replaced(1, lambda _: torch.zeros(5, dtype=torch.complex64)), "complex"),
     "moments of two dtypes": (replaced(3, lambda _: torch.zeros(5, dtype=BF16)), "differ in dtype"),
     "a strided parameter": (replaced(0, lambda _: torch.zeros(10)[::2]), "not dense"),
     "an expanded parameter": (replaced(0, lambda _: torch.zeros(1).expand(5)), "not dense"),
