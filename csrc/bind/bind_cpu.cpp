@@ -239,6 +239,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("begun", &Plan::begun, "Whether memory may have been written.")
       .def_property_readonly("buckets", &Plan::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("owners", [](const Plan& plan) {
-        return py::reinterpret_borrow<py::list>(plan.owners());
+        py::list owners;
+        for (const Ref& owner : plan.owners()) owners.append(object(owner));
+        return owners;
       });
 }

@@ -12,10 +12,10 @@ namespace radam {
 
 // The options of a parameter group that are read under their own names: numbers, and flags. Not in
 // here: lr (a number, or a tensor that the device reads), betas, rectification and grad_scale.
-#define RADAM_HYPERPARAMETERS(NUMBER, FLAG)                                              \
-  NUMBER(eps)                                                                            \
-  NUMBER(weight_decay) NUMBER(rho_threshold) FLAG(decoupled_weight_decay) FLAG(maximize) \
-      FLAG(degenerated_to_sgd)
+#define RADAM_HYPERPARAMETERS(NUMBER, FLAG) \
+  NUMBER(eps)                               \
+  NUMBER(weight_decay)                      \
+  NUMBER(rho_threshold) FLAG(decoupled_weight_decay) FLAG(maximize) FLAG(degenerated_to_sgd)
 
 struct Hyperparameters {
 #define RADAM_NUMBER(name) double name;

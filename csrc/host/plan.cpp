@@ -14,6 +14,9 @@ namespace {
 enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep };
 constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "step"};
 
+// No tensor is below this address, unless its storage was freed; or it is looked at more closely.
+constexpr uintptr_t kLowest = uintptr_t{1} << 40;
+
 // Parameters that are prefetched ahead of the walk.
 constexpr size_t kAhead = 4;
 
@@ -83,6 +86,10 @@ class GilReleased {
   PyThreadState* state_;
 };
 
+Ref text(const char* stream, const char* reason) {
+  return Ref::steal(PyUnicode_FromFormat("%s%s", stream, reason));
+}
+
 float number(PyObject* scaling, PyObject* name, float otherwise) {
   const Ref value = Ref::steal(PyObject_GetAttr(scaling, name));
   if (value.get() == Py_None) return otherwise;
@@ -109,7 +116,7 @@ Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObjec
 void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending) {
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-    items_.emplace_back(Ref::borrow(key), Ref::borrow(value));
+    items_.emplace_back(key, Ref::borrow(value));
   }
   Py_ssize_t position = 0;
   for (Py_ssize_t g = 0; g < PySequence_Fast_GET_SIZE(groups); ++g) {
@@ -125,23 +132,22 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
         sequence(found, "\"params\" of a parameter group: expected a list of tensors");
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i, ++position) {
       const Ref owner = Ref::borrow(PySequence_Fast_GET_ITEM(params.get(), i));
-      prefetch(static_cast<size_t>(position) + kAhead);
+      prefetch(static_cast<size_t>(position));
       const Ref grad = gradient(owner.get());
       if (static_cast<size_t>(position) == entries_.size()) entries_.emplace_back();
       Entry& entry = entries_[static_cast<size_t>(position)];
       if (grad.get() == Py_None) continue;
-      Row row = {Ref::borrow(owner.get()), {}};
-      std::string reason = "it has no state";
-      if (find_replacement(repaired, position, row)) {
-        reason = take(std::move(row), g, entry);
-      } else if (find_row(find_state(owner.get(), entry), row)) {
-        row.tensors.param = Ref::borrow(owner.get());
-        row.tensors.grad = Ref::borrow(grad.get());
-        reason = take(std::move(row), g, entry);
+      Reason reason = {"it has no state"};
+      if (find_replacement(repaired, position, owner.get())) {
+        reason = take(owner, g, entry);
+      } else if (find_row(find_state(owner.get(), entry))) {
+        row_.param = Ref::borrow(owner.get());
+        row_.grad = Ref::borrow(grad.get());
+        reason = take(owner, g, entry);
       }
-      if (reason.empty()) continue;
-      const Ref left = Ref::steal(
-          Py_BuildValue("(nnOOs)", position, g, owner.get(), grad.get(), reason.c_str()));
+      if (!reason) continue;
+      const Ref left = Ref::steal(Py_BuildValue("(nnOON)", position, g, owner.get(), grad.get(),
+                                                text(reason.stream, reason.text).release()));
       append_to(pending, left.get());
     }
   }
@@ -155,18 +161,18 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
   add_group(group);
   groups_.back().counted = true;
   count_ = step;
-  Entry entry;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     const auto part = [&](PyObject* list) { return Ref::borrow(PyList_GetItem(list, i)); };
-    Row row = {part(params), {part(params), part(grads), part(exp_avgs), part(exp_avg_sqs), Ref()}};
-    for (const Ref* one : {&row.tensors.exp_avg, &row.tensors.exp_avg_sq}) {
-      append_to(written_.get(), one->get());
+    const Ref owner = part(params);
+    row_ = {part(params), part(grads), part(exp_avgs), part(exp_avg_sqs), Ref()};
+    written_.push_back(part(exp_avgs));
+    written_.push_back(part(exp_avg_sqs));
+    Entry entry;
+    if (const Reason reason = take(owner, 0, entry)) {
+      const Ref left =
+          Ref::steal(Py_BuildValue("(nN)", i, text(reason.stream, reason.text).release()));
+      append_to(pending.get(), left.get());
     }
-    entry = Entry();
-    const std::string reason = take(std::move(row), 0, entry);
-    if (reason.empty()) continue;
-    const Ref left = Ref::steal(Py_BuildValue("(ns)", i, reason.c_str()));
-    append_to(pending.get(), left.get());
   }
   if (PyList_GET_SIZE(pending.get()) == 0) {
     const Ref groups = Ref::steal(Py_BuildValue("[O]", group));
@@ -188,9 +194,9 @@ void Plan::add_group(PyObject* options) {
 // The value of `param` in the optimizer's state; null if it has none. A dict lookup would hash the
 // parameter, which runs Python code; most parameters are where they were at the last step.
 PyObject* Plan::find_state(PyObject* param, Entry& entry) {
-  if (entry.item >= items_.size() || items_[entry.item].first.get() != param) {
+  if (entry.item >= items_.size() || items_[entry.item].first != param) {
     if (item_of_.empty()) {
-      for (size_t i = 0; i < items_.size(); ++i) item_of_.emplace(items_[i].first.get(), i);
+      for (size_t i = 0; i < items_.size(); ++i) item_of_.emplace(items_[i].first, i);
     }
     const auto found = item_of_.find(param);
     if (found == item_of_.end()) return nullptr;
@@ -199,19 +205,19 @@ PyObject* Plan::find_state(PyObject* param, Entry& entry) {
   return items_[entry.item].second.get();
 }
 
-// Fills in what is stepped in the place of the row's owner, if anything is.
-bool Plan::find_replacement(PyObject* repaired, Py_ssize_t position, Row& row) const {
+// Fills row_ with what is stepped in the place of a parameter, if anything is.
+bool Plan::find_replacement(PyObject* repaired, Py_ssize_t position, PyObject* owner) {
   if (PyDict_GET_SIZE(repaired) == 0) return false;
   const Ref key = Ref::steal(PyLong_FromSsize_t(position));
   PyObject* found = item(repaired, key.get());
-  if (!found || PyTuple_GET_ITEM(found, 0) != row.owner.get()) return false;
+  if (!found || PyTuple_GET_ITEM(found, 0) != owner) return false;
   const auto part = [&](int i) { return Ref::borrow(PyTuple_GET_ITEM(found, i)); };
-  row.tensors = {part(1), part(2), part(3), part(4), part(5)};
+  row_ = {part(1), part(2), part(3), part(4), part(5)};
   return true;
 }
 
-// Fills in moments and step from a parameter's state; false if one is missing.
-bool Plan::find_row(PyObject* state, Row& row) const {
+// Fills the moments and the step of row_ from a parameter's state; false if one is missing.
+bool Plan::find_row(PyObject* state) {
   if (!state || !PyDict_Check(state)) return false;
   PyObject *keys[3], *values[3];
   Py_ssize_t position = 0;
@@ -225,143 +231,150 @@ bool Plan::find_row(PyObject* state, Row& row) const {
     values[2] = item(state, names().exp_avg_sq);
   }
   if (!values[0] || !values[1] || !values[2]) return false;
-  row.tensors.step = Ref::borrow(values[0]);
-  row.tensors.exp_avg = Ref::borrow(values[1]);
-  row.tensors.exp_avg_sq = Ref::borrow(values[2]);
+  row_.step = Ref::borrow(values[0]);
+  row_.exp_avg = Ref::borrow(values[1]);
+  row_.exp_avg_sq = Ref::borrow(values[2]);
   return true;
 }
 
 // In training the caches are cold: asks for what the walk will read a few parameters from now. A
 // stale address does no harm.
 void Plan::prefetch(size_t position) const {
-  if (position >= entries_.size()) return;
-  for (const Seen& seen : entries_[position].seen) {
+  const auto state_of = [&](size_t at) -> PyObject* {
+    if (at >= entries_.size() || entries_[at].item >= items_.size()) return nullptr;
+    return items_[entries_[at].item].second.get();
+  };
+  if (PyObject* state = state_of(position + 2 * kAhead)) __builtin_prefetch(state);
+  if (position + kAhead >= entries_.size()) return;
+  PyObject* state = state_of(position + kAhead);
+  if (state && PyDict_Check(state)) {
+    const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
+  }
+  for (const Seen& seen : entries_[position + kAhead].seen) {
     __builtin_prefetch(seen.object);
     __builtin_prefetch(seen.impl);
     __builtin_prefetch(static_cast<const char*>(seen.impl) - 64);
     __builtin_prefetch(static_cast<const char*>(seen.impl) + 64);
     __builtin_prefetch(seen.data);
   }
-  if (entries_[position].item < items_.size()) {
-    __builtin_prefetch(items_[entries_[position].item].second.get());
-  }
 }
 
 // Checks
 
-// Adds a row to its bucket; returns why it can't be stepped, or an empty string.
-std::string Plan::take(Row row, int64_t group, Entry& entry) {
+// Adds row_ to its bucket, unless there is a reason why it can't be stepped.
+Plan::Reason Plan::take(const Ref& owner, int64_t group, Entry& entry) {
   const Group& options = groups_[static_cast<size_t>(group)];
-  if (is_dtensor(row.tensors.param.get())) {
-    if (std::string reason = use_local_tensors(row.tensors); !reason.empty()) return reason;
+  if (is_dtensor(row_.param.get())) {
+    if (const Reason reason = use_local_tensors()) return reason;
   }
-  if (std::string reason = check(row.tensors, entry); !reason.empty()) return reason;
+  if (const Reason reason = check(entry)) return reason;
   if (!options.counted) {
     const DType param = static_cast<DType>(infos_[kParam].dtype);
     // There is no complex bfloat16.
     const bool none = infos_[kParam].complex && options.state_dtype == kBFloat16;
     if (infos_[kExpAvg].dtype != state_dtype(param, none ? -1 : options.state_dtype)) {
-      return "exp_avg and exp_avg_sq have another dtype than state_dtype";
+      return {"exp_avg and exp_avg_sq have another dtype than state_dtype"};
     }
-    if (std::string reason = check_step(row.tensors.step.get(), options, entry.seen[kStep]);
-        !reason.empty()) {
-      return reason;
-    }
+    if (const Reason reason = check_step(options, entry.seen[kStep])) return reason;
   }
-  append(std::move(row), group);
+  append(owner, group);
   return {};
 }
 
 // Replaces DTensors that are placed alike by this rank's parts of them.
-std::string Plan::use_local_tensors(Tensors& tensors) const {
-  Ref* const streams[] = {&tensors.param, &tensors.grad, &tensors.exp_avg, &tensors.exp_avg_sq};
+Plan::Reason Plan::use_local_tensors() {
+  Ref* const streams[] = {&row_.param, &row_.grad, &row_.exp_avg, &row_.exp_avg_sq};
   Ref locals[4];
   for (int i = 0; i < 4; ++i) {
     PyObject* tensor = streams[i]->get();
-    if (!is_dtensor(tensor)) return std::string(kStreamNames[i]) + " is not a DTensor as param is";
-    if (i > 0 && !same_placement(tensors.param.get(), tensor)) {
-      return std::string(kStreamNames[i]) + " is placed in another way than param";
+    if (!is_dtensor(tensor)) return {" is not a DTensor as param is", kStreamNames[i]};
+    if (i > 0 && !same_placement(row_.param.get(), tensor)) {
+      return {" is placed in another way than param", kStreamNames[i]};
     }
     locals[i] = local_tensor(tensor);
-    if (!locals[i].get()) return std::string(kStreamNames[i]) + " has no plain local tensor";
+    if (!locals[i].get()) return {" has no plain local tensor", kStreamNames[i]};
   }
   for (int i = 0; i < 4; ++i) *streams[i] = std::move(locals[i]);
   return {};
 }
 
-// Describes the four tensors in infos_; returns why they can't be stepped together.
-std::string Plan::check(const Tensors& tensors, Entry& entry) {
-  PyObject* const all[] = {tensors.param.get(), tensors.grad.get(), tensors.exp_avg.get(),
-                           tensors.exp_avg_sq.get()};
+// Describes the four tensors of row_ in infos_; why they can't be stepped together.
+Plan::Reason Plan::check(Entry& entry) {
+  PyObject* const all[] = {row_.param.get(), row_.grad.get(), row_.exp_avg.get(),
+                           row_.exp_avg_sq.get()};
   for (int i = 0; i < 4; ++i) {
     if (!describe(all[i], infos_[i])) {
-      return std::string(kStreamNames[i]) + " has no memory that a kernel can use";
+      return {" has no memory that a kernel can use", kStreamNames[i]};
     }
   }
   const TensorInfo& param = infos_[kParam];
-  if (param.dtype < 0) return "param must be float32, bfloat16, float16, float64 or complex";
+  if (param.dtype < 0) return {"param must be float32, bfloat16, float16, float64 or complex"};
   for (int i = 1; i < 4; ++i) {
     const TensorInfo& other = infos_[i];
-    if (!(other.device == param.device)) return "param, grad and moments are on several devices";
-    if (!same_shape(param, other)) return "param, grad and moments differ in shape";
-    if (other.dtype < 0) return "grad and moments must be float32, bfloat16, float16 or float64";
-    if (other.complex != param.complex) return "param, grad and moments: some are complex";
+    if (!(other.device == param.device)) return {"param, grad and moments are on several devices"};
+    if (!same_shape(param, other)) return {"param, grad and moments differ in shape"};
+    if (other.dtype < 0) return {"grad and moments must be float32, bfloat16, float16 or float64"};
+    if (other.complex != param.complex) return {"of param, grad and moments some are complex"};
   }
-  if (infos_[kExpAvg].dtype != infos_[kExpAvgSq].dtype)
-    return "exp_avg and exp_avg_sq differ in dtype";
+  if (infos_[kExpAvg].dtype != infos_[kExpAvgSq].dtype) {
+    return {"exp_avg and exp_avg_sq differ in dtype"};
+  }
   if (!supported({static_cast<DType>(param.dtype), static_cast<DType>(infos_[kGrad].dtype),
                   static_cast<DType>(infos_[kExpAvg].dtype)})) {
-    return "float64 goes with float64 only, for param, grad and moments alike";
+    return {"float64 goes with float64 only, for param, grad and moments alike"};
   }
-  if (!is_dense(param)) return "param is not dense: it has gaps or elements that share memory";
+  if (!is_dense(param)) return {"param is not dense: it has gaps or elements that share memory"};
   for (int i = 1; i < 4; ++i) {
-    if (!same_layout(param, infos_[i])) return "param, grad and moments differ in strides";
+    if (!same_layout(param, infos_[i])) return {"param, grad and moments differ in strides"};
   }
   for (int i = 0; i < 4; ++i) {
-    // Gradients come from anywhere, at every step.
-    if (const char* reason = check_memory(all[i], infos_[i], entry.seen[i], i == kGrad)) {
-      return std::string(kStreamNames[i]) + " is " + reason;
-    }
+    if (const Reason reason = check_memory(i, entry.seen[i])) return reason;
   }
   return {};
 }
 
 // What describe() does not tell takes longer than all that it does. So it is asked for once, and
 // again when the tensor's object or memory is another one than at the last step.
-const char* Plan::check_memory(PyObject* tensor, const TensorInfo& info, Seen& seen,
-                               bool always) const {
+Plan::Reason Plan::check_memory(int stream, Seen& seen) const {
+  const Ref* const tensors[] = {&row_.param, &row_.grad, &row_.exp_avg, &row_.exp_avg_sq,
+                                &row_.step};
+  PyObject* const tensor = tensors[stream]->get();
+  const TensorInfo& info = infos_[stream];
   const bool same = seen.object == tensor && seen.impl == info.sizes && seen.data == info.data;
-  if (!same || always) {
-    if (const char* reason = find_lazy(tensor, info)) return reason;
+  if (!same || stream == kGrad) {  // gradients come from anywhere, at every step
+    if (const char* reason = find_lazy(tensor, info)) return {reason, kStreamNames[stream]};
   }
-  if (!same) {
-    if (const char* reason = find_short_storage(tensor, info)) return reason;
-    seen = {tensor, info.sizes, info.data};
+  if (same) return {};
+  // Most gradients are new at each step, and only read. Where a storage was freed, the address is
+  // the offset into it: far below all that is ever allocated.
+  if (stream != kGrad || reinterpret_cast<uintptr_t>(info.data) < kLowest) {
+    if (const char* reason = find_short_storage(tensor, info))
+      return {reason, kStreamNames[stream]};
   }
-  return nullptr;
+  seen = {tensor, info.sizes, info.data};
+  return {};
 }
 
-std::string Plan::check_step(PyObject* step, const Group& group, Seen& seen) {
+Plan::Reason Plan::check_step(const Group& group, Seen& seen) {
   TensorInfo& info = infos_[kStep];
-  const bool good = describe(step, info) && info.numel == 1 && !info.complex &&
+  const bool good = describe(row_.step.get(), info) && info.numel == 1 && !info.complex &&
                     (info.dtype == kFloat32 || info.dtype == kFloat64);
   if (group.capturable) {
     if (!good || !(info.device == infos_[kParam].device)) {
-      return "step must be one float32 or float64 in a tensor on the parameter's device, as "
-             "capturable is true";
+      return {
+          "step must be one float32 or float64 in a tensor on the parameter's device, as "
+          "capturable is true"};
     }
   } else if (!good || info.device.type != kCPU) {
-    return "step must be one float32 or float64 in a CPU tensor";
+    return {"step must be one float32 or float64 in a CPU tensor"};
   }
-  if (const char* reason = check_memory(step, info, seen, false)) {
-    return std::string("step is ") + reason;
-  }
-  return {};
+  return check_memory(kStep, seen);
 }
 
 // Buckets
 
-void Plan::append(Row row, int64_t group) {
+void Plan::append(const Ref& owner, int64_t group) {
   const Group& options = groups_[static_cast<size_t>(group)];
   Bucket& bucket = bucket_of(options.capturable);
   Counter counter = {nullptr, kFloat32, static_cast<int32_t>(group)};
@@ -376,11 +389,10 @@ void Plan::append(Row row, int64_t group) {
   bucket.segments.push_back({infos_[kParam].data, infos_[kExpAvg].data, infos_[kExpAvgSq].data,
                              infos_[kParam].reals(), scalars});
   bucket.grads.push_back(infos_[kGrad].data);
-  bucket.owners.push_back(PyList_GET_SIZE(owners_.get()));
-  bucket.tensors.push_back(std::move(row.tensors));
+  bucket.owners.push_back(static_cast<int64_t>(owners_.size()));
+  bucket.tensors.push_back(std::move(row_));
   bucket.counters.push_back(counter);
-  append_to(owners_.get(), row.owner.get());
-  append_to(written_.get(), row.owner.get());
+  owners_.push_back(Ref::borrow(owner.get()));
 }
 
 // The bucket for the tensors last described.
@@ -421,9 +433,8 @@ void Plan::complete(PyObject* groups, PyObject* scaling) {
     }
   }
   if (const auto found = overlap_check_.find(buckets_)) {
-    PyObject* const owner = PyList_GET_ITEM(owners_.get(), found->owner);
-    if (found->stream == found->other_stream &&
-        owner == PyList_GET_ITEM(owners_.get(), found->other)) {
+    const auto owner = [&](int64_t i) { return owners_[static_cast<size_t>(i)].get(); };
+    if (found->stream == found->other_stream && owner(found->owner) == owner(found->other)) {
       throw Refusal{"{0} is given twice; leave one out", {found->owner}};
     }
     throw Refusal{found->stream + " of {0} shares memory with " + found->other_stream +
@@ -480,10 +491,14 @@ void Plan::begin() {
     const Ref graph = Ref::steal(PyImport_ImportModule("torch.autograd.graph"));
     return attribute(graph.get(), "increment_version").release();
   }();
-  // Raises for tensors that must not be written to, such as those of inference mode.
-  if (PyList_GET_SIZE(written_.get()) > 0) {
-    Ref::steal(PyObject_CallOneArg(increment_version, written_.get()));
+  const size_t count = owners_.size() + written_.size();
+  const Ref all = Ref::steal(PyTuple_New(static_cast<Py_ssize_t>(count)));
+  for (size_t i = 0; i < count; ++i) {
+    const Ref& one = i < owners_.size() ? owners_[i] : written_[i - owners_.size()];
+    PyTuple_SET_ITEM(all.get(), static_cast<Py_ssize_t>(i), Ref::borrow(one.get()).release());
   }
+  // Raises for tensors that must not be written to, such as those of inference mode.
+  if (count > 0) Ref::steal(PyObject_CallOneArg(increment_version, all.get()));
   begun_ = true;
 }
 
@@ -525,8 +540,9 @@ void Plan::release() {
   items_.clear();
   item_of_.clear();
   groups_.clear();
-  owners_ = Ref::steal(PyList_New(0));
-  written_ = Ref::steal(PyList_New(0));
+  owners_.clear();
+  written_.clear();
+  row_ = Tensors();
   begun_ = false;
 }
 

@@ -60,7 +60,7 @@ class Plan {
 
   bool begun() const { return begun_; }
   std::vector<Bucket*> buckets();
-  PyObject* owners() const { return owners_.get(); }  // a list
+  const std::vector<Ref>& owners() const { return owners_; }
 
  private:
   static constexpr int kStreams = 5;  // param, grad, exp_avg, exp_avg_sq, step
@@ -83,40 +83,44 @@ class Plan {
     bool has_host = false;
     Hyperparameters host{};
   };
-  // What is stepped for an owner. Owns all of it: describing tensors can let other threads run.
-  struct Row {
-    Ref owner;
-    Tensors tensors;
+  // Why a row can't be stepped: a sentence, after the name of the stream that it is about, if any.
+  // Built of literals, because most rows have none.
+  struct Reason {
+    const char* text = nullptr;
+    const char* stream = "";
+    explicit operator bool() const { return text; }
   };
 
   void walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending);
   void add_group(PyObject* options);
   PyObject* find_state(PyObject* param, Entry& entry);
-  bool find_replacement(PyObject* repaired, Py_ssize_t position, Row& row) const;
-  bool find_row(PyObject* state, Row& row) const;
+  bool find_replacement(PyObject* repaired, Py_ssize_t position, PyObject* owner);
+  bool find_row(PyObject* state);
   void prefetch(size_t position) const;
-  std::string take(Row row, int64_t group, Entry& entry);
-  std::string use_local_tensors(Tensors& tensors) const;
-  std::string check(const Tensors& tensors, Entry& entry);
-  const char* check_memory(PyObject* tensor, const TensorInfo& info, Seen& seen, bool always) const;
-  std::string check_step(PyObject* step, const Group& group, Seen& seen);
-  void append(Row row, int64_t group);
+  Reason take(const Ref& owner, int64_t group, Entry& entry);
+  Reason use_local_tensors();
+  Reason check(Entry& entry);
+  Reason check_memory(int stream, Seen& seen) const;
+  Reason check_step(const Group& group, Seen& seen);
+  void append(const Ref& owner, int64_t group);
   Bucket& bucket_of(bool capturable);
   int64_t scalars_index(Bucket& bucket, int64_t group, double step) const;
   void complete(PyObject* groups, PyObject* scaling);
   void make_scalars(Bucket& bucket);
   void read_device_groups(Bucket& bucket, PyObject* scaling);
 
+  // The row that is being looked at. Owned: describing tensors can let other threads run.
+  Tensors row_;
   TensorInfo infos_[kStreams];
   std::vector<Entry> entries_;  // one a parameter, in order
-  // The state's items at the beginning of the walk, and where a parameter is among them if it is
-  // not where it was.
-  std::vector<std::pair<Ref, Ref>> items_;
+  // The state's items at the beginning of the walk, the keys only to be compared; and where a
+  // parameter is among them if it is not where it was.
+  std::vector<std::pair<PyObject*, Ref>> items_;
   std::unordered_map<PyObject*, size_t> item_of_;
   std::vector<Group> groups_;
   std::deque<Bucket> buckets_;
-  Ref owners_ = Ref::steal(PyList_New(0));
-  Ref written_ = Ref::steal(PyList_New(0));  // tensors whose version goes up
+  std::vector<Ref> owners_;
+  std::vector<Ref> written_;  // tensors whose version goes up beside the owners'
   OverlapCheck overlap_check_;
   double count_ = 0;  // of refresh_tensors
   bool begun_ = false;

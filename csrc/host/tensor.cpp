@@ -161,10 +161,10 @@ int dtype_code(PyObject* torch_dtype) {
 const char* find_lazy(PyObject* tensor, const TensorInfo& info) {
   static const Method is_neg("torch", "Tensor", "is_neg"), is_conj("torch", "Tensor", "is_conj");
   if (is_neg(tensor).get() != Py_False) {
-    return "a negated view (is_neg() is true); call resolve_neg() on it";
+    return " is a negated view (is_neg() is true); call resolve_neg() on it";
   }
   if (info.complex && is_conj(tensor).get() != Py_False) {
-    return "a conjugated view (is_conj() is true); call resolve_conj() on it";
+    return " is a conjugated view (is_conj() is true); call resolve_conj() on it";
   }
   return nullptr;
 }
@@ -176,7 +176,8 @@ const char* find_short_storage(PyObject* tensor, const TensorInfo& info) {
   const int64_t item = info.bytes() / info.numel;
   const int64_t end = to_int(offset(tensor).get()) * item + info.bytes();
   if (to_int(nbytes(storage(tensor).get()).get()) >= end) return nullptr;
-  return "a tensor whose storage was freed or shrunk (untyped_storage().resize_()); resize it back";
+  return " is a tensor whose storage was freed or shrunk (untyped_storage().resize_()); resize it "
+         "back";
 }
 
 bool describe(PyObject* tensor, TensorInfo& info) {

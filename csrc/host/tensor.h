@@ -43,7 +43,8 @@ struct TensorInfo {
 bool describe(PyObject* tensor, TensorInfo& info);
 
 // Why a tensor's memory does not hold its values, given describe(); null if it does: a lazily
-// negated or conjugated view, or a storage that was shrunk or freed. Releases the GIL.
+// negated or conjugated view, or a storage that was shrunk or freed. " is ...", after its name.
+// Releases the GIL.
 const char* find_lazy(PyObject* tensor, const TensorInfo& info);
 const char* find_short_storage(PyObject* tensor, const TensorInfo& info);
 
