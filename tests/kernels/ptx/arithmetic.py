@@ -93,6 +93,16 @@ def floating(name: str, mode: str) -> Callable:
     return lambda *xs: canonical(operation(*xs))
 
 
+def on_pairs(operation: Callable) -> Callable:
+    """Applies an operation on float32 to both halves of 64 bits."""
+
+    def run(*xs: np.ndarray) -> np.ndarray:
+        halves = (np.ascontiguousarray(x).reshape(-1, 1).view(np.float32) for x in xs)
+        return operation(*halves).view(np.uint64)[:, 0]
+
+    return run
+
+
 def to_bfloat16(x: np.ndarray, mode: str) -> np.ndarray:
     u = x.view(np.uint32).astype(np.uint64)
     up = 0x7FFF + (u >> np.uint64(16) & np.uint64(1)) if mode == "rn" else np.uint64(0)
@@ -216,10 +226,14 @@ def meaning(op: str) -> tuple[str, list[str], Callable]:
         if op == "rcp.approx.ftz.f64":
             return kind, [kind], reciprocal_seed
         raise Fault("flushes subnormals or approximates")
-    if kind in ("f32", "f64") and name in ("add", "sub", "mul", "div", "sqrt", "rcp", "fma"):
+    if kind in ("f32", "f64", "f32x2") and name in (
+        "add", "sub", "mul", "div", "sqrt", "rcp", "fma"
+    ):  # fmt: skip
         if len(rest) != 2 or rest[0] not in ("rn", "rz", "rm", "rp"):
             raise Fault("says no rounding: ptxas may fuse it")
         count = {"sqrt": 1, "rcp": 1, "fma": 3}.get(name, 2)
+        if kind == "f32x2":
+            return "b64", ["b64"] * count, on_pairs(floating(name, rest[0]))
         return kind, [kind] * count, floating(name, rest[0])
     if name == "setp":
         test, unordered = rest[0], rest[0].endswith("u") and len(rest[0]) == 3

@@ -118,13 +118,15 @@ class Shared:
         block: np.ndarray,
         values: np.ndarray | None = None,
     ) -> np.ndarray | None:
-        """Loads [lanes, count] words, or stores `values` if they are given."""
+        """Loads [lanes, count] elements of `size` bytes, or stores `values` if they are given."""
         wide = count * size
+        if wide % 4:
+            raise Fault("an access to shared memory of less than 4 bytes is not implemented")
         if (bad := address % np.uint32(wide) != 0).any():
             raise Fault(f"address {int(address[bad][0]):#x} is not a multiple of {wide}", bad)
-        if (bad := address.astype(np.int64) + wide > self.size).any() or size != 4:
+        if (bad := address.astype(np.int64) + wide > self.size).any():
             raise Fault(f"outside of the {self.size} bytes of shared memory", bad)
-        words = ((block * self.size + address) // 4)[:, None] + np.arange(count)
+        words = ((block * self.size + address) // 4)[:, None] + np.arange(wide // 4)
         now, me = self.epoch[block][:, None], who[:, None]
         if (bad := ((self.written[words] == now) & (self.writer[words] != me)).any(1)).any():
             raise Fault("no barrier since another thread stored there", bad)
@@ -137,9 +139,9 @@ class Shared:
             # Of several lanes that load the same word here the last one stays; the others differ.
             self.reader[words] = np.where(self.reader[words] == me, self.reader[words], -1)
             self.read[words] = now
-            return memory[words]
+            return memory[words].view(UINT[8 * size])
         if (bad := ((self.read[words] == now) & (self.reader[words] != me)).any(1)).any():
             raise Fault("no barrier since another thread loaded that", bad)
-        memory[words] = values
+        memory[words] = np.ascontiguousarray(values).view(np.uint32)
         self.writer[words], self.written[words] = me, now
         return None

@@ -127,7 +127,7 @@ def loose(program: Program, allowed: set[str] = frozenset()) -> list[Instruction
     bad = []
     for one in program.code:
         parts = one.op.split(".")
-        vague = parts[-1] in ("f32", "f64", "f16x2", "f16", "bf16") and parts[0] in (
+        vague = parts[-1] in ("f32", "f64", "f32x2", "f16x2", "f16", "bf16") and parts[0] in (
             "add", "sub", "mul", "div", "sqrt", "rcp") and "rn" not in parts  # fmt: skip
         if one.op not in allowed and (
             vague or parts[0] in ("fma", "ex2", "lg2", "rsqrt", "sin", "cos", "tanh")
