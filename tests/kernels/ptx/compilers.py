@@ -1,0 +1,120 @@
+"""The PTX of the kernels: nvcc's by the flags of the build, Triton's as its launches ask for it."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .program import Program, parse
+
+ROOT = Path(__file__).parents[3]
+Codes = tuple[int, int, int]  # dtypes of param, grad and moments, as in radam_kernels.modules
+
+_TYPES = {"float": 0, "radam::bfloat16": 1, "radam::float16": 2, "double": 3}
+
+
+class Compiled(NamedTuple):
+    """One kernel as PTX."""
+
+    name: str
+    file: str  # a name for the file
+    text: str  # the whole file, so that its line numbers hold
+    shared: int = 0  # bytes of shared memory that a launch asks for
+
+    def program(self) -> Program:
+        [program] = [one for one in parse(self.text) if one.name == self.name]
+        return program
+
+
+@cache
+def nvcc(arch: str) -> dict[str | Codes, Compiled]:
+    """The CUDA kernels: "advance", "upload", and the steps by their dtype codes."""
+    build = (ROOT / "CMakeLists.txt").read_text()
+    flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?)>\)", build, re.DOTALL)[1].rstrip(">").split()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "step_cuda.ptx"
+        command = ["nvcc", "-ptx", f"-arch=compute_{arch}", "-std=c++17", *flags]
+        command += [f"-I{ROOT / 'csrc'}", str(ROOT / "csrc/cuda/step_cuda.cu"), "-o", str(out)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        text = out.read_text()
+    mangled = [program.name for program in parse(text)]
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), text=True, capture_output=True, check=True
+    ).stdout.splitlines()
+    kernels = {}
+    for symbol, name in zip(mangled, names, strict=True):
+        if step := re.search(r"radam_step_kernel<(.*?)>\(", name):
+            key = tuple(_TYPES[t.strip()] for t in step[1].split(","))
+        else:
+            key = re.search(r"radam_(\w+)_kernel", name)[1]
+        kernels[key] = Compiled(symbol, f"step_cuda-{arch}.ptx", text)
+    return kernels
+
+
+@cache
+def triton_step(codes: Codes, arch: str) -> Compiled:
+    """What launch_() compiles."""
+    from radam_kernels.backends import triton_kernel
+
+    tables = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
+    return _compile_launch(
+        "radam_step_kernel", arch, lambda: triton_kernel.launch_(*tables, 0, 1, codes)
+    )
+
+
+@cache
+def triton_upload(arch: str) -> Compiled:
+    """What upload_by_arguments() compiles."""
+    from radam_kernels.backends import triton_kernel
+
+    upload = triton_kernel.upload_by_arguments(torch.device("cpu"))
+    return _compile_launch("radam_upload_kernel", arch, lambda: upload(bytes(8)))
+
+
+class _Recorder:
+    """Stands in for a kernel, and keeps what it is launched with."""
+
+    def __getitem__(self, grid: object) -> "_Recorder":
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+
+def _compile_launch(name: str, arch: str, launch: Callable[[], object]) -> Compiled:
+    """Compiles what `launch` launches the kernel `name` with, for tensors on 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from radam_kernels.backends import triton_kernel
+
+    kernel, recorder = getattr(triton_kernel, name), _Recorder()
+    setattr(triton_kernel, name, recorder)
+    try:
+        launch()
+    finally:
+        setattr(triton_kernel, name, kernel)
+    pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, arg) in enumerate(zip(kernel.params, recorder.args, strict=True)):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", arg
+        elif torch.is_tensor(arg):
+            signature[parameter.name] = pointers[arg.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            assert parameter.do_not_specialize, f"{parameter.name} has a kernel for each value"
+            signature[parameter.name] = "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", int(arch), 32)
+    built = triton.compile(source, target=target, options=recorder.options)
+    values = "-".join(str(value) for value in constants.values())
+    file = f"{name}-{arch}-{values}.ptx" if values else f"{name}-{arch}.ptx"
+    return Compiled(name, file, built.asm["ptx"], built.metadata.shared)

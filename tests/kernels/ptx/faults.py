@@ -1,0 +1,73 @@
+"""Faults to plant in the PTX of a kernel: the check must see every one of them."""
+
+import re
+from dataclasses import dataclass
+
+F32, BF16, MIXED = (0, 0, 0), (1, 1, 1), (1, 0, 0)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One changed place in the PTX of one step kernel."""
+
+    name: str
+    backend: str
+    codes: tuple[int, int, int]
+    pattern: str
+    replacement: str
+    nth: int = 0  # which of the places that match
+
+    def edit(self, ptx: str) -> str:
+        places = list(re.finditer(self.pattern, ptx))
+        if not places:
+            raise ValueError(f"{self.name}: the PTX has no {self.pattern!r}; mend faults.py")
+        at = places[self.nth]
+        return ptx[: at.start()] + at.expand(self.replacement) + ptx[at.end() :]
+
+
+FAULTS = (
+    Planted(
+        "the loop over vectors ends late", "cuda", F32,
+        # The loop's test is the last one before the tail, which begins with the thread's number.
+        r"setp\.lt\.s32(\s+%p\d+, [^;]*;\s*@%p\d+ bra\s+\S+;\s*\S+:\s*mov\.u32\s+%r\d+, %tid\.x)",
+        r"setp.le.s32\1",
+    ),
+    Planted("the tail's first test is >", "cuda", F32, r"setp\.ge\.s32", "setp.gt.s32", -1),
+    Planted("one product rounds towards zero", "cuda", F32, r"mul\.rn\.f32", "mul.rz.f32"),
+    Planted("one sum rounds down", "cuda", F32, r"add\.rn\.f32", "add.rm.f32", 1),
+    Planted("a square root approximates", "cuda", F32, r"sqrt\.rn\.f32", "sqrt.approx.ftz.f32"),
+    Planted("a division flushes subnormals", "cuda", F32, r"div\.rn\.f32", "div.rn.ftz.f32"),
+    Planted(
+        "a product and a sum are fused", "cuda", F32,
+        r"mul\.rn\.f32\s+(%f\d+), (%f\d+, %f\d+);\s*add\.rn\.f32\s+(%f\d+), \1, (%f\d+);",
+        r"fma.rn.f32 \3, \2, \4;",
+    ),
+    Planted(
+        "alignment to 8 passes for 16", "cuda", F32, r"(and\.b64\s+%rd\d+, %rd\d+), 15", r"\1, 7"
+    ),
+    Planted(
+        "an index has 32 bits", "cuda", F32, r"shl\.b64\s+(%rd\d+), %rd\d+, 12;",
+        r"\g<0> shl.b64 \1, \1, 32; shr.s64 \1, \1, 32;",
+    ),
+    Planted(
+        "the gradient of the next segment", "cuda", F32,
+        r"(ld\.global\.nc\.u64\s+%rd\d+, \[%rd\d+)\]", r"\1+8]",
+    ),
+    Planted(
+        "a load that is not coherent of what is stored", "cuda", F32,
+        r"ld\.global\.cs\.v4", "ld.global.nc.v4",
+    ),
+    Planted("bfloat16 is truncated", "cuda", BF16, r"cvt\.rn\.bf16\.f32", "cvt.rz.bf16.f32", 3),
+    Planted(
+        "two halves change places", "cuda", BF16, r"(bfi\.b64\s+[^;]*), 32, 16", r"\1, 48, 16"
+    ),
+    Planted("a mask is <=", "triton", F32, r"setp\.lt\.s64", "setp.le.s64", -1),
+    Planted(
+        "bfloat16 rounds half up", "triton", BF16, r"(add\.s32\s+%r\d+, %r\d+), 32767", r"\1, 32768"
+    ),
+    Planted("a barrier is missing", "triton", MIXED, r"bar\.sync\s+0;", ""),
+    Planted(
+        "shared memory is read elsewhere", "triton", MIXED,
+        r"(ld\.shared\S+\s+\{[^}]*\}, \[%r\d+)\+\d+\]", r"\1+4096]",
+    ),
+)  # fmt: skip
