@@ -206,7 +206,9 @@ def upload_by_arguments(device: torch.device) -> Upload:
         for begin in range(0, len(words), _WORDS):
             some = words[begin : begin + _WORDS].tolist()
             padding = [0] * (_WORDS - len(some))
-            radam_upload_kernel[(1,)](room[begin:], len(some), *some, *padding)
+            radam_upload_kernel[(1,)](
+                room[begin:], len(some), *some, *padding, enable_fp_fusion=False
+            )
         return room.view(torch.int64)
 
     return upload
