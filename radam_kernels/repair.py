@@ -79,9 +79,9 @@ def repair(
     staged = []
     for _, _, owner, grad, _ in pending:
         name = name_of(owner)
-        staged.append(_stage(owner, grad, name))
         if owner in state:
             check_state(state[owner], owner, name)
+        staged.append(_stage(owner, grad, name, new=is_new(state.get(owner))))
     if any(item.copied for item in staged):
         _refuse_sharing([*plan.owners, *(owner for _, _, owner, _, _ in pending)], name_of)
     fresh = []
@@ -126,7 +126,7 @@ def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> Non
     items.update(others)
 
 
-def _stage(owner: Tensor, grad: Tensor, name: str) -> Staged:
+def _stage(owner: Tensor, grad: Tensor, name: str, *, new: bool) -> Staged:
     """Checks a parameter and its gradient; copies what a kernel can't use directly."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(
@@ -157,7 +157,7 @@ def _stage(owner: Tensor, grad: Tensor, name: str) -> Staged:
     check_storage(grad, f"grad of {name}")
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
-        param = _copy(param, name)
+        param = _copy(param, name, try_back=new)
     return Staged(param, _fit(grad, param), copied)
 
 
@@ -170,14 +170,16 @@ def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: str) -> None:
         )
 
 
-def _copy(param: Tensor, name: str) -> Tensor:
+def _copy(param: Tensor, name: str, *, try_back: bool) -> Tensor:
     """A plain, contiguous copy. Not empty_like, which some classes lack.
 
-    A class without memory of its own (a quantized weight, say) must take the result back, too.
+    Args:
+        try_back: see whether a class without memory of its own (a quantized weight, say) can take
+            the result back, before anything is changed.
     """
     try:
         copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(param)
-        if type(param) not in (Tensor, torch.nn.Parameter):
+        if try_back and type(param) not in (Tensor, torch.nn.Parameter):
             param.detach().clone().copy_(copy)
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(

@@ -23,16 +23,7 @@ const Names& names() {
   return interned;
 }
 
-// The class `name` of `module`, or null while nobody has imported that. Never released.
-PyObject* find_class(const char* module, const char* name) {
-  PyObject* loaded = PyDict_GetItemString(PyImport_GetModuleDict(), module);
-  if (!loaded) return nullptr;
-  PyObject* found = PyObject_GetAttrString(loaded, name);
-  if (!found) PyErr_Clear();  // the import is not over yet
-  return found;
-}
-
-PyObject* dtensor = nullptr;  // written under the GIL
+PyObject* dtensor_class = nullptr;  // written under the GIL
 
 Ref get(PyObject* object, PyObject* name) { return Ref::steal(PyObject_GetAttr(object, name)); }
 
@@ -54,11 +45,11 @@ bool equal(const Ref& a, const Ref& b) {
 }  // namespace
 
 void find_dtensor() {
-  if (!dtensor) dtensor = find_class("torch.distributed.tensor", "DTensor");
+  if (!dtensor_class) dtensor_class = find_class("torch.distributed.tensor", "DTensor");
 }
 
 bool is_dtensor(PyObject* object) {
-  return dtensor && reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor;
+  return dtensor_class && reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_class;
 }
 
 Ref local_tensor(PyObject* dtensor) {

@@ -248,7 +248,8 @@ void Plan::prefetch(size_t position) const {
   if (position + kAhead >= entries_.size()) return;
   PyObject* state = state_of(position + kAhead);
   if (state && PyDict_Check(state)) {
-    const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
+    const char* keys =
+        reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
     for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
   }
   for (const Seen& seen : entries_[position + kAhead].seen) {

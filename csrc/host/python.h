@@ -60,4 +60,13 @@ inline int64_t to_int(PyObject* number) {
   return value;
 }
 
+// The class `name` of `module`, or null as long as that is not imported. Never released.
+inline PyObject* find_class(const char* module, const char* name) {
+  PyObject* loaded = PyDict_GetItemString(PyImport_GetModuleDict(), module);
+  if (!loaded) return nullptr;
+  PyObject* found = PyObject_GetAttrString(loaded, name);
+  if (!found) PyErr_Clear();  // the import is not over yet
+  return found;
+}
+
 }  // namespace radam
