@@ -470,3 +470,19 @@ def test_bytes_arrive_as_arguments_of_launches(size):
     arrived = triton_.upload_by_arguments(torch.device(DEVICES[-1]))(rows)
     assert arrived.dtype == torch.int64
     assert arrived.cpu().numpy().tobytes() == rows
+
+
+@needs_triton
+def test_what_only_a_capture_launches_is_loaded_by_the_step_before(monkeypatch):
+    loaded = []
+    upload = triton_.upload_by_arguments
+    monkeypatch.setattr(
+        triton_, "upload_by_arguments", lambda device: loaded.append(device) or upload(device)
+    )
+    triton_._load_upload.cache_clear()
+    params = make(DEVICES[-1])
+    ours = RAdam(params, capturable=True, backend="triton")
+    for i in range(2):
+        set_grads(params, i)
+        ours.step()
+    assert [device.type for device in loaded] == [DEVICES[-1]]
