@@ -302,12 +302,12 @@ def captured(
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few tensors", "a thousand tensors"])
-def test_a_graph_steps_through_the_threshold_with_new_learning_rates(same_bits, many):
+def test_a_graph_steps_through_the_threshold_with_new_learning_rates(backend, same_bits, many):
     shapes = [(64,)] * 1000 if many else [(5,), (300, 2), (2**20 + 1,)]
     params, other = make(shapes), make(shapes)
     lr = torch.tensor(0.1, device="cuda")
-    ours = RAdam(params, lr=lr, capturable=True, weight_decay=0.1)
-    plain = RAdam(other, lr=lr, capturable=True, weight_decay=0.1)
+    options = dict(lr=lr, capturable=True, weight_decay=0.1, backend=backend)
+    ours, plain = RAdam(params, **options), RAdam(other, **options)
     grads = [torch.ones_like(p) for p in params]
     graph = captured(params, ours, grads)
     for i in range(12):
@@ -323,10 +323,10 @@ def test_a_graph_steps_through_the_threshold_with_new_learning_rates(same_bits, 
     assert ours.state[params[0]]["step"] == 12
 
 
-def test_a_graph_owns_its_tables(same_bits):
+def test_a_graph_owns_its_tables(backend, same_bits):
     params, other = make(), make()
     grads = [torch.ones_like(p) for p in params]
-    ours = RAdam(params, capturable=True)
+    ours = RAdam(params, capturable=True, backend=backend)
     graph = captured(params, ours, grads)
     # All that the optimizer keeps on the device but the state is given back and overwritten.
     state = {p: ours.state[p] for p in params}
@@ -336,7 +336,7 @@ def test_a_graph_owns_its_tables(same_bits):
     stray = [torch.full((n,), -1, dtype=torch.int64, device="cuda") for n in [50, 500, 5000] * 99]
     for _ in range(9):
         graph.replay()
-    plain = RAdam(other, capturable=True)
+    plain = RAdam(other, capturable=True, backend=backend)
     for _ in range(10):
         for p, g in zip(other, grads, strict=True):
             p.grad = g.clone()
@@ -386,11 +386,11 @@ def test_a_loaded_state_can_be_captured_at_once(same_bits):
     assert all(map(same_bits, params, other))
 
 
-def test_a_scaler_does_not_wait_for_the_device_either(same_bits):
+def test_a_scaler_does_not_wait_for_the_device_either(backend, same_bits):
     results = []
     for capturable in (True, False):
         params = make()
-        optimizer = RAdam(params, capturable=capturable)
+        optimizer = RAdam(params, capturable=capturable, backend=backend)
         scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
         scale = scaler.scale(torch.ones((), device="cuda"))
         for i in range(8):
