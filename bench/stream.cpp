@@ -1,7 +1,7 @@
 // What memory can do with the streams of a step, for bench/stream.py: an in-place streaming loop in
 // the place of the kernel, and the speed of IEEE division and square root where memory is near.
-// Compiled with csrc/cpu/launch_cpu.cpp and csrc/cpu/threads.cpp, so that elements are divided over the
-// same threads in the same way as the optimizer's.
+// Compiled with csrc/cpu/launch_cpu.cpp and csrc/cpu/threads.cpp, so that elements are divided over
+// the same threads in the same way as the optimizer's.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -87,7 +87,8 @@ void radam_stream(const radam::Segment* segments, const void* const* grads, int6
                   int param, int state, int threads, uint64_t bits) {
   mask = bits;
   const auto p = static_cast<radam::DType>(param), s = static_cast<radam::DType>(state);
-  radam::step_cpu({segments, grads, count}, {p, p, s}, nullptr, threads, radam::instruction_sets()[0]);
+  radam::step_cpu({segments, grads, count}, {p, p, s}, nullptr, threads,
+                  radam::instruction_sets()[0]);
 }
 
 // How many elements each thread has divided.

@@ -1,5 +1,6 @@
-// Stands in for the CUDA runtime, so that csrc/cuda/step_cuda.cu compiles as plain C++ as it stands:
-// blocks and threads become loops. Only for kernels without barriers, shuffles or shared memory.
+// Stands in for the CUDA runtime, so that csrc/cuda/step_cuda.cu compiles as plain C++ as it
+// stands: blocks and threads become loops. Only for kernels without barriers, shuffles or shared
+// memory.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The CUDA kernels and their launchers, emulated, and what tests may ask of the emulation.
-#include "step_cuda.cu"
-
 #include <utility>
+
+#include "step_cuda.cu"
 
 extern "C" {
 
