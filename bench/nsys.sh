@@ -2,8 +2,8 @@
 # Profiles training under NVIDIA's nsys, and sums what ran: bench/nsys.sh [-o OUT] [TRAIN OPTIONS...]
 #
 # Runs `python -m radam_kernels train` (30 steps of each optimizer, unless told otherwise) and prints
-# the GPU's kernels and the stages of our steps (radam_kernels.collect, .table, .update, .advance)
-# by their time. OUT.nsys-rep (radam_nsys) opens in Nsight Systems. PYTHON chooses the interpreter.
+# the GPU's kernels and the stages of our steps (radam_kernels.plan, .update) by their time.
+# OUT.nsys-rep (radam_nsys) opens in Nsight Systems. PYTHON chooses the interpreter.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}

@@ -19,7 +19,7 @@ import radam_kernels
 
 from .cases import cases, renew_gradients
 
-STAGES = ("collect", "table", "update", "advance")
+STAGES = ("plan", "update")
 WHOLE = "Optimizer.step#RAdam.step"  # torch's own range
 WARM = 7
 

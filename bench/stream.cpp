@@ -1,13 +1,13 @@
 // What memory can do with the streams of a step, for bench/stream.py: an in-place streaming loop in
 // the place of the kernel, and the speed of IEEE division and square root where memory is near.
-// Compiled with csrc/launch_cpu.cpp and csrc/threads.cpp, so that elements are divided over the
-// same threads in the same way as the optimizer's.
+// Compiled with csrc/cpu/launch_cpu.cpp and csrc/cpu/threads.cpp, so that elements are divided over
+// the same threads in the same way as the optimizer's.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
-#include "step_cpu.h"
-#include "threads.h"
+#include "cpu/step_cpu.h"
+#include "cpu/threads.h"
 
 namespace {
 
@@ -17,9 +17,9 @@ namespace {
 uint64_t mask = 0;
 
 template <typename P, typename S>
-void stream(const radam::Segment& segment, int64_t begin, int64_t end) {
+void stream(const radam::Segment& segment, const void* grad, int64_t begin, int64_t end) {
   P* __restrict p = static_cast<P*>(segment.param) + begin;
-  const P* __restrict g = static_cast<const P*>(segment.grad) + begin;
+  const P* __restrict g = static_cast<const P*>(grad) + begin;
   S* __restrict m = static_cast<S*>(segment.exp_avg) + begin;
   S* __restrict v = static_cast<S*>(segment.exp_avg_sq) + begin;
   const P bits = static_cast<P>(mask);
@@ -57,22 +57,23 @@ int64_t divide_and_root(int threads, int64_t passes) {
 namespace radam {
 
 // The launcher's only instruction set is this loop.
-void step_range_baseline(const Segment* segments, int64_t count, const DTypeSet& dtypes,
-                         const StepScalars*, int64_t first, int64_t last) {
+void step_range_baseline(const Segments& segments, const DTypeSet& dtypes, const StepScalars*,
+                         int64_t first, int64_t last) {
   const int wide = kDTypeSizes[dtypes.param], state = kDTypeSizes[dtypes.state];
   int64_t offset = 0;  // the segment's elements begin at this one of all
-  for (int64_t i = 0; i < count && offset < last; offset += segments[i++].numel) {
+  for (int64_t i = 0; i < segments.count && offset < last; offset += segments.rows[i++].numel) {
+    const Segment& segment = segments.rows[i];
     const int64_t begin = std::max<int64_t>(first - offset, 0);
-    const int64_t end = std::min(last - offset, segments[i].numel);
+    const int64_t end = std::min(last - offset, segment.numel);
     if (begin >= end) continue;
     if (wide == 8) {
-      stream<uint64_t, uint64_t>(segments[i], begin, end);
+      stream<uint64_t, uint64_t>(segment, segments.grads[i], begin, end);
     } else if (wide == 4) {
-      stream<uint32_t, uint32_t>(segments[i], begin, end);
+      stream<uint32_t, uint32_t>(segment, segments.grads[i], begin, end);
     } else if (state == 4) {
-      stream<uint16_t, uint32_t>(segments[i], begin, end);
+      stream<uint16_t, uint32_t>(segment, segments.grads[i], begin, end);
     } else {
-      stream<uint16_t, uint16_t>(segments[i], begin, end);
+      stream<uint16_t, uint16_t>(segment, segments.grads[i], begin, end);
     }
   }
 }
@@ -81,12 +82,13 @@ void step_range_baseline(const Segment* segments, int64_t count, const DTypeSet&
 
 extern "C" {
 
-// Streams once through `count` segments. Dtypes are those of csrc/dtypes.h.
-void radam_stream(const radam::Segment* segments, int64_t count, int param, int state, int threads,
-                  uint64_t bits) {
+// Streams once through `count` segments. Dtypes are those of csrc/core/dtypes.h.
+void radam_stream(const radam::Segment* segments, const void* const* grads, int64_t count,
+                  int param, int state, int threads, uint64_t bits) {
   mask = bits;
   const auto p = static_cast<radam::DType>(param), s = static_cast<radam::DType>(state);
-  radam::step_cpu(segments, count, {p, p, s}, nullptr, threads, radam::instruction_sets()[0]);
+  radam::step_cpu({segments, grads, count}, {p, p, s}, nullptr, threads,
+                  radam::instruction_sets()[0]);
 }
 
 // How many elements each thread has divided.

@@ -23,7 +23,7 @@ from radam_kernels.modules import cpu
 
 from .folders import ROOT
 
-SOURCES = ("bench/stream.cpp", "csrc/launch_cpu.cpp", "csrc/threads.cpp")
+SOURCES = ("bench/stream.cpp", "csrc/cpu/launch_cpu.cpp", "csrc/cpu/threads.cpp")
 # The kernel's own (CMakeLists.txt), so that divisions and square roots are compiled alike; and the
 # one by which these loops become vectors.
 FLAGS = (
@@ -36,10 +36,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 
 
 class Segment(ctypes.Structure):
-    """As in csrc/step.h."""
+    """As in csrc/core/segment.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+        *((name, ctypes.c_void_p) for name in ("param", "exp_avg", "exp_avg_sq")),
         ("numel", ctypes.c_int64),
         ("scalars", ctypes.c_int64),
     ]  # fmt: skip
@@ -71,13 +71,20 @@ class Stream:
             raise ValueError(f"dtypes: expected one of {WIDTHS} bytes, got {widths}")
         self._param, self._state = _DTYPES[kind[0]], _DTYPES[kind[2]]
         self._segments = (Segment * len(rows))(*map(_segment, rows))
+        self._grads = (ctypes.c_void_p * len(rows))(*(grad.data_ptr() for _, grad, _, _ in rows))
         self.elements = sum(row[0].numel() for row in rows)
         self.bytes = self.elements * (3 * kind[0].itemsize + 4 * kind[2].itemsize)
 
     def __call__(self, mask: int = 0) -> None:
         """One pass; adds the bits of g under the mask to p, m and v, as integers."""
         _library().radam_stream(
-            self._segments, len(self._segments), self._param, self._state, threads(), mask
+            self._segments,
+            self._grads,
+            len(self._segments),
+            self._param,
+            self._state,
+            threads(),
+            mask,
         )
 
 
@@ -91,7 +98,8 @@ def _segment(row: tuple[Tensor, ...]) -> Segment:
             if size != 1 and stride != expected:
                 raise ValueError(f"strides: expected no gaps, got {tensor.stride()}")
             expected *= size
-    return Segment(*(t.data_ptr() for t in row), row[0].numel(), 0)
+    param, _, exp_avg, exp_avg_sq = (t.data_ptr() for t in row)
+    return Segment(param, exp_avg, exp_avg_sq, row[0].numel(), 0)
 
 
 def threads() -> int:
@@ -138,7 +146,9 @@ def march() -> tuple[str, ...]:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.radam_stream.argtypes = [pointer, number, integer, integer, integer, ctypes.c_uint64]
+    library.radam_stream.argtypes = [
+        pointer, pointer, number, integer, integer, integer, ctypes.c_uint64,
+    ]  # fmt: skip
     library.radam_stream.restype = None
     library.radam_divide.argtypes = [integer, integer, number]
     library.radam_divide.restype = number
@@ -163,7 +173,7 @@ def build() -> Path:
     if not (compiler := shutil.which(wanted)):
         raise RuntimeError(f"no C++ compiler: {wanted} is not there; install g++, or set CXX")
     digest = hashlib.sha256(" ".join(command(compiler, Path())).encode())
-    for file in (*(ROOT / "csrc").glob("*.h"), *(ROOT / source for source in SOURCES)):
+    for file in (*(ROOT / "csrc").rglob("*.h"), *(ROOT / source for source in SOURCES)):
         digest.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"radam_bench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

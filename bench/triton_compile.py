@@ -64,7 +64,7 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
     from radam_kernels.backends import triton_kernel
 
     pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
-    tables = [torch.zeros(width, dtype=torch.int64) for width in (6, 1, 9)]
+    tables = [torch.zeros(width, dtype=torch.int64) for width in (5, 1, 1, 9)]
     step = triton_kernel.radam_step_kernel
 
     class Recorder:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .folders import ROOT
 
-CUDA_SOURCE = Path("csrc/step_cuda.cu")
+CUDA_SOURCE = Path("csrc/cuda/step_cuda.cu")
 TRITON_SOURCE = Path("radam_kernels/backends/triton_kernel.py")
 TODAY, TRITON_TODAY = "today", "triton: today"
 
@@ -99,13 +99,17 @@ def _load(name: str, file: Path) -> ModuleType:
 
 # Only what is measured, for the compiler's sake.
 FEW_DTYPES = (
-    "  if (dtypes.param == kFloat64) return visit(double{}, double{}, ... });\n  });\n",
+    "  visit_dtypes(step.dtypes, [&]",
     """\
-  if (dtypes.param == kFloat32) return visit(float{}, float{}, float{});
-  if (dtypes.param != kBFloat16) throw std::runtime_error("a dtype that is not tuned");
-  if (dtypes.state == kFloat32) return visit(bfloat16{}, bfloat16{}, float{});
-  return visit(bfloat16{}, bfloat16{}, bfloat16{});
-""",
+  const auto visit_tuned = [](const DTypeSet& dtypes, const auto& visit) {
+    const Element<kFloat32> wide;
+    const Element<kBFloat16> narrow;
+    if (dtypes == DTypeSet{kFloat32, kFloat32, kFloat32}) return visit(wide, wide, wide);
+    if (dtypes == DTypeSet{kBFloat16, kBFloat16, kFloat32}) return visit(narrow, narrow, wide);
+    if (dtypes == DTypeSet{kBFloat16, kBFloat16, kBFloat16}) return visit(narrow, narrow, narrow);
+    throw std::runtime_error("a dtype set that is not tuned");
+  };
+  visit_tuned(step.dtypes, [&]""",
 )
 LOOP = "#pragma unroll 1\n    for (int i = threadIdx.x * kN; ... store(exp_avg_sqs + i, v);\n    }"
 LOAD = "pack.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);"

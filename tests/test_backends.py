@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import radam_kernels
-from radam_kernels import backends, flat, schedule
-from radam_kernels.backends import device_tables, reference, triton_
+from radam_kernels import backends, schedule
+from radam_kernels.backends import reference, triton_, upload
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.schedule import Action, StepScalars
 
@@ -47,25 +47,27 @@ SCALARS = [
     ),
     SKIP,
 ]
-STREAMS = flat.SEGMENT_FIELDS[:4]
-NUMEL = flat.SEGMENT_FIELDS.index("numel")
+STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
+FIELDS = cpu.segment_fields
+NUMEL = FIELDS.index("numel")
 SENTINEL = 0xA5
 
 
 @dataclass
 class Kernel:
-    """A way to step: `launch(rows, dtype codes, scalars)`, with tables as numpy arrays."""
+    """A way to step: `launch(rows, grads, dtype codes, scalars)`, with tables as numpy arrays."""
 
     name: str
     device: str
-    launch: Callable[[np.ndarray, tuple[int, int, int], np.ndarray], None]
+    launch: Callable[[np.ndarray, np.ndarray, tuple[int, int, int], np.ndarray], None]
 
 
 def cpu_kernel(isa: int, threads: int) -> Kernel:
-    def launch(rows, codes, scalars):
+    def launch(rows, grads, codes, scalars):
         cpu.step(
-            rows.ctypes.data, len(rows), *codes, scalars.ctypes.data, len(scalars), threads, isa
-        )
+            rows.ctypes.data, grads.ctypes.data, len(rows), *codes,
+            scalars.ctypes.data, len(scalars), threads, isa,
+        )  # fmt: skip
 
     return Kernel(f"cpu, {cpu.instruction_sets[isa]}, {threads} threads", "cpu", launch)
 
@@ -73,21 +75,21 @@ def cpu_kernel(isa: int, threads: int) -> Kernel:
 def triton_kernel() -> Kernel:
     device = "cpu" if triton_.INTERPRETED else "cuda"
 
-    def launch(rows, codes, scalars):
-        blocks, run, work = device_tables.plan(rows[:, NUMEL], triton_.CHUNK)
-        tables = (torch.from_numpy(t).to(device) for t in (rows, work, scalars))
+    def launch(rows, grads, codes, scalars):
+        blocks, run, work = upload.plan(rows[:, NUMEL], triton_.CHUNK)
+        tables = (torch.from_numpy(t).to(device) for t in (rows, grads, work, scalars))
         triton_.launch_(*tables, run, blocks, codes)
 
     return Kernel("triton", device, launch)
 
 
 def cuda_kernel() -> Kernel:
-    def launch(rows, codes, scalars):
+    def launch(rows, grads, codes, scalars):
         module = backends.cuda._cuda
-        blocks, run, work = device_tables.plan(rows[:, NUMEL], module.chunk(*codes))
-        segments, work, scalars = (torch.from_numpy(t).cuda() for t in (rows, work, scalars))
-        table = (segments.data_ptr(), work.data_ptr(), run, blocks, *codes)
-        module.step(*table, 0, len(scalars), scalars.data_ptr(), 0, 0)
+        blocks, run, work = upload.plan(rows[:, NUMEL], module.chunk(*codes))
+        tables = [torch.from_numpy(t).cuda() for t in (rows, grads, work, scalars)]
+        segments, grads, work, scalars_ = (t.data_ptr() for t in tables)
+        module.step(segments, grads, work, run, blocks, *codes, 0, len(scalars), scalars_, 0, 0)
         torch.cuda.synchronize()
 
     return Kernel("cuda", "cuda", launch)
@@ -143,16 +145,18 @@ class Arena:
         self.memory.copy_(torch.from_numpy(memory))
         assert self.memory.data_ptr() % 64 == 0
 
-    def rows(self, scalars: Sequence[int]) -> np.ndarray:
-        """The table: rows of SEGMENT_FIELDS, each segment with its row of scalars."""
+    def tables(self, scalars: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of FIELDS, each segment with its row of scalars, and the column of gradients."""
         base = self.memory.data_ptr()
-        rows = []
+        rows, grads = [], []
         for i, row in enumerate(scalars):
             places = self.places[4 * i : 4 * i + 4]
             begin, stop, dtype = places[0]
             numel = (stop - begin) // dtype.itemsize
-            rows.append([*(base + begin for begin, _, _ in places), numel, row])
-        return np.array(rows, dtype=np.int64)
+            param, grad, exp_avg, exp_avg_sq = (base + begin for begin, _, _ in places)
+            rows.append([param, exp_avg, exp_avg_sq, numel, row])
+            grads.append(grad)
+        return np.array(rows, dtype=np.int64), np.array(grads, dtype=np.int64)
 
     def read(self) -> list[Streams]:
         memory = self.memory.cpu()
@@ -183,7 +187,7 @@ def check(same_bits):
         param, grad, state, _ = (DTYPES.index(t.dtype) for t in segments[0])
         for kernel in kernels:
             arena = Arena(segments, kernel.device, offsets)
-            kernel.launch(arena.rows(which), (param, grad, state), np.array(scalars))
+            kernel.launch(*arena.tables(which), (param, grad, state), np.array(scalars))
             for i, (got, want) in enumerate(zip(arena.read(), expected, strict=True)):
                 for name, a, b in zip(STREAMS, got, want, strict=True):
                     assert same_bits(a, b), (
@@ -283,11 +287,12 @@ if len(sys.argv) == 2:
 else:
     from radam_kernels.modules import cpu
 n, threads = 100_003, 7
-p, g, m, v = streams = [np.full(n, x, np.float32) for x in (0, 1, 0, 0)]
-row = np.array([[*(x.ctypes.data for x in streams), n, 0]])
+p, g, m, v = [np.full(n, x, np.float32) for x in (0, 1, 0, 0)]
+row = np.array([[*(x.ctypes.data for x in (p, m, v)), n, 0]])
+grad = np.array([g.ctypes.data])
 scalars = np.array([[1, 0, 1, 0.25, 0.5, 0.5, 0, 1, 2]], float)
 for _ in range(2):
-    cpu.step(row.ctypes.data, 1, 0, 0, 0, scalars.ctypes.data, 1, threads)
+    cpu.step(row.ctypes.data, grad.ctypes.data, 1, 0, 0, 0, scalars.ctypes.data, 1, threads)
 assert (m == 0.4375).all() and (v == 0.75).all() and (p == -0.6875).all(), (p, m, v)
 print(cpu.threads_from())
 """
@@ -539,16 +544,18 @@ class Table:
 
     arena: Arena
     rows: np.ndarray
+    grads: np.ndarray
 
-    def step(self, *, count=2, codes=(0, 0, 0), isa=0) -> None:
+    def step(self, *, count=2, codes=(0, 0, 0), threads=1, isa=0) -> None:
         scalars = np.array([RECTIFIED])
-        cpu.step(self.rows.ctypes.data, count, *codes, scalars.ctypes.data, 1, 1, isa)
+        tables = self.rows.ctypes.data, self.grads.ctypes.data
+        cpu.step(*tables, count, *codes, scalars.ctypes.data, 1, threads, isa)
 
 
 @pytest.fixture
 def table():
     arena = Arena([ordinary(8, (F32,) * 3), ordinary(5, (F32,) * 3)], "cpu")
-    return Table(arena, arena.rows([0, 0]))
+    return Table(arena, *arena.tables([0, 0]))
 
 
 def test_the_kernel_steps_a_good_table(table):
@@ -560,13 +567,13 @@ def test_the_kernel_steps_a_good_table(table):
 @pytest.mark.parametrize("field", STREAMS)
 @pytest.mark.parametrize("change", ["null", "unaligned"])
 def test_the_kernel_refuses_null_and_misaligned_pointers(table, field, change):
-    column = flat.SEGMENT_FIELDS.index(field)
-    table.rows[1, column] = 0 if change == "null" else table.rows[1, column] + 2
+    column = table.grads if field == "grad" else table.rows[:, FIELDS.index(field)]
+    column[1] = 0 if change == "null" else column[1] + 2
     before = table.arena.memory.clone()
     with pytest.raises(ValueError, match=r"segment 1 of 2.*null or not aligned"):
         table.step()
     assert torch.equal(table.arena.memory, before), "the segment before it was stepped"
-    table.rows[1, flat.SEGMENT_FIELDS.index("numel")] = 0
+    table.rows[1, NUMEL] = 0
     table.step()  # an empty tensor may have any pointer
 
 
@@ -574,7 +581,7 @@ def test_the_kernel_refuses_null_and_misaligned_pointers(table, field, change):
     ("field", "value"), [("numel", -1), ("scalars", -1), ("scalars", 1), ("scalars", 2**40)]
 )
 def test_the_kernel_refuses_counts_out_of_range(table, field, value):
-    table.rows[1, flat.SEGMENT_FIELDS.index(field)] = value
+    table.rows[1, FIELDS.index(field)] = value
     with pytest.raises(ValueError, match=f"segment 1 of 2.*{field} {value}"):
         table.step()
 
@@ -589,13 +596,15 @@ def test_the_kernel_refuses_null_tables():
     script = """
 import numpy as np
 from radam_kernels.modules import cpu
-row, scalars = np.zeros((1, 6), np.int64), np.zeros((1, 9))
-for tables in ((0, 1, 0, 0, 0, scalars.ctypes.data, 1), (row.ctypes.data, 1, 0, 0, 0, 0, 1)):
+row, grad, scalars = np.zeros((1, 5), np.int64), np.zeros(1, np.int64), np.zeros((1, 9))
+good = [x.ctypes.data for x in (row, grad, scalars)]
+for i in range(3):
+    segments, grads, at = (0 if j == i else address for j, address in enumerate(good))
     try:
-        cpu.step(*tables, 1)
+        cpu.step(segments, grads, 1, 0, 0, 0, at, 1, 1)
     except ValueError:
         continue
-    raise SystemExit(f"not refused: {tables}")
+    raise SystemExit(f"not refused: {i}")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -613,7 +622,6 @@ def test_the_kernel_refuses_instruction_sets_it_does_not_have(table, isa):
 
 
 def test_no_segments_and_no_threads_are_legal(table):
-    scalars = np.array([RECTIFIED])
-    cpu.step(0, 0, 0, 0, 0, 0, 0, 1)
-    cpu.step(table.rows.ctypes.data, 2, 0, 0, 0, scalars.ctypes.data, 1, 0)
+    cpu.step(0, 0, 0, 0, 0, 0, 0, 0, 1)
+    table.step(threads=0)
     assert table.arena.read()[0][2].abs().sum() > 0

@@ -1,19 +1,27 @@
 """Step counts that live beside the parameters: the same steps, and nobody waits for the device."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from radam_kernels import RAdam, available_backends, launch, repair
-from radam_kernels.backends import reference
+from radam_kernels import RAdam, available_backends, launch, repair, schedule
+from radam_kernels.backends import reference, triton_
+from radam_kernels.backends.advance import advance
+from radam_kernels.hyperparameters import DEFAULTS
+from radam_kernels.modules import cpu
+from radam_kernels.scaling import UNSCALED, Scaling
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [
     (name, device)
-    for device, names in (("cpu", ("cpu", "reference", "triton")), ("cuda", ("cuda", "reference")))
+    for device, names in (
+        ("cpu", ("cpu", "reference", "triton")),
+        ("cuda", ("cuda", "triton", "reference")),
+    )
     for name in names
     if device in DEVICES and available_backends()[name] is None
     if (name, device) != ("triton", "cpu") or not torch.cuda.is_available()
@@ -320,3 +328,161 @@ class _Bucket:
 def test_what_a_replay_would_not_do_is_refused(step, reason):
     with pytest.raises(RuntimeError, match=reason):
         launch._check_capture([(len, _Bucket(2, True)), step])
+
+
+# Counts that torch's operations advance, for Triton
+
+COUNTS = [*range(21), 100, 1000, 10**5, 2**24]
+FORMS = [*(("first_order", x) for x in (4.0, 4.5, 5.0)), *(("exact", x) for x in (2, 3, 4, 5.0))]
+
+
+def plan_of(groups: list[dict], steps: list[Tensor], scaling: Scaling):
+    """A plan of a parameter for each group and step count, in one bucket."""
+    state = {}
+    for group, step in product(groups, steps):
+        p, exp_avg, exp_avg_sq = (torch.zeros(1, device=step.device) for _ in range(3))
+        p.grad = torch.zeros_like(p)
+        state[p] = {"step": step.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        group.setdefault("params", []).append(p)
+    plan = cpu.Plan()
+    assert plan.refresh(groups, state, {}, scaling) == []
+    assert len(plan.buckets) == 1
+    return plan
+
+
+def counts_of(bucket) -> list[float]:
+    return [step.item() for step, _ in bucket.steps]
+
+
+def capturable_group(device: str, **options) -> dict:
+    """The options of a parameter group; tensors among them move to the device."""
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    return {**DEFAULTS, "capturable": True, **moved}
+
+
+@every_device
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize(("rectification", "rho_threshold"), FORMS)
+def test_torchs_operations_make_the_scalars_of_the_schedule(
+    device, rectification, rho_threshold, beta2, scale
+):
+    lrs = [0.3, torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64)]
+    lrs += [torch.tensor(0.3, dtype=torch.bfloat16)]
+    flags = ("maximize", "decoupled_weight_decay", "degenerated_to_sgd")
+    groups = [
+        capturable_group(
+            device, lr=lr, betas=(beta1, beta2), weight_decay=0.1, rectification=rectification,
+            rho_threshold=rho_threshold, **dict(zip(flags, values, strict=True)),
+        )
+        for i, values in enumerate(product((False, True), repeat=3))
+        for lr, beta1 in zip(lrs, (0.9, 0.0) * 2, strict=True)
+    ]  # fmt: skip
+    steps = [
+        torch.tensor(n, dtype=dtype, device=device)
+        for n, dtype in product(COUNTS, (torch.float32, torch.float64))
+    ]
+    found_inf = None if scale is None else torch.tensor(0.0, device=device)
+    scaling = Scaling(None if scale is None else torch.tensor(scale, device=device), found_inf)
+    plan = plan_of(groups, steps, scaling)
+    [bucket] = plan.buckets
+    wanted = [(step + 1).item() for _, step in product(groups, steps)]
+    rows = advance(bucket)
+    assert rows.dtype == torch.float64
+    assert counts_of(bucket) == wanted
+    truth = [
+        schedule.group_scalars({**groups[group], "grad_scale": 1.0 / (scale or 1.0)}, t)
+        for t, (_, group) in zip(wanted, bucket.steps, strict=True)
+    ]
+    truth = torch.tensor(truth, dtype=torch.float64)
+    assert torch.equal(rows[:, -1].cpu(), truth[:, -1]), "the threshold is crossed elsewhere"
+    torch.testing.assert_close(rows.cpu(), truth, rtol=1e-10, atol=0)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, float("nan"), float("inf")])
+def test_torchs_operations_skip_and_do_not_count_where_a_gradient_is_infinite(
+    device, found_inf, dtype
+):
+    groups = [capturable_group(device), capturable_group(device, betas=(0.5, 0.9))]
+    steps = [torch.tensor(n, dtype=dtype, device=device) for n in COUNTS]
+    scale, verdict = torch.tensor(8.0, device=device), torch.tensor(found_inf, device=device)
+    plan = plan_of(groups, steps, Scaling(scale, verdict))
+    [bucket] = plan.buckets
+    rows = advance(bucket)
+    assert torch.equal(rows, torch.zeros_like(rows))
+    assert counts_of(bucket) == 2 * [float(n) for n in COUNTS]
+
+
+@every_device
+def test_torchs_operations_skip_counts_that_are_none_and_no_other(device):
+    none = [-5.0, -1.0, 0.5, float("inf"), float("nan")]
+    steps = [torch.tensor(n, dtype=torch.float64, device=device) for n in (7.0, *none, 8.0)]
+    plan = plan_of([capturable_group(device)], steps, UNSCALED)
+    [bucket] = plan.buckets
+    rows = advance(bucket)
+    assert (rows[1:-1] == 0).all()
+    assert (rows[[0, -1], -1] == schedule.Action.RECTIFIED).all()
+    after = torch.tensor(counts_of(bucket), dtype=torch.float64)
+    expected = torch.tensor([8.0, *none, 9.0], dtype=torch.float64)
+    torch.testing.assert_close(after, expected, rtol=0, atol=0, equal_nan=True)
+
+
+needs_triton = pytest.mark.skipif(
+    available_backends()["triton"] is not None, reason="triton does not work here"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_triton_follows_the_cpu_kernel(dtype):
+    device = DEVICES[-1]  # interpreted on the CPU, but only where there is no GPU
+    results = []
+    for backend, where in (("triton", device), ("cpu", "cpu")):
+        params = make(where, dtype)
+        groups = [
+            dict(params=params[:2], maximize=True, betas=(0.5, 0.9), lr=torch.tensor(0.02)),
+            dict(params=params[2:4], weight_decay=0.1, decoupled_weight_decay=True),
+            dict(params=params[4:], rectification="exact", degenerated_to_sgd=False),
+        ]
+        groups[0]["lr"] = groups[0]["lr"].to(where)
+        ours = RAdam(groups, lr=0.05, betas=(0.9, 0.99), capturable=True, backend=backend)
+        for i in range(14):
+            set_grads(params, i, 64.0)
+            if i % 5 == 1:
+                params[1].grad = None  # falls behind
+            ours.grad_scale = torch.tensor(64.0, device=where)
+            ours.found_inf = torch.tensor(float(i == 9), device=where)
+            groups[0]["lr"].mul_(0.9)
+            ours.step()
+        results.append([t.cpu() for p in params for t in (p.detach(), *ours.state[p].values())])
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {}
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    assert [int(results[0][i]) for i in range(1, len(results[0]), 4)] == [13, 10, 13, 13, 13]
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [8, 256, 264, 4000])
+def test_bytes_arrive_as_arguments_of_launches(size):
+    rows = torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes()
+    arrived = triton_.upload_by_arguments(torch.device(DEVICES[-1]))(rows)
+    assert arrived.dtype == torch.int64
+    assert arrived.cpu().numpy().tobytes() == rows
+
+
+@needs_triton
+def test_what_only_a_capture_launches_is_loaded_by_the_step_before(monkeypatch):
+    loaded = []
+    upload = triton_.upload_by_arguments
+    monkeypatch.setattr(
+        triton_, "upload_by_arguments", lambda device: loaded.append(device) or upload(device)
+    )
+    triton_._load_upload.cache_clear()
+    params = make(DEVICES[-1])
+    ours = RAdam(params, capturable=True, backend="triton")
+    for i in range(2):
+        set_grads(params, i)
+        ours.step()
+    assert [device.type for device in loaded] == [DEVICES[-1]]

@@ -5,6 +5,7 @@ real Python of the backend; only the CUDA runtime is a stand-in. The last tests 
 kernel and see these checks find them.
 """
 
+import importlib.util
 import itertools
 import os
 import pickle
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pybind11
@@ -23,12 +25,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from radam_kernels import RAdam
 from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.scaling import Scaling
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
 CSRC = Path(__file__).parent.parent / "csrc"
+SOURCE = CSRC / "cuda" / "step_cuda.cu"
 DTYPE_SETS = [
     codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
 ]
@@ -40,6 +44,16 @@ FORMS = (
 )
 # Below the threshold, with and without a step; above it.
 SIDES = ((1, {}), (1, {"degenerated_to_sgd": False}), (8, {}))
+
+
+def load_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cuda_emulation_worker", FOLDER / "worker.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_plan = load_worker().make_plan  # here for the reference, and there for the kernels
 
 
 @dataclass
@@ -119,13 +133,14 @@ def bindings(tmp_path_factory) -> Path:
         pytest.skip("no g++ to compile the emulated kernels with")
     path = tmp_path_factory.mktemp("bindings") / "bind_cuda.o"
     define = ['-DRADAM_FINGERPRINT=""', '-DRADAM_ARCHITECTURES="emulated"']
-    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(CSRC / "bind_cuda.cpp"), "-o", path)
+    source = CSRC / "bind" / "bind_cuda.cpp"
+    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(source), "-o", path)
     return path
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory, bindings) -> str:
-    return build(CSRC / "step_cuda.cu", tmp_path_factory.mktemp("emulation"), bindings)
+    return build(SOURCE, tmp_path_factory.mktemp("emulation"), bindings)
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +187,9 @@ def check(worker, library, same_bits, segments: list[Segment], groups, scaling=N
         [s.group for s in segments],
         scaling,
     )
-    table = cpu.Table()
-    for s in segments:
-        table.add(*s.tensors, s.step, s.group, s.tensors[0], isinstance(s.step, Tensor))
-    launch(table, groups, "reference", str, scaling)
+    four, counts = [s.tensors for s in segments], [s.step for s in segments]
+    plan = make_plan(four, counts, groups, [s.group for s in segments], scaling)
+    launch(plan, "reference")
     ours = zip(*(stream.split(sizes) for stream in streams), strict=True)
     for i, (s, tensors) in enumerate(zip(segments, ours, strict=True)):
         for name, a, b in zip("pgmv", tensors, s.tensors, strict=True):
@@ -217,9 +231,7 @@ def check_far(worker, library, same_bits, codes=(0, 0, 0)) -> None:
     results, grown = worker("far", library, codes, numel, blocks, group())
     assert [first for first, *_ in results] == [block * chunk for block in blocks]
     for first, before, after in results:
-        table = cpu.Table()
-        table.add(*before, 8.0, 0, before[0])
-        launch(table, [group()], "reference", str)
+        launch(make_plan([before], [8.0], [group()], [0]), "reference")
         for ours, truth in zip(after, before, strict=True):
             assert same_bits(ours, truth), f"from element {first}"
     assert grown < 2**27, "memory has been touched all over the place"
@@ -280,6 +292,41 @@ def test_a_launch_is_on_its_device_and_leaves_the_caller_on_his(worker, library)
     assert (current, error) == (0, "cudaSetDevice: invalid device")
 
 
+# What a step costs that is like the one before
+
+
+def steps_of_a_thousand(worker, library, same_bits, moved: bool) -> list[tuple[int, int]]:
+    """Two steps, held to the reference; (launches, bytes uploaded) of each."""
+    generator = torch.Generator().manual_seed(6)
+    sizes = [i % 71 for i in range(999)] + [20_000]
+    params, *grads = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(3))
+    grads = grads if moved else grads[:1] * 2
+    ours, states, seen = worker("steps", library, params, grads, group())
+    truth = [p.requires_grad_() for p in params]
+    optimizer = RAdam(truth, **group(), backend="reference")
+    for some in grads:
+        for p, grad in zip(truth, some, strict=True):
+            p.grad = grad
+        optimizer.step()
+    for p, a, state in zip(truth, ours, states, strict=True):
+        assert same_bits(a, p)
+        assert all(same_bits(state[key], value) for key, value in optimizer.state[p].items())
+    return seen
+
+
+def test_gradients_that_moved_are_all_that_is_uploaded(worker, library, same_bits):
+    first, second = steps_of_a_thousand(worker, library, same_bits, moved=True)
+    assert first[1] >= 1000 * 8 * (len(cpu.segment_fields) + 1), "the first uploads the rows, too"
+    launches, uploaded = second
+    assert 8000 <= uploaded <= 8500
+    assert launches <= 3
+
+
+def test_where_nothing_moved_a_step_is_one_launch(worker, library, same_bits):
+    _, second = steps_of_a_thousand(worker, library, same_bits, moved=False)
+    assert second == (1, 0)
+
+
 # Counts on the device
 
 
@@ -330,14 +377,20 @@ WRONG = {
         "left < kElements ? left : kElements",
         "left < kElements ? left + 1 : kElements",
     ),
-    "a walk one too far": ("chunk >= (chunks =", "chunk > (chunks ="),
+    "a walk one too far": ("chunk >= chunks()", "chunk > chunks()"),
+    "the gradient of another segment": ("__ldg(arguments.grads + index)", "*arguments.grads"),
     "one moment is not stored": ("store(exp_avg_sqs + i, v);", ""),
     "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
 }
 # Only float32, for the compiler's sake.
 SMALLER = (
-    "if (dtypes.param == kFloat64) return visit(double{}, double{}, double{});",
-    "return visit(float{}, float{}, float{});",
+    "visit_dtypes(step.dtypes, [&]",
+    """\
+const auto visit_float32 = [](const DTypeSet&, const auto& visit) {
+    const Element<kFloat32> only;
+    visit(only, only, only);
+  };
+  visit_float32(step.dtypes, [&]""",
 )
 CHECKS: tuple[Callable, ...] = (
     lambda *fixtures: check_product(*fixtures, (0, 0, 0)),
@@ -352,7 +405,7 @@ def faulty(tmp_path_factory, bindings) -> dict[str, str]:
     """The module of each fault, and of none."""
 
     def make(change: tuple[str, str], folder: Path) -> str:
-        source = (CSRC / "step_cuda.cu").read_text()
+        source = SOURCE.read_text()
         for old, new in (change, SMALLER):
             assert source.count(old) == 1, f"{old!r} is not in the kernel any more: mend this test"
             source = source.replace(old, new)

@@ -6,34 +6,39 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from radam_kernels import RAdam, flat
-from radam_kernels.backends import device_tables
+from radam_kernels import RAdam
+from radam_kernels.backends import upload
 from radam_kernels.modules import cpu
+from radam_kernels.scaling import UNSCALED
 
 
 class Segments:
-    """A table of _cpu, filled anew for each step as an optimizer does it."""
+    """A plan of _cpu, made anew for each step as an optimizer does it."""
 
     def __init__(self) -> None:
-        self.table = cpu.Table()
+        self.plan = cpu.Plan()
         self.uploads: list[bytes] = []
 
     def upload(self, rows: bytes) -> torch.Tensor:
         self.uploads.append(rows)
-        return device_tables.upload_pinned(torch.device("cpu"))(rows)
+        return upload.upload_pinned(torch.device("cpu"))(rows)
 
-    def fill(self, segments, steps=None):
-        self.table.release()
-        for i, streams in enumerate(segments):
-            self.table.add(*streams, float(steps[i] if steps else 1), 0, streams[0])
-        [bucket] = self.table.buckets()
+    def fill(self, segments, steps=None, **options):
+        state = {}
+        for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(segments):
+            param.grad = grad
+            step = torch.tensor(steps[i] - 1.0 if steps else 0.0)
+            state[param] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        [group] = RAdam(list(state), **options).param_groups
+        assert self.plan.refresh([group], state, {}, UNSCALED) == []
+        [bucket] = self.plan.buckets
         return bucket
 
     def tables(self, segments, steps=None, chunk=64, stream=0, keep=True):
+        """The tables, and of them segments, grads and work."""
         bucket = self.fill(segments, steps)
-        tables = device_tables.device_tables(bucket, self.table, stream, self.upload, keep=keep)
-        rows = bucket.segment_rows
-        return tables, tables.rows("segments", rows), tables.work(rows, chunk)
+        tables = upload.tables_of(bucket, stream, self.upload, keep=keep)
+        return tables, *tables.segments(bucket, chunk)
 
 
 def streams(n: int):
@@ -42,21 +47,27 @@ def streams(n: int):
 
 def test_rows_of_segments_hold_what_their_fields_say():
     segments = [streams(5), streams(0), streams(70)]
-    _, rows, _ = Segments().tables(segments, steps=[3, 3, 4])
-    rows = rows.view(-1, len(flat.SEGMENT_FIELDS))
-    for row, tensors, scalars in zip(rows.tolist(), segments, (0, 0, 1), strict=True):
-        fields = dict(zip(flat.SEGMENT_FIELDS, row, strict=True))
-        if tensors[0].numel():
-            for name, tensor in zip(flat.SEGMENT_FIELDS, tensors, strict=False):
-                assert fields[name] == tensor.data_ptr()
-        assert fields["numel"] == tensors[0].numel()
+    _, rows, grads, _ = Segments().tables(segments, steps=[3, 3, 4])
+    rows = rows.view(-1, len(cpu.segment_fields))
+    assert len(rows) == len(grads) == len(segments)
+    for row, address, tensors, scalars in zip(
+        rows.tolist(), grads.tolist(), segments, (0, 0, 1), strict=True
+    ):
+        fields = dict(zip(cpu.segment_fields, row, strict=True))
+        param, grad, exp_avg, exp_avg_sq = tensors
+        if param.numel():
+            assert fields["param"] == param.data_ptr()
+            assert fields["exp_avg"] == exp_avg.data_ptr()
+            assert fields["exp_avg_sq"] == exp_avg_sq.data_ptr()
+            assert address == grad.data_ptr()
+        assert fields["numel"] == param.numel()
         assert fields["scalars"] == scalars
 
 
 def blocks_of(numels, chunk):
     """What the kernels make of a plan: (segment, chunk) of every block."""
     numels = np.array(numels)
-    total, run, rows = device_tables.plan(numels, chunk)
+    total, run, rows = upload.plan(numels, chunk)
     assert rows.dtype == np.int32
     for block in range(total):
         segment, i = rows[block >> run]
@@ -81,7 +92,7 @@ def test_the_work_covers_every_element_just_once(sizes, chunk):
 
 @pytest.mark.parametrize("numels", [[2**40], [64] * 10_000, [2**33, *[64] * 5000, 2**33]])
 def test_the_table_of_work_stays_small(numels):
-    total, run, rows = device_tables.plan(np.array(numels), 4096)
+    total, run, rows = upload.plan(np.array(numels), 4096)
     assert total == sum(-(-n // 4096) for n in numels)
     assert len(rows) <= 4096
     assert len(rows) << run >= total
@@ -96,14 +107,29 @@ def test_nothing_is_uploaded_again_while_nothing_changes():
     assert len(source.uploads) == before
 
 
+def test_gradients_that_move_renew_their_column_and_nothing_else():
+    source, segments = Segments(), [streams(5), streams(70)]
+    _, rows, first, work = source.tables(segments)
+    before = first.clone()
+    moved = [segments[0], (segments[1][0], torch.ones(70), *segments[1][2:])]
+    uploads = len(source.uploads)
+    _, same_rows, second, same_work = source.tables(moved)
+    assert (same_rows is rows, same_work is work) == (True, True)
+    assert [len(rows) for rows in source.uploads[uploads:]] == [2 * 8]
+    assert second.tolist() == [moved[0][1].data_ptr(), moved[1][1].data_ptr()]
+    # A launch that is still queued reads the old one.
+    assert second.data_ptr() != first.data_ptr()
+    assert torch.equal(first, before)
+
+
 def test_new_pointers_or_step_counts_renew_the_segments_and_nothing_else():
     source, segments = Segments(), [streams(5), streams(70)]
-    _, first, work = source.tables(segments)
+    _, first, grads, work = source.tables(segments)
     rows = first.clone()
-    moved = [segments[0], (segments[1][0], torch.ones(70), *segments[1][2:])]
+    moved = [segments[0], (*segments[1][:2], torch.ones(70), segments[1][3])]
     for change in (dict(segments=moved), dict(segments=moved, steps=[1, 2])):
-        _, second, same = source.tables(**change)
-        assert same is work
+        _, second, *same = source.tables(**change)
+        assert all(a is b for a, b in zip(same, (grads, work), strict=True))
         assert not torch.equal(second, rows)
         # A launch that is still queued reads the old one.
         assert second.data_ptr() != first.data_ptr()
@@ -112,13 +138,13 @@ def test_new_pointers_or_step_counts_renew_the_segments_and_nothing_else():
 
 def test_other_sizes_renew_the_work():
     source = Segments()
-    _, _, work = source.tables([streams(5), streams(70)])
+    *_, work = source.tables([streams(5), streams(70)])
     kept = work.clone()
-    tables, _, second = source.tables([streams(70), streams(5)])
+    tables, *_, second = source.tables([streams(70), streams(5)])
     assert torch.equal(work, kept)
     assert second.view(torch.int32).tolist() == [0, 0, 0, 1, 1, 0]
     assert (tables.blocks, tables.run) == (3, 0)
-    tables, _, third = source.tables([streams(70), streams(5)], chunk=128)
+    tables, *_, third = source.tables([streams(70), streams(5)], chunk=128)
     assert third.view(torch.int32).tolist() == [0, 0, 1, 0]
     assert tables.blocks == 2
 
@@ -135,12 +161,12 @@ def test_neither_streams_nor_captures_share_tables():
 
 def test_tables_are_copies_of_what_the_host_goes_on_to_change():
     source, segments = Segments(), [streams(5)]
-    _, first, _ = source.tables(segments)
-    rows = first.clone()
-    source.fill([streams(9)] * 1, steps=[7])  # the vector in C++ holds other rows now
-    assert torch.equal(first, rows)
+    _, first, grads, _ = source.tables(segments)
+    before = first.clone(), grads.clone()
+    source.fill([streams(9)] * 1, steps=[7])  # the vectors in C++ hold other rows now
+    assert torch.equal(first, before[0])
+    assert torch.equal(grads, before[1])
 
-    [group] = RAdam([torch.zeros(1)]).param_groups
-    scalars = source.table.scalar_rows([group])
-    source.fill(segments)
-    assert source.table.scalar_rows([{**group, "lr": 2.0}]) != scalars
+    scalars = source.fill(segments).scalar_rows
+    assert source.fill(segments).scalar_rows == scalars
+    assert source.fill(segments, lr=2.0).scalar_rows != scalars

@@ -60,10 +60,10 @@ def test_a_source_tree_that_is_not_built_says_so(tmp_path):
 def test_modules_of_other_sources_say_so(tmp_path, change):
     tree = copy(tmp_path)
     if change == "edit":
-        header = tree / "csrc" / "radam_math.h"
+        header = tree / "csrc" / "core" / "update.h"
         header.write_text(header.read_text() + "\n")
     else:
-        (tree / "csrc" / "more.h").touch()
+        (tree / "csrc" / "core" / "more.h").touch()
     message = refusal(tree)
     assert "was built from other sources" in message
     assert modules.cpu.fingerprint in message

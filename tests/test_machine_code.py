@@ -190,7 +190,8 @@ def test_triton_on_amd_keeps_subnormals_and_divides_exactly(kernel, compiled):
 
 def test_triton_kernel_takes_tables_and_no_float(from_triton):
     signature = from_triton.signature
-    assert [signature[table] for table in ("segments", "work", "scalars")] == [
+    assert [signature[table] for table in ("segments", "grads", "work", "scalars")] == [
+        "*i64",
         "*i64",
         "*i32",
         "*fp64",

@@ -10,23 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radam_kernels import flat, schedule
+from radam_kernels import schedule
 from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.scaling import UNSCALED
 from radam_kernels.schedule import StepScalars
 
 
 def test_the_structs_have_the_same_fields_in_both_languages():
     assert tuple(cpu.step_scalars_fields) == StepScalars._fields
-    assert tuple(cpu.segment_fields) == flat.SEGMENT_FIELDS
+    assert cpu.segment_fields == ["param", "exp_avg", "exp_avg_sq", "numel", "scalars"]
     assert cpu.dtypes == [str(t).removeprefix("torch.") for t in DTYPES]
 
 
 def cpp_scalars(group: dict, steps: Sequence[float]) -> np.ndarray:
-    table = cpu.Table()
-    one = torch.zeros(1)
+    """Rows of a bucket whose parameters have counted one less each."""
+    state = {}
     for t in steps:
-        table.add(one, one, one, one, float(t), 0, one)
-    return np.frombuffer(table.scalar_rows([group])).reshape(-1, len(StepScalars._fields))
+        p, m, v = (torch.zeros(1) for _ in range(3))
+        p.grad = torch.zeros(1)
+        step = torch.tensor(t - 1.0, dtype=torch.float64)
+        state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+    plan = cpu.Plan()
+    assert plan.refresh([{**group, "params": list(state)}], state, {}, UNSCALED) == []
+    [bucket] = plan.buckets
+    return np.frombuffer(bucket.scalar_rows).reshape(-1, len(StepScalars._fields))
 
 
 def assert_same_scalars(group: dict, steps: Sequence[float]) -> None:

@@ -1,6 +1,9 @@
 """The Triton kernel: NVIDIA, AMD and Intel GPUs, and any machine under TRITON_INTERPRET=1."""
 
 from contextlib import nullcontext
+from functools import cache
+
+import torch
 
 from . import devices
 from .advance import advance
@@ -37,10 +40,18 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
+@cache
+def _load_upload(device: torch.device) -> None:
+    """Compiles and loads what only captures launch: while one lasts, CUDA may refuse to load it."""
+    upload_by_arguments(device)(bytes(8))
+
+
 def run(bucket) -> None:
     device = devices.device_of(bucket)
     with nullcontext() if device.type == "cpu" else devices.guard(device):
         capturing = devices.is_capturing(device)
+        if bucket.capturable and not capturing:
+            _load_upload(device)
         # Pinned memory would have to outlive the graph; arguments of launches are part of it.
         upload = (upload_by_arguments if capturing else upload_pinned)(device)
         tables = tables_of(bucket, devices.stream_key(device), upload, keep=not capturing)

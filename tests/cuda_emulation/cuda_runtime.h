@@ -1,5 +1,6 @@
-// Stands in for the CUDA runtime, so that csrc/cuda/step_cuda.cu compiles as plain C++ as it stands:
-// blocks and threads become loops. Only for kernels without barriers, shuffles or shared memory.
+// Stands in for the CUDA runtime, so that csrc/cuda/step_cuda.cu compiles as plain C++ as it
+// stands: blocks and threads become loops. Only for kernels without barriers, shuffles or shared
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -77,11 +78,26 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 
 // The device that was current when a kernel ran last: the launcher's business, and so a test's.
 inline int emulated_launch_device = -1;
+// Launches so far, and the bytes that they carried to the device as their arguments.
+inline int64_t emulated_launches = 0, emulated_uploaded = 0;
+
+// What a launch uploads: of `words` in its argument, `count` are meant.
+template <typename Argument>
+auto emulated_upload(const Argument& argument, int)
+    -> decltype(argument.count * int64_t{sizeof(argument.words[0])}) {
+  return argument.count * int64_t{sizeof(argument.words[0])};
+}
+template <typename Argument>
+int64_t emulated_upload(const Argument&, long) {
+  return 0;
+}
 
 template <typename Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
                                const Argument& argument) {
   emulated_launch_device = emulated_device;
+  ++emulated_launches;
+  emulated_uploaded += emulated_upload(argument, 0);
   const unsigned blocks = config->gridDim.x;
   for (unsigned block = 0; block < blocks; ++block) {
     if (blocks > 1 && block < emulated_first_block) block = emulated_first_block;

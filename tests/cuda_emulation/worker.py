@@ -19,7 +19,7 @@ from torch import Tensor
 
 from radam_kernels.backends import cuda
 from radam_kernels.modules import DTYPES, cpu
-from radam_kernels.scaling import Scaling
+from radam_kernels.scaling import UNSCALED
 
 GUARD = 777.0
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; named since Python 3.13
@@ -28,13 +28,15 @@ DEVICE = torch.device("cpu", 0)
 
 @cache
 def load(library: str) -> tuple[ModuleType, ctypes.CDLL]:
-    """The emulated module, made by csrc/bind_cuda.cpp, and its C interface."""
+    """The emulated module, made by csrc/bind/bind_cuda.cpp, and its C interface."""
     # pybind11 knows modules by their names, so every library has one of its own.
     name = f"{Path(library).parent.name}._cuda"
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, ctypes.CDLL(library)
+    c = ctypes.CDLL(library)
+    c.take_launches.restype = c.take_uploaded.restype = ctypes.c_int64
+    return module, c
 
 
 def place(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,32 @@ def place(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     inside = buffer[offset:]
     inside.copy_(values)
     return inside, buffer[:offset]
+
+
+def make_plan(tensors, steps, groups, of_group, scaling=UNSCALED):
+    """A plan of one step of segments, group after group.
+
+    Args:
+        tensors: param, grad, exp_avg and exp_avg_sq of each segment, of any supported dtypes.
+        steps: of each segment, the count of this step, or a tensor that counts where capturable.
+        groups: hyperparameters.
+        of_group: of each segment.
+    """
+    stepped, listed = {}, []
+    for index, group in enumerate(groups):
+        members = [i for i, other in enumerate(of_group) if other == index]
+        owners = [torch.empty(0) for _ in members]
+        for i, owner in zip(members, owners, strict=True):
+            owner.grad = torch.empty(0)  # torch allows only gradients of the parameter's dtype
+            capturable = isinstance(steps[i], Tensor)
+            count = steps[i] if capturable else torch.tensor(steps[i] - 1.0)
+            stepped[len(stepped)] = (owner, *tensors[i], count)
+            group = {**group, "capturable": capturable, "state_dtype": tensors[i][2].dtype}
+        listed.append({**group, "params": owners})
+    plan = cpu.Plan()
+    pending = plan.refresh(listed, {}, stepped, scaling)
+    assert not pending, pending
+    return plan
 
 
 def step(library: str, streams, sizes, offsets, steps, groups, of_group, scaling):
@@ -62,23 +90,49 @@ def step(library: str, streams, sizes, offsets, steps, groups, of_group, scaling
         tensors is as it was.
     """
     module, _ = load(library)
-    table, parts, guards = cpu.Table(), [], []
-    for values, at, step, group in zip(
-        zip(*(stream.split(sizes) for stream in streams), strict=True),
-        offsets,
-        steps,
-        of_group,
-        strict=True,
-    ):
+    parts, guards = [], []
+    split = zip(*(stream.split(sizes) for stream in streams), strict=True)
+    for values, at in zip(split, offsets, strict=True):
         placed = [place(*pair) for pair in zip(values, at, strict=True)]
         parts.append([inside for inside, _ in placed])
         guards.append([guard for _, guard in placed])
-        table.add(*parts[-1], step, group, parts[-1][0], isinstance(step, Tensor))
-    for bucket in table.prepare(groups):
-        cuda.launch_(module, bucket, table, groups, scaling.on(DEVICE), DEVICE, 0)
-    table.advance()
+    run(module, make_plan(parts, steps, groups, of_group, scaling))
     whole = [all(bool((g == GUARD).all()) for g in four if len(g)) for four in guards]
     return [torch.cat(stream) for stream in zip(*parts, strict=True)], steps, whole
+
+
+def run(module: ModuleType, plan) -> None:
+    """A step by the emulated kernels, as launch() runs it."""
+    plan.begin()
+    for bucket in plan.buckets:
+        cuda.launch_(module, bucket, DEVICE, 0)
+    plan.commit()
+
+
+def steps(library: str, params: list[Tensor], grads: list[list[Tensor]], group: dict):
+    """Steps of an optimizer, whose gradients are new objects at each step.
+
+    Args:
+        grads: of each step; memory is the same where a step's are the very list of the step before.
+
+    Returns: the parameters and their states afterwards, and of each step the launches and the
+        bytes that were uploaded.
+    """
+    module, c = load(library)
+    plan, state, seen = cpu.Plan(), {}, []
+    for param in params:
+        state[param] = {"step": torch.tensor(0.0)}
+        state[param] |= {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+    c.take_launches(), c.take_uploaded()
+    for some in grads:
+        for param, grad in zip(params, some, strict=True):
+            param.grad = grad.view_as(grad)
+        pending = plan.refresh([{**group, "params": params}], state, {}, UNSCALED)
+        assert not pending, pending
+        run(module, plan)
+        plan.release()
+        seen.append((c.take_launches(), c.take_uploaded()))
+    return [param.detach() for param in params], list(state.values()), seen
 
 
 def far(library: str, codes: tuple[int, int, int], numel: int, blocks: list[int], group: dict):
@@ -101,12 +155,13 @@ def far(library: str, codes: tuple[int, int, int], numel: int, blocks: list[int]
         for part in parts:
             part.copy_(torch.rand(len(part), generator=generator, dtype=torch.float64))
         old = [part.clone() for part in parts]
-        table = cpu.Table()
-        table.add(*streams, 8.0, 0, streams[0])
-        [bucket] = table.prepare([group])
+        plan = cpu.Plan()
+        pending = plan.refresh_tensors(*([stream] for stream in streams), 8.0, group)
+        assert not pending, pending
+        [bucket] = plan.buckets
         c.run_only_blocks(block, block + 1)
         try:
-            cuda.launch_(module, bucket, table, [group], Scaling(), DEVICE, 0)
+            cuda.launch_(module, bucket, DEVICE, 0)
         finally:
             c.run_only_blocks(0, -1)
         results.append((block * chunk, old, [part.clone() for part in parts]))
