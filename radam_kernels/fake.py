@@ -26,8 +26,18 @@ def any_fake(tensors: list[Tensor]) -> bool:
 def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
     """Makes the state that a step makes, and writes to the tensors that it writes to.
 
-    The operations are torch's, so real tensors under the mode raise, as in torch.
+    Raises AssertionError for real tensors, as torch's operations do under the mode.
     """
+    for group in groups:
+        for param in group["params"]:
+            own = state.get(param) or {}
+            tensors = [param, param.grad, *(own.get(key) for key in MOMENTS)]
+            if param.grad is not None and not all(is_fake(t) for t in tensors if t is not None):
+                raise AssertionError(
+                    "Please convert all Tensors to FakeTensors first: RAdam.step() has a real "
+                    f"parameter, gradient or moment of shape {tuple(param.shape)} beside a "
+                    "FakeTensorMode or fake parameters"
+                )
     for group in groups:
         for param in group["params"]:
             if param.grad is None:

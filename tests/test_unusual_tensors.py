@@ -1,0 +1,353 @@
+"""Tensors whose memory does not hold their values, or that have none: stepped as torch does, or
+refused before anything is written."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import Parameter
+from torch.optim import RAdam as TorchRAdam
+
+from radam_kernels import RAdam, radam_
+
+KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def assert_as_torch(start: list[Tensor], grads, steps: int = 8) -> None:
+    """Both optimizers give the same parameters; `grads(i)` makes the gradients of step i."""
+    results = []
+    for cls in (RAdam, TorchRAdam):
+        params = [Parameter(t.clone()) for t in start]
+        for p, t in zip(params, start, strict=True):
+            p.data = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+        optimizer = cls(params, lr=0.1)
+        for i in range(steps):
+            for p, g in zip(params, grads(i), strict=True):
+                p.grad = g
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+def negated(n: int) -> Tensor:
+    """-1, -2, ... as a dense view of memory that holds 1, 2, ..."""
+    return torch._neg_view(torch.arange(1.0, n + 1))
+
+
+def imaginary(n: int) -> Tensor:
+    """1, 2, ... as the imaginary part of a conjugate, squeezed into a dense view."""
+    z = torch.complex(torch.arange(1.0, n + 1), torch.full((n,), -2.0))
+    return z.conj().imag.as_strided((n,), (1,), 0)
+
+
+# Lazily negated and conjugated views
+
+
+@pytest.mark.parametrize("make", [negated, imaginary])
+@pytest.mark.parametrize("n", [1, 8, 1000])
+def test_negated_gradients_have_their_own_sign(make, n):
+    assert make(n).is_neg()
+    assert_as_torch([torch.ones(n)], lambda i: [make(n)])
+
+
+def test_gradients_that_are_negated_now_and_then_have_their_own_sign():
+    assert_as_torch(
+        [torch.ones(8)] * 20,
+        lambda i: [negated(8) if (i + k) % 3 else -negated(8) for k in range(20)],
+    )
+
+
+@pytest.mark.parametrize("lazy", [torch.conj, lambda z: torch._neg_view(z.conj())])
+def test_conjugated_gradients_of_complex_parameters(lazy):
+    """torch refuses them, unless they are resolved."""
+    z = torch.complex(torch.arange(1.0, 9), torch.full((8,), 3.0))
+    results = []
+    for resolve in (lambda g: g, lambda g: g.resolve_conj().resolve_neg()):
+        p = Parameter(z.clone())
+        optimizer = RAdam([p], lr=0.1)
+        for i in range(8):
+            p.grad = resolve(lazy(z * (i + 1)))
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("where", ["param", "exp_avg", "exp_avg_sq"])
+def test_negated_parameters_and_moments_hold_their_own_values(where):
+    results = []
+    for cls in (RAdam, TorchRAdam):
+        p = Parameter(torch.arange(1.0, 9))
+        optimizer = cls([p], lr=0.1)
+        for i in range(10):
+            if i == 7 and where == "param":
+                p.data = torch._neg_view(-p.data)
+            elif i == 7:
+                state = optimizer.state[p]
+                state[where] = torch._neg_view(-state[where])
+            p.grad = torch.ones(8) * (i + 1)
+            optimizer.step()
+        results.append((p.detach().clone(), *(optimizer.state[p][k].clone() for k in KEYS)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_the_function_refuses_negated_tensors(index):
+    tensors = [torch.ones(8), torch.ones(8), torch.zeros(8), torch.zeros(8)]
+    tensors[index] = torch._neg_view(tensors[index])
+    before = [t.clone() for t in tensors]
+    with pytest.raises(ValueError, match=r"negated view .*call resolve_neg\(\)"):
+        radam_(*tensors, step=1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+    assert all(map(torch.equal, tensors, before))
+
+
+# Storages that were freed or shrunk
+
+
+def freed(offset: int, left: int) -> Tensor:
+    flat = torch.ones(offset + 1000)
+    view = flat[offset:]
+    flat.untyped_storage().resize_(4 * left)
+    return view
+
+
+@pytest.mark.parametrize(("offset", "left"), [(0, 0), (16, 0), (16, 500), (10**7, 0)])
+@pytest.mark.parametrize("where", ["param", "grad", "exp_avg", "exp_avg_sq"])
+def test_a_storage_that_was_freed_or_shrunk_is_refused(where, offset, left):
+    if where == "grad" and left:
+        pytest.skip("only read, as torch does; looking would cost as much as all other checks")
+    p, q = Parameter(torch.ones(1000)), Parameter(torch.ones(5))
+    optimizer = RAdam([q, p])
+    p.grad, q.grad = torch.ones(1000), torch.ones(5)
+    optimizer.step()
+    before = q.detach().clone()
+    if where == "param":
+        p.data = freed(offset, left)
+    elif where == "grad":
+        p.grad = freed(offset, left)
+    else:
+        optimizer.state[p][where] = freed(offset, left)
+    with pytest.raises(ValueError, match=r"param 1 of group 0.* (bytes|freed or shrunk)"):
+        optimizer.step()
+    assert torch.equal(q, before)
+    assert optimizer.state[q]["step"] == 1
+
+
+def test_a_storage_that_is_resized_back_is_stepped_again():
+    flat = torch.ones(32)
+    p = Parameter(flat[16:])
+    optimizer = RAdam([p])
+    p.grad = torch.ones(16)
+    optimizer.step()
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="resize it back"):
+        optimizer.step()
+    flat.untyped_storage().resize_(128)
+    flat.fill_(1.0)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_a_freed_step_count_is_refused():
+    p = Parameter(torch.ones(4))
+    optimizer = RAdam([p])
+    p.grad = torch.ones(4)
+    optimizer.step()
+    counts = torch.ones(8)
+    optimizer.state[p]["step"] = counts[3]
+    counts.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["exp_avg", "exp_avg_sq", "param", "another step"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_count_inside_other_memory_is_refused(where, capturable):
+    p, q = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    optimizer = RAdam([p, q], capturable=capturable)
+    p.grad, q.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    state, other = optimizer.state[p], optimizer.state[q]
+    if where == "another step":
+        state["step"] = other["step"]
+    else:
+        memory = p.data if where == "param" else state[where]
+        memory[2] = 3.0
+        state["step"] = memory[2]
+    before = [t.clone() for t in (p, q, *state.values(), *other.values())]
+    with pytest.raises(ValueError, match=r"step of .* shares memory|shares memory with step of"):
+        optimizer.step()
+    assert all(map(torch.equal, before, (p, q, *state.values(), *other.values())))
+
+
+# Gradients and parameters without memory of their own
+
+
+def test_zero_tensors_are_gradients_of_zeros():
+    def grads(i: int) -> list[Tensor]:
+        return [torch._efficientzerotensor(8), torch._efficientzerotensor(2, 4)]
+
+    assert_as_torch([torch.ones(8), torch.ones(4, 2).t()], grads)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    if not dist.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_gradients_that_a_collective_is_still_writing_are_waited_for(mesh):
+    from torch.distributed import _functional_collectives as collectives
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    def reduced(*shape: int) -> Tensor:
+        return collectives.all_reduce(torch.ones(shape), "sum", mesh)
+
+    results = []
+    for cls in (RAdam, TorchRAdam):
+        params = [
+            Parameter(torch.ones(8)),
+            Parameter(torch.ones(4, 2).t()),
+            Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])),
+        ]
+        optimizer = cls(params, lr=0.1)
+        for _ in range(8):
+            params[0].grad = reduced(8)
+            params[1].grad = reduced(2, 4)
+            params[2].grad = DTensor.from_local(reduced(8), mesh, [Shard(0)])
+            assert type(params[0].grad) is not Tensor
+            optimizer.step()
+        results.append([*(p.detach() for p in params[:2]), params[2].detach().to_local()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Quantized(Tensor):
+    """A trainable weight of int8 and a scale, as torchao's: no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, data, scale):
+        return Tensor._make_wrapper_subclass(cls, data.shape, dtype=scale.dtype, device=data.device)
+
+    def __init__(self, data, scale):
+        self.data_, self.scale = data, scale
+
+    def __tensor_flatten__(self):
+        return ["data_", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["data_"], inner["scale"])
+
+    writable = True
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten.detach.default, aten.clone.default, aten.alias.default):
+            return cls(args[0].data_.clone(), args[0].scale.clone())
+        if func is aten.copy_.default and isinstance(args[0], cls) and cls.writable:
+            scale = args[1].abs().max() / 127
+            args[0].data_.copy_((args[1] / scale).round())
+            args[0].scale.fill_(scale)
+            return args[0]
+        if func is aten.copy_.default and not isinstance(args[0], cls):
+            return args[0].copy_(args[1].data_ * args[1].scale)
+        raise NotImplementedError(f"Quantized has no {func}")
+
+
+def quantized() -> Parameter:
+    return Parameter(Quantized(torch.arange(-4, 4, dtype=torch.int8) * 30, torch.tensor(0.01)))
+
+
+def test_a_weight_without_memory_of_its_own_is_stepped_and_written_back():
+    p = quantized()
+    plain = Parameter(p.data_ * p.scale)
+    optimizer, theirs = RAdam([p], lr=0.3), TorchRAdam([plain], lr=0.3)
+    for i in range(8):
+        p.grad = torch.linspace(-1, 1, 8) * (i + 1)
+        plain.grad = p.grad.clone()
+        optimizer.step()
+        theirs.step()
+        torch.testing.assert_close(p.data_ * p.scale, plain.detach(), atol=0.1, rtol=0)
+        plain.data.copy_(p.data_ * p.scale)
+    for key in KEYS:
+        torch.testing.assert_close(optimizer.state[p][key], theirs.state[plain][key])
+
+
+def test_a_class_that_cannot_be_written_is_refused_before_anything_is_changed(monkeypatch):
+    monkeypatch.setattr(Quantized, "writable", False)
+    p, q = quantized(), Parameter(torch.ones(3))
+    p.grad, q.grad = torch.ones(8), torch.ones(3)
+    optimizer = RAdam([q, p])
+    with pytest.raises(
+        ValueError, match=r"param 1 .*a Quantized has no memory.*train a plain copy"
+    ):
+        optimizer.step()
+    assert torch.equal(q, torch.ones(3))
+    assert not optimizer.state
+
+
+# FakeTensorMode
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside the mode", "outside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_of_fake_tensors_makes_the_state_that_torch_makes(inside, dtype, recwarn):
+    def state(cls):
+        with FakeTensorMode():
+            model = torch.nn.Linear(4, 3, dtype=dtype)
+            optimizer = cls(model.parameters())
+            model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+            for _ in range(2 if inside else 0):
+                optimizer.step()
+        for _ in range(0 if inside else 2):
+            optimizer.step()
+        return [
+            {k: (type(v), v.shape, v.dtype) for k, v in s.items()} for s in optimizer.state.values()
+        ]
+
+    assert state(RAdam) == state(TorchRAdam)
+
+
+def test_real_tensors_under_the_mode_are_refused_as_by_torch():
+    p = Parameter(torch.ones(4))
+    optimizer = RAdam([p])
+    p.grad = torch.ones(4)
+    optimizer.step()
+    before = p.detach().clone(), optimizer.state[p]["exp_avg"].clone()
+    with (
+        FakeTensorMode(),
+        pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"),
+    ):
+        optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(optimizer.state[p]["exp_avg"], before[1])
+    assert not isinstance(optimizer.state[p]["step"], FakeTensor)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_a_memory_tracker_sees_the_bytes_that_it_sees_with_torchs():
+    tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
+
+    def seen(cls) -> dict:
+        with FakeTensorMode():
+            model = torch.nn.Linear(400, 300)
+            optimizer = cls(model.parameters())
+            memory = tracker.MemTracker()
+            memory.track_external(model, optimizer)
+            with memory:
+                model(torch.ones(2, 400)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return memory.get_tracker_snapshot("current")
+
+    assert seen(RAdam) == seen(TorchRAdam)
