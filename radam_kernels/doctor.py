@@ -10,12 +10,14 @@ from torch import Tensor
 
 from . import available_backends
 from .backends import resolve, why_not
+from .backends.cuda import NOT_BUILT
+from .backends.devices import DEVICE_TYPES, is_available
 from .functional import radam_
 from .modules import cpu, load_optional
 
 # Elements for the test of speed: where they lie in memory, and where they lie in a cache. The
 # interpreter of Triton gets few.
-_SIZES = {"cuda": 1 << 26, "cpu": 1 << 24}
+_SIZES = {"gpu": 1 << 26, "cpu": 1 << 24}
 _SMALL = 1 << 16
 _BYTES = 28  # that a float32 parameter moves: four reads and three writes
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report; 0 if every backend that works gives the reference's bits."""
+    """Prints the report; 0 if every backend that works here gives the reference's bits."""
     for name, text in _facts().items():
         print(f"{name:14}{text}")
     print()
@@ -34,16 +36,21 @@ def main(args: argparse.Namespace) -> int:
         if reason:
             print(f"{name:14}no: {reason}")
             continue
-        for device_type in ("cuda", "cpu"):
-            if (device_type == "cpu" or torch.cuda.is_available()) and not why_not(
-                name, device_type
-            ):
+        for device_type in _available():
+            if not why_not(name, device_type):
                 verdict, good = _try(name, device_type)
                 healthy &= good
                 print(f"{name:14}works on {device_type}: {verdict}")
-    print(f"\nauto          takes {_auto('cpu')} on cpu", end="")
-    print(f", {_auto('cuda')} on cuda" if torch.cuda.is_available() else "")
+    taken = " and ".join(f"the {_auto(d)} backend on {d}" for d in _available())
+    if healthy:
+        print(f"\nAll is well: RAdam takes {taken}.")
+    else:
+        print("\nNot well: a backend gives wrong bits, see above; choose another (backend=...).")
     return 0 if healthy else 1
+
+
+def _available() -> list[str]:
+    return [row.name for row in DEVICE_TYPES if is_available(row.name)]
 
 
 def _facts() -> dict[str, str]:
@@ -55,7 +62,9 @@ def _facts() -> dict[str, str]:
         "triton": _version("triton"),
         "cpu": f"{', '.join(cpu.instruction_sets)}; {torch.get_num_threads()} threads from "
         f"{cpu.threads_from()}",
-        "cuda": "_cuda is not built (no nvcc was found)",
+        "cuda": f"_cuda is not built: {NOT_BUILT[cpu.cuda_built]}"
+        if torch.version.cuda
+        else "_cuda is not built, and this torch has no CUDA to run it",
     }
     if cuda:
         runtime, driver = cuda.runtime_version(), cuda.driver_version()
@@ -85,7 +94,7 @@ def _try(name: str, device_type: str) -> tuple[str, bool]:
     if not all(torch.equal(ours, truth) for ours, truth in zip(*results, strict=True)):
         return "WRONG: its bits differ from the reference's; please report this", False
     slow = name == "reference" or (name == "triton" and device_type == "cpu")
-    size = _SMALL if slow else _SIZES[device_type]
+    size = _SMALL if slow else _SIZES["cpu" if device_type == "cpu" else "gpu"]
     seconds = _time(_tensors(size, device_type), name, device_type)
     return (
         f"same bits as the reference; {size} float32 parameters in {1e3 * seconds:.2f} ms, "
@@ -112,8 +121,8 @@ def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
     while len(times) < 4 or time.perf_counter() - begin < 0.5:
         before = time.perf_counter()
         _step(tensors, 10, backend)
-        if device_type == "cuda":
-            torch.cuda.synchronize()
+        if device_type != "cpu":
+            torch.get_device_module(device_type).synchronize()
         times.append(time.perf_counter() - before)
     return sorted(times[1:])[len(times) // 2 - 1]
 

@@ -23,7 +23,8 @@ def load(name: str) -> ModuleType:
     remedy = (
         f"run `pip install -e .` in {_HERE.parent}"
         if in_tree
-        else "install radam_kernels again: `pip install --force-reinstall --no-deps radam_kernels`"
+        else "install radam_kernels again, from its source tree (it is not on PyPI): "
+        "`pip install --force-reinstall --no-deps PATH_OF_THE_TREE`"
     )
     try:
         module = import_module(f"{__package__}.{name}")

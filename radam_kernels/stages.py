@@ -1,6 +1,6 @@
 """Shows a profiler the stages of a step; where none listens, a step pays 0.1 us for the question.
 
-torch.profiler listens, `torch.autograd.profiler.emit_nvtx` does, and so does nsys on a CUDA build.
+For torch.profiler, `torch.autograd.profiler.emit_nvtx`, and nsys on a CUDA build.
 """
 
 import os
@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch.profiler import record_function
 
-# Set by nsys, and other tools that listen to NVTX, for the programs that they start.
+# Set by nsys and other NVTX tools for the programs that they start.
 _NVTX = "NVTX_INJECTION64_PATH" in os.environ and torch.version.cuda is not None
 
 
 class Stages:
-    """The stage of a step that is running, as one range after another."""
+    """The current stage of a step, as one range after another."""
 
     def __init__(self) -> None:
         self._open: list[AbstractContextManager] = []
@@ -35,5 +35,5 @@ class Stages:
 
 
 def listen() -> Stages | None:
-    """What shall be told of the stages of this step; None where nobody listens."""
+    """The stages of this step, for a profiler; None if none is active."""
     return Stages() if _NVTX or torch.autograd._profiler_enabled() else None

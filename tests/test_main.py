@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from radam_kernels import doctor, train
+from radam_kernels.backends.cuda import NOT_BUILT
 
 pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install 'radam_kernels[demo]'")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
@@ -115,15 +117,37 @@ def test_mistakes_are_named(tmp_path, capsys, words, said):
 
 
 def test_the_doctor_finds_the_backends_that_work(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_SIZES", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(doctor, "_SIZES", {"cpu": 1 << 16, "gpu": 1 << 16})
     assert doctor.main(argparse.Namespace()) == 0
     printed = capsys.readouterr().out
     for words in ("cpu           works on cpu", "reference     works on cpu", "same bits", "GB/s"):
         assert words in printed
+    assert "All is well: RAdam takes the " in printed
+    assert "cpu backend on cpu" in printed
+
+
+@pytest.mark.parametrize(
+    ("torchs_cuda", "built", "words", "no_words"),
+    [
+        (None, "no nvcc", "this torch has no CUDA to run it", "nvcc"),
+        (None, "off", "this torch has no CUDA to run it", "RADAM_CUDA"),
+        ("13.0", "no nvcc", "put CUDA's compiler on the PATH", "RADAM_CUDA"),
+        ("13.0", "off", "RADAM_CUDA=0 was set", "nvcc"),
+    ],
+)
+def test_the_doctor_says_why_the_cuda_kernel_is_missing(
+    monkeypatch, torchs_cuda, built, words, no_words
+):
+    monkeypatch.setattr(torch.version, "cuda", torchs_cuda)
+    monkeypatch.setattr(doctor, "load_optional", lambda name: None)
+    monkeypatch.setattr(doctor, "NOT_BUILT", {doctor.cpu.cuda_built: NOT_BUILT[built]})
+    said = doctor._facts()["cuda"]
+    assert words in said
+    assert no_words not in said
 
 
 def test_the_doctor_tells_of_wrong_bits(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_SIZES", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(doctor, "_SIZES", {"cpu": 1 << 16, "gpu": 1 << 16})
     right = doctor._step
     monkeypatch.setattr(
         doctor,

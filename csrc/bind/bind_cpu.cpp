@@ -110,6 +110,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace radam;
   m.doc() = "The plan of a step, and the CPU kernel of radam_kernels.";
   m.attr("fingerprint") = RADAM_FINGERPRINT;
+  m.attr("cuda_built") = RADAM_CUDA_BUILT;  // "yes", "off" or "no nvcc"
   m.attr("dtypes") = std::vector<std::string>(kDTypeNames, kDTypeNames + kDTypes);
   m.attr("step_scalars_fields") = kScalarsFields;
   m.attr("segment_fields") = kSegmentFields;

@@ -22,16 +22,14 @@ struct Scaling {
 };
 
 RADAM_INLINE double read_number(const void* data, int dtype) {
-  switch (dtype) {
-    case kFloat64:
-      return *static_cast<const double*>(data);
-    case kBFloat16:
-      return widen(*static_cast<const bfloat16*>(data));
-    case kFloat16:
-      return widen(*static_cast<const float16*>(data));
-    default:
-      return *static_cast<const float*>(data);
+  switch (static_cast<DType>(dtype)) {
+#define RADAM_CASE(dtype, name, type) \
+  case dtype:                         \
+    return widen(*static_cast<const type*>(data));
+    RADAM_DTYPES(RADAM_CASE)
+#undef RADAM_CASE
   }
+  return 0.0;
 }
 
 // A count and one, in the type of the count: a float32 stays at 2^24, as torch's does.
@@ -49,7 +47,7 @@ RADAM_INLINE void write_count(void* step, int dtype, double count) {
 }
 
 // Moves one count on and returns what its parameter's step needs. A step that must not be
-// (found_inf) or can't be (a count that is none; nobody is there to raise) is skipped and not
+// (found_inf) or can't be (a count that is none; a device can't raise) is skipped and not
 // counted.
 RADAM_INLINE StepScalars advance(const Counter& counter, const Hyperparameters* groups,
                                  const Scaling& scaling) {

@@ -24,8 +24,9 @@ struct float16 {
   uint16_t bits;
 };
 
-// Every element type: X(enumerator, torch's name, storage type). A new one is a row here and its
-// widen() and narrow() below; then the compiler names each switch that lacks it.
+// Every element type: X(enumerator, torch's name, storage type). A new one is a row here, its
+// widen() and narrow() below, and its load() and store() in cpu/lanes.h: without them nothing
+// compiles.
 #define RADAM_DTYPES(X)            \
   X(kFloat32, float32, float)      \
   X(kBFloat16, bfloat16, bfloat16) \

@@ -24,7 +24,8 @@ struct Segment {
 static_assert(sizeof(Segment) == 8 * (0 RADAM_SEGMENT(RADAM_COUNT)), "a field of 8 bytes each");
 #undef RADAM_COUNT
 
-// The segments of one launch. Gradients move at every step, so they are a column of their own.
+// The segments of one launch. Gradients mostly move from step to step, so
+// they are a column of their own.
 struct Segments {
   const Segment* rows;
   const void* const* grads;

@@ -216,6 +216,7 @@ RADAM_INLINE Pair<T> load(const void* from) {
   } else if constexpr (kDType == kFloat16) {
     return load_float16(from);
   } else {
+    static_assert(kDType == kFloat32 || kDType == kFloat64, "a dtype without load()");
     using V = typename Lanes<T>::V;
     return {read<V>(from, 0), read<V>(from, 1)};
   }
@@ -228,6 +229,7 @@ RADAM_INLINE void store(const Pair<T>& x, void* to) {
   } else if constexpr (kDType == kFloat16) {
     store_float16(x, to);
   } else {
+    static_assert(kDType == kFloat32 || kDType == kFloat64, "a dtype without store()");
     write(x.a.v, to, 0);
     write(x.b.v, to, 1);
   }

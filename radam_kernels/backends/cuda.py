@@ -3,29 +3,29 @@
 import torch
 from torch import Tensor
 
-from ..modules import load_optional
+from ..modules import cpu, load_optional
 from ..schedule import StepScalars
 from .devices import device_of, is_capturing
 from .upload import DeviceTables, tables_of
 
 _cuda = load_optional("_cuda")
-NOT_BUILT = (
-    "RADAM_CUDA=0 was set, or there was no nvcc on the PATH, when radam_kernels was installed"
-    + (
-        ""
-        if torch.version.cuda
-        else f"; this torch ({torch.__version__}) has no CUDA, so nothing is missing"
-    )
-)
+NOT_BUILT = {
+    "off": "RADAM_CUDA=0 was set when radam_kernels was installed; install it again without",
+    "no nvcc": "there was no nvcc when radam_kernels was installed; put CUDA's compiler on the "
+    "PATH and install it again",
+    "yes": "the module _cuda is gone; install radam_kernels again",
+}
 
 
 def why_not(device_type: str) -> str | None:
     if device_type != "cuda":
         return "the CUDA kernel steps CUDA tensors only"
-    if _cuda is None:
-        return f"not built: {NOT_BUILT}"
     if torch.version.hip:
         return "this torch is for ROCm; the Triton kernel runs there"
+    if not torch.version.cuda:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    if _cuda is None:
+        return f"not built: {NOT_BUILT[cpu.cuda_built]}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device (torch.cuda.is_available() is False)"
     if reason := _cuda.why_not(torch.cuda.current_device()):
