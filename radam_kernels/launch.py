@@ -22,8 +22,8 @@ def launch(
 ) -> None:
     """Steps every bucket of a plan of the module _cpu, and writes the step counts.
 
-    No signal comes between the first write and the last: on the CPU all of it is one call, and
-    elsewhere SIGINT is deferred.
+    No Ctrl-C comes between the first write and the last: where the CPU kernel does all of it, that
+    is one call, and elsewhere SIGINT is deferred.
 
     Args:
         plan: refreshed, with nothing pending.

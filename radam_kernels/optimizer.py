@@ -51,10 +51,10 @@ class RAdam(Optimizer):
             `torch.bfloat16` with bfloat16 parameters gives torch's memory and torch's trouble: at
             beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep float64 moments.
 
-    The state of a parameter is torch's: `step` (float32, so it stops counting at 2**24 as torch's
-    does; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`. Checkpoints go to and from
-    `torch.optim.RAdam`. Whatever is edited between steps (hyperparameters, state, gradients,
-    `p.data`) is picked up. As in torch, a loaded moment that fits is used without a copy: deepcopy
+    The state of a parameter is torch's: `step` (of the default dtype: a float32 stops counting at
+    2**24, as torch's does; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`. Checkpoints
+    go to and from `torch.optim.RAdam`. Whatever is edited between steps (hyperparameters, state,
+    gradients, `p.data`) is picked up. As in torch, a loaded moment that fits is used without a copy: deepcopy
     a state dict to load it into two optimizers.
 
     `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,

@@ -118,7 +118,7 @@ def repair(
 
 
 def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
-    """Puts step and moments first, as torch does; the walk over the state counts on this order."""
+    """Puts step and moments first, as torch does; the walk finds them fastest in this order."""
     items = state.setdefault(owner, {})
     others = {key: value for key, value in items.items() if key not in KEYS}
     items.clear()
@@ -162,7 +162,16 @@ def _stage(owner: Tensor, grad: Tensor, name: str, *, new: bool) -> Staged:
 
 
 def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: str) -> None:
-    if not hasattr(grad, "to_local") or grad.device_mesh != owner.device_mesh:
+    def order(tensor: Tensor) -> object:
+        return getattr(tensor._spec, "shard_order", None)
+
+    sharded = hasattr(grad, "to_local") and grad.device_mesh == owner.device_mesh
+    if sharded and grad.placements == owner.placements and order(grad) != order(owner):
+        raise ValueError(
+            f"grad of {name}: its shards are ordered {order(grad)}, those of the parameter "
+            f"{order(owner)}; redistribute it"
+        )
+    if not sharded:
         where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
         raise ValueError(
             f"grad of {name}: expected a DTensor on {owner.device_mesh}, got {where}; make it one "

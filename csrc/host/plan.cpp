@@ -1,12 +1,13 @@
-// All that a step depends on is read and checked at every step, in one pass: an edit between steps
+// All that a step depends on is read at every step, in one pass, so that an edit between steps
 // (gradients, pointers, state, step counts) can't be missed. What the last step saw serves as a
-// hint only: where a parameter's state is, and which addresses to prefetch.
+// hint: where a parameter's state is, which addresses to prefetch, and which tensors are the same
+// ones, so that check_memory() need not look at them again.
 #include "host/plan.h"
 
 #include <stdexcept>
 
 #include "cpu/step_cpu.h"
-#include "host/dtensor.h"
+#include "host/classes.h"
 
 namespace radam {
 namespace {
@@ -104,7 +105,7 @@ float number(PyObject* scaling, PyObject* name, float otherwise) {
 
 Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling) {
   release();
-  find_dtensor();
+  find_classes();
   const Ref pending = Ref::steal(PyList_New(0));
   const Ref all = sequence(groups, "param_groups: expected a list of dicts");
   if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
@@ -157,6 +158,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
 Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
                           PyObject* exp_avg_sqs, double step, PyObject* group) {
   release();
+  find_classes();
   const Ref pending = Ref::steal(PyList_New(0));
   add_group(group);
   groups_.back().counted = true;

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "host/classes.h"
+
 namespace radam {
 namespace {
 
@@ -181,9 +183,7 @@ const char* find_short_storage(PyObject* tensor, const TensorInfo& info) {
 }
 
 bool describe(PyObject* tensor, TensorInfo& info) {
-  // Asking a FakeTensor for its memory warns.
-  static PyObject* const fake = find_class("torch._subclasses.fake_tensor", "FakeTensor");
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == fake) return false;
+  if (is_fake(tensor)) return false;
   const DLPackExchangeAPI* api = exchange_api();
   if (api ? describe_by_dlpack(*api, tensor, info) : describe_by_attributes(tensor, info)) {
     return info.data != nullptr || info.numel == 0;

@@ -1,12 +1,16 @@
-// torch.distributed's DTensor: a local tensor and a spec that says how it is placed.
+// Classes of torch that the walk knows by name. DTensor is torch.distributed's: a local tensor, and
+// a spec that says how it is placed.
 #pragma once
 
 #include "host/python.h"
 
 namespace radam {
 
-// Looks for the class, which few programs import; before a walk.
-void find_dtensor();
+// Looks for the classes, which not every program imports; before a walk.
+void find_classes();
+
+// Whether `object` is a FakeTensor, which warns when it is asked for its memory.
+bool is_fake(PyObject* object);
 
 // Whether `object` is a DTensor (a Parameter of one has exactly that type).
 bool is_dtensor(PyObject* object);
