@@ -54,8 +54,8 @@ class RAdam(Optimizer):
     The state of a parameter is torch's: `step` (of the default dtype: a float32 stops counting at
     2**24, as torch's does; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`. Checkpoints
     go to and from `torch.optim.RAdam`. Whatever is edited between steps (hyperparameters, state,
-    gradients, `p.data`) is picked up. As in torch, a loaded moment that fits is used without a copy: deepcopy
-    a state dict to load it into two optimizers.
+    gradients, `p.data`) is picked up. As in torch, a loaded moment that fits is used without a
+    copy: deepcopy a state dict to load it into two optimizers.
 
     `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
     which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes

@@ -26,6 +26,7 @@ from .state import (
     laid_out_like,
     local,
     moment_dtype,
+    placed_as,
     step_device,
 )
 
@@ -106,7 +107,8 @@ def repair(
         new |= made.get(owner) or {key: old[key] for key in MOMENTS}
         if owner in made and not is_new(old):
             for key in MOMENTS:
-                local(new[key]).copy_(local(old[key]))
+                moment = placed_as(old[key], owner, f"{key} of {name_of(owner)}")
+                local(new[key]).copy_(local(moment))
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
             repairs.before.append((owner, None if old is None else dict(old)))
             _put(state, owner, new)

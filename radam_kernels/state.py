@@ -241,7 +241,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             step = as_step(state["step"], step_device(owner, options))
             state["step"] = step.clone() if step is state["step"] else step
             for k in MOMENTS:
-                state[k] = _placed_as(state[k], owner, f"{k} of param {key}")
+                state[k] = placed_as(state[k], owner, f"{k} of param {key}")
             dtype = moment_dtype(owner, options.get("state_dtype"))
             if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
                 converted.append((owner, dtype, state))
@@ -265,7 +265,7 @@ def _refuse_other_optimizers(states: dict[Any, Any]) -> None:
         )
 
 
-def _placed_as(moment: Tensor, owner: Tensor, what: str) -> Tensor:
+def placed_as(moment: Tensor, owner: Tensor, what: str) -> Tensor:
     """A loaded moment of the parameter's global shape, placed as the parameter is."""
     sharded, loaded_sharded = hasattr(owner, "to_local"), hasattr(moment, "to_local")
     if not sharded:

@@ -268,3 +268,56 @@ def test_an_optimizer_that_cannot_flatten_refuses_and_leaves_everything():
 
 def test_tensors_of_very_many_dimensions_are_not_taken_for_dense():
     assert not flat.is_dense(torch.zeros([1] * 150 + [2, 3]).transpose(-1, -2))
+
+
+def test_frozen_parameters_stay_where_they_are():
+    """The LoRA pattern: most parameters are frozen, and large."""
+    frozen = torch.nn.Parameter(torch.ones(1000), requires_grad=False)
+    trained = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    place = frozen.data_ptr()
+    optimizer = radam_kernels.RAdam([frozen, *trained], flatten=True)
+    assert frozen.data_ptr() == place
+    assert trained[1].data_ptr() - trained[0].data_ptr() == 256
+    step(optimizer, trained)
+    assert optimizer.state[trained[0]]["exp_avg"].untyped_storage().nbytes() < 4000
+
+
+def test_a_second_optimizer_finds_its_parameters_flat_already():
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (5, 70)]
+    radam_kernels.RAdam(params, flatten=True)
+    places = [p.data_ptr() for p in params]
+    step(radam_kernels.RAdam(params, flatten=True), params)
+    assert [p.data_ptr() for p in params] == places
+    with pytest.raises(ValueError, match="larger storage"):
+        radam_kernels.flatten_(params[::-1])
+
+
+class _Sharded(torch.nn.Parameter):
+    _fsdp_flattened = True  # what FSDP1 marks the parameters of every rank with
+
+
+@pytest.mark.parametrize("numel", [0, 5])
+def test_parameters_of_fsdp1_are_refused_on_every_rank_alike(numel):
+    with pytest.raises(ValueError, match=r"param 0 .* is sharded"):
+        radam_kernels.RAdam([_Sharded(torch.ones(numel))], flatten=True)
+
+
+def test_the_true_reason_is_given_for_what_has_no_memory_of_its_own():
+    with pytest.raises(ValueError, match=r"on meta and has no memory; call to_empty\(\)"):
+        radam_kernels.flatten_([torch.nn.Parameter(torch.ones(3, device="meta"))])
+
+
+def test_a_moved_model_is_not_flat_any_more_and_steps_on():
+    model = torch.nn.Linear(5, 3)
+    optimizer = radam_kernels.RAdam(model.parameters(), flatten=True)
+    step(optimizer, [*model.parameters()])
+    model.double()
+    step(optimizer, [*model.parameters()])
+    assert optimizer.state[model.weight]["exp_avg"].dtype == torch.float64
+    assert optimizer.state[model.weight]["step"] == 2
+
+
+def test_the_optimizer_shows_backend_and_flatten():
+    optimizer = radam_kernels.RAdam([torch.nn.Parameter(torch.ones(3))], backend="cpu")
+    assert "backend: cpu\nflatten: False" in repr(optimizer)
+    assert not {"backend", "flatten"} & {*optimizer.defaults, *optimizer.param_groups[0]}

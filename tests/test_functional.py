@@ -319,3 +319,21 @@ def test_a_negated_view_is_refused(i):
     tensors[i] = negated
     with pytest.raises(ValueError, match="resolve_neg"):
         radam_(*tensors, step=1, **USUAL)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps", "grad_scale"])
+@pytest.mark.parametrize(
+    "backend", [n for n, why in radam_kernels.available_backends().items() if not why]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scalar_of_minus_zero_keeps_its_sign(backend, name, dtype, same_bits):
+    def stepped(backend: str) -> list[torch.Tensor]:
+        start = [torch.tensor([-0.0, 0.0, 1.0, -1.0] * 20, dtype=dtype) for _ in range(4)]
+        start[3] = start[3].square()
+        options = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.0} | {name: -0.0}
+        for step in (1, 8):
+            radam_(*start, step=step, beta1=0.9, beta2=0.999, backend=backend, **options)
+        return start
+
+    for ours, truth in zip(stepped(backend), stepped("reference"), strict=True):
+        assert same_bits(ours, truth)

@@ -1087,3 +1087,147 @@ def test_a_deleted_and_recreated_optimizer_state_does_not_revive_an_old_count():
         p = params_of(optimizer)[0]
         assert optimizer.state[p]["step"] == 1
         del optimizer.state[p]
+
+
+# Loads that fail, and copies
+
+
+BAD_LOADS = {
+    "a moment on meta": {"exp_avg": torch.zeros(5, device="meta")},
+    "a sparse moment": {"exp_avg_sq": torch.zeros(5).to_sparse()},
+    "a moment of another shape": {"exp_avg": torch.zeros(6)},
+    "a moment of one element": {"exp_avg": torch.zeros(1)},
+    "an integer moment": {"exp_avg": torch.zeros(5, dtype=torch.int64)},
+    "no moment": {"exp_avg": None},
+    "a step that no float holds": {"step": 10**400},
+    "a step on meta": {"step": torch.tensor(1.0, device="meta")},
+    "a step of two": {"step": torch.ones(2)},
+    "a step of text": {"step": "3"},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LOADS)
+@pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
+def test_a_load_that_fails_changes_nothing(bad, flatten):
+    optimizer = RAdam([Parameter(torch.ones(5)) for _ in range(3)], lr=0.1, flatten=flatten)
+    step(optimizer, 3)
+    loaded = copy.deepcopy(optimizer.state_dict())
+    loaded["state"][2].update(BAD_LOADS[bad])
+    loaded["param_groups"][0]["lr"] = 0.7
+    before, tensors = copy.deepcopy(optimizer.state_dict()), [*optimizer.state.values()]
+    with pytest.raises(ValueError, match="param 2"):
+        optimizer.load_state_dict(loaded)
+    assert str(optimizer.state_dict()) == str(before)
+    assert all(a is b for a, b in zip(optimizer.state.values(), tensors, strict=True))
+    step(optimizer)
+    save(optimizer.state_dict())
+
+
+def test_a_load_for_which_memory_does_not_suffice_changes_nothing(monkeypatch):
+    optimizer = RAdam([Parameter(torch.ones(5)) for _ in range(2)], lr=0.1)
+    step(optimizer, 3)
+    loaded = copy.deepcopy(optimizer.state_dict())
+    for state in loaded["state"].values():
+        state["exp_avg"] = state["exp_avg"].double()  # needs another tensor
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros_like", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.load_state_dict(loaded)
+    assert str(optimizer.state_dict()) == str(before)
+    step(optimizer)
+
+
+@pytest.mark.parametrize("by", ["deepcopy", "pickle"])
+def test_copies_keep_a_state_that_does_not_fit_and_the_step_refuses_it(by):
+    optimizer = RAdam([Parameter(torch.ones(7))])
+    step(optimizer)
+    optimizer.state[params_of(optimizer)[0]]["exp_avg"] = torch.full((1,), 3.0)
+    other = copy.deepcopy(optimizer) if by == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    assert torch.equal(other.state[params_of(other)[0]]["exp_avg"], torch.full((1,), 3.0))
+    with pytest.raises(ValueError, match=r"exp_avg of param 0 .*\(7,\), got \(1,\)"):
+        step(other)
+
+
+def _step_in_a_process(optimizer) -> None:
+    step(optimizer, 2, first=2)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("cls", [RAdam, TorchRAdam], ids=["ours", "torch's"])
+def test_a_process_steps_the_state_that_it_shares(cls, method):
+    torch.set_num_threads(1)  # for the fork
+    optimizer = cls([Parameter(torch.ones(5).share_memory_())], lr=0.1)
+    step(optimizer)
+    [param] = params_of(optimizer)
+    param.grad = None
+    for value in optimizer.state[param].values():
+        value.share_memory_()
+    process = torch.multiprocessing.get_context(method).Process(
+        target=_step_in_a_process, args=(optimizer,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    twin_ = cls([Parameter(torch.ones(5))], lr=0.1)
+    step(twin_, 3)
+    assert optimizer.state[param]["step"] == 3
+    for key in MOMENTS:
+        assert torch.equal(optimizer.state[param][key], twin_.state[params_of(twin_)[0]][key])
+
+
+# State of others
+
+
+def test_keys_of_a_wrapper_stay_and_do_not_make_a_state():
+    """schedulefree keeps its `z` there before the first step."""
+    p, z = Parameter(torch.ones(3)), torch.zeros(3)
+    optimizer, plain = RAdam([p], lr=0.1), RAdam([Parameter(torch.ones(3))], lr=0.1)
+    optimizer.state[p]["z"] = z
+    for o in (optimizer, plain):
+        step(o, 3)
+    assert optimizer.state[p]["z"] is z
+    assert list(optimizer.state[p]) == [*plain.state[params_of(plain)[0]], "z"]
+    assert torch.equal(p, params_of(plain)[0])
+    again = RAdam([Parameter(torch.ones(3))], lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(again.state[params_of(again)[0]]["z"], z)
+
+
+def test_a_refused_first_step_leaves_the_keys_of_a_wrapper():
+    p = Parameter(torch.ones(3))
+    optimizer = RAdam([p])
+    optimizer.state[p]["z"] = 1
+    optimizer.param_groups[0]["betas"] = (0.9, 1.0)
+    with pytest.raises(ValueError, match="beta2"):
+        step(optimizer)
+    assert optimizer.state[p] == {"z": 1}
+
+
+@pytest.mark.parametrize("bad", [None, 3, [], "state"])
+def test_a_state_that_is_no_dict_is_named(bad):
+    optimizer = RAdam([Parameter(torch.ones(3))])
+    optimizer.state[params_of(optimizer)[0]] = bad
+    with pytest.raises(ValueError, match="state of param 0 of group 0: expected a dict, got"):
+        step(optimizer)
+
+
+def test_params_and_groups_may_be_tuples():
+    ours, theirs = (cls([Parameter(torch.ones(3))], lr=0.1) for cls in (RAdam, TorchRAdam))
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
+        optimizer.param_groups = tuple(optimizer.param_groups)
+        step(optimizer, 8)
+    assert_same(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [None, 3, [3], [{}], [{"params": 3}]])
+def test_groups_that_are_none_are_named(bad):
+    optimizer = RAdam([Parameter(torch.ones(3))])
+    optimizer.param_groups = bad
+    with pytest.raises((TypeError, ValueError), match=r"param_groups|\"params\""):
+        optimizer.step()
