@@ -125,7 +125,7 @@ def shape(threads: int, vectors: int) -> tuple[Change, ...]:
 def blocks(least: int) -> Change:
     """Registers for so many resident blocks."""
     bounds = "__launch_bounds__(kThreads{})\n    radam_step_kernel("
-    return bounds.format(""), bounds.format(f", {least}")
+    return bounds.format(", kBlocks<P, G, S>"), bounds.format(f", {least}")
 
 
 def unrolled(by: int) -> Change:

@@ -378,7 +378,7 @@ WRONG = {
         "left < kElements ? left + 1 : kElements",
     ),
     "a walk one too far": ("chunk >= chunks()", "chunk > chunks()"),
-    "the gradient of another segment": ("__ldg(arguments.grads + index)", "*arguments.grads"),
+    "the gradient of another segment": ("arguments.grads[index]", "*arguments.grads"),
     "one moment is not stored": ("store(exp_avg_sqs + i, v);", ""),
     "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
 }

@@ -34,10 +34,6 @@ inline uint4 __ldcs(const uint4* from) {
   memcpy(&value, from, sizeof(value));
   return value;
 }
-template <typename T>
-T __ldg(const T* from) {
-  return *from;
-}
 inline void __stcs(uint4* to, uint4 value) {
   check_aligned(to);
   memcpy(to, &value, sizeof(value));
