@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from bench import dtensors
 from radam_kernels import RAdam
 
 tensor = pytest.importorskip("torch.distributed.tensor")
@@ -153,3 +154,9 @@ def test_a_bias_of_as_many_elements_as_ranks_is_not_broadcast():
         assert not optimizer.state
     finally:
         dist.destroy_process_group()
+
+
+def test_the_benchmark_of_dtensors_times_every_optimizer(mesh):
+    found = dtensors.measure(3, 0.0)
+    assert list(found) == [dtensors.PLAIN, dtensors.OURS, dtensors.ADAM, dtensors.RADAM]
+    assert all(seconds > 0 for seconds in found.values())
