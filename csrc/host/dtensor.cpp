@@ -25,9 +25,9 @@ const Names& names() {
 
 // The class `name` of `module`, or null while nobody has imported that. Never released.
 PyObject* find_class(const char* module, const char* name) {
-  PyObject* loaded = PyDict_GetItemString(PyImport_GetModuleDict(), module);
-  if (!loaded) return nullptr;
-  PyObject* found = PyObject_GetAttrString(loaded, name);
+  const Ref loaded = Ref::borrow(PyDict_GetItemString(PyImport_GetModuleDict(), module));
+  if (!loaded.get()) return nullptr;
+  PyObject* found = PyObject_GetAttrString(loaded.get(), name);
   if (!found) PyErr_Clear();  // the import is not over yet
   return found;
 }

@@ -47,11 +47,12 @@ inline Ref attribute(PyObject* object, const char* name) {
   return Ref::steal(PyObject_GetAttrString(object, name));
 }
 
-// A borrowed item of a dict, or null.
-inline PyObject* item(PyObject* dict, PyObject* key) {
+// An item of a dict; empty if there is none. Owned, because whatever is called next may be Python
+// code, and may let other threads run: either can take it out of the dict.
+inline Ref item(PyObject* dict, PyObject* key) {
   PyObject* found = PyDict_GetItemWithError(dict, key);
   if (!found && PyErr_Occurred()) throw PythonError();
-  return found;
+  return Ref::borrow(found);
 }
 
 inline int64_t to_int(PyObject* number) {
