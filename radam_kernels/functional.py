@@ -80,7 +80,7 @@ def radam_(
             )
             raise ValueError(f"tensors {i}: {reason}; got {shapes}")
     except (cpu.Refusal, cpu.InvalidGroup) as error:
-        raise explain(error, plan.owners, [group], _name_among(lists[0])) from None
+        raise explain(error, plan, _name_among(lists[0])) from None
     launch(plan, backend)
 
 

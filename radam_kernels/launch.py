@@ -1,7 +1,6 @@
 """Runs a plan: a backend for each bucket, one launch each, and the step counts."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,19 +72,15 @@ def _check_capture(steps: list[tuple[Callable, object]]) -> None:
         raise RuntimeError(f"a CUDA graph is being captured, and replays would not step: {reason}")
 
 
-def explain(
-    error: Exception,
-    owners: list[Tensor],
-    groups: list[dict[str, Any]],
-    name_of: Callable[[Tensor], str],
-) -> Exception:
-    """What to raise for a Refusal or InvalidGroup of the module _cpu: the same, with names."""
+def explain(error: Exception, plan, name_of: Callable[[Tensor], str]) -> Exception:
+    """What to raise for a Refusal or InvalidGroup of a plan: the same, with names."""
     if isinstance(error, cpu.Refusal):
         message, indices = error.args
+        owners = plan.owners
         return ValueError(message.format(*(name_of(owners[i]) for i in indices)))
     group, step = error.args
     try:
-        group_scalars(groups[group], step)
+        group_scalars(plan.groups[group], step)
     except Exception as reason:
         return reason
     return ValueError(f"param_groups[{group}]: hyperparameters that no kernel takes")

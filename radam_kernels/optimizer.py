@@ -173,27 +173,28 @@ class RAdam(Optimizer):
 
     def _refresh(self, plan, repairs: Repairs) -> bool:
         """Plans the step; False where the tensors are fake, and the step is done."""
-        groups, scaling = self.param_groups, self._scaling()
+        groups, state, scaling = self.param_groups, self.state, self._scaling()
         if torch._C._len_torch_dispatch_stack():
             from . import fake
 
             if fake.is_active():
-                fake.step(groups, self.state)
+                fake.step(groups, state)
                 return False
         try:
-            pending = plan.refresh(groups, self.state, {}, scaling)
-            if pending:
+            # Once, or twice where something is repaired; more often only if somebody else edits
+            # the state of other parameters meanwhile.
+            while pending := plan.refresh(groups, state, repairs.replacements, scaling):
                 from . import fake
 
-                if fake.any_fake([owner for _, _, owner, _, _ in pending]):
-                    fake.step(groups, self.state)
+                if fake.any_fake([owner for _, owner, _, _ in pending]):
+                    fake.step(groups, state)
                     return False
-                repair(repairs, pending, plan, groups, self.state, self._name, self._moments)
-                pending = plan.refresh(groups, self.state, repairs.replacements, scaling)
+                for _, owner, _, reason in pending:
+                    if id(owner) in repairs.replacements:
+                        raise ValueError(f"{self._name(owner)}: {reason}")
+                repair(repairs, pending, plan, state, self._name, self._moments)
         except (cpu.Refusal, cpu.InvalidGroup) as error:
-            raise explain(error, plan.owners, groups, self._name) from None
-        for _, _, owner, _, reason in pending:
-            raise ValueError(f"{self._name(owner)}: {reason}")
+            raise explain(error, plan, self._name) from None
         return True
 
     def _scaling(self) -> Scaling:

@@ -34,11 +34,14 @@ from .state import (
 MakeMoments = Callable[[list[tuple[Tensor, torch.dtype]]], list[dict[str, Tensor]]]
 
 
+_NONE = object()  # where the state has nothing for a parameter
+
+
 @dataclass
 class Repairs:
     """What has been done for a step, and how to undo it while no memory has been written."""
 
-    # By position: owner, then what is stepped in its place (param, grad, moments and step).
+    # By id of the owner: itself, then what is stepped for it (param, grad, moments and step).
     replacements: dict[int, tuple] = field(default_factory=dict)
     write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # state as it was
@@ -47,9 +50,9 @@ class Repairs:
         for owner, items in reversed(self.before):
             if items is None:
                 state.pop(owner, None)
-            else:
-                state[owner].clear()
-                state[owner].update(items)
+            elif (own := state.get(owner)) is not None:  # nobody else has deleted it
+                own.clear()
+                own.update(items)
 
 
 @dataclass
@@ -66,7 +69,6 @@ def repair(
     repairs: Repairs,
     pending: list[tuple],
     plan,
-    groups: list[dict[str, Any]],
     state: dict[Tensor, Any],
     name_of: Callable[[Tensor], str],
     make_moments: MakeMoments,
@@ -77,17 +79,20 @@ def repair(
     does) and where a CUDA graph is being captured, ValueError for anything else that can't be
     stepped.
     """
-    staged = []
-    for _, _, owner, grad, _ in pending:
+    staged, olds = [], []
+    for _, owner, grad, _ in pending:
         name = name_of(owner)
-        if owner in state:
-            check_state(state[owner], owner, name)
-        staged.append(_stage(owner, grad, name, new=is_new(state.get(owner))))
+        # Copied, so that what is checked is what is used, whatever other threads do.
+        old = state.get(owner, _NONE)
+        old = dict(old) if isinstance(old, dict) else old
+        if old is not _NONE:
+            check_state(old, owner, name)
+        olds.append(None if old is _NONE else old)
+        staged.append(_stage(owner, grad, name, new=is_new(olds[-1])))
     if any(item.copied for item in staged):
-        _refuse_sharing([*plan.owners, *(owner for _, _, owner, _, _ in pending)], name_of)
+        _refuse_sharing([*plan.owners, *(owner for _, owner, _, _ in pending)], name_of)
     fresh = []
-    for _, index, owner, _, _ in pending:
-        group, old = groups[index], state.get(owner)
+    for (group, owner, _, _), old in zip(pending, olds, strict=True):
         dtype = moment_dtype(owner, group["state_dtype"])
         fitting = not is_new(old) and all(fits(old[k], owner, dtype) for k in MOMENTS)
         if not fitting:
@@ -99,22 +104,18 @@ def repair(
                 "is captured is made again at each replay: step once before the capture"
             )
     made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
-    for (position, index, owner, grad, _), item in zip(pending, staged, strict=True):
-        old = state.get(owner)
-        new = {
-            "step": as_step(0 if is_new(old) else old["step"], step_device(owner, groups[index]))
-        }
+    for (group, owner, _, _), old, item in zip(pending, olds, staged, strict=True):
+        new = {"step": as_step(0 if is_new(old) else old["step"], step_device(owner, group))}
         new |= made.get(owner) or {key: old[key] for key in MOMENTS}
         if owner in made and not is_new(old):
             for key in MOMENTS:
                 moment = placed_as(old[key], owner, f"{key} of {name_of(owner)}")
                 local(new[key]).copy_(local(moment))
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
-            repairs.before.append((owner, None if old is None else dict(old)))
+            repairs.before.append((owner, old))
             _put(state, owner, new)
-        if item.param is not owner or item.grad is not grad:
-            tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
-            repairs.replacements[position] = (owner, *tensors)
+        tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
+        repairs.replacements[id(owner)] = (owner, *tensors)
         if item.copied:
             repairs.write_backs.append((local(owner), item.param))
 

@@ -608,20 +608,21 @@ optimizer.step()
 assert all(s["step"] == 1 for s in optimizer.state.values())
 """,
     "a learning rate that removes its group": """
-class Hostile(float):
+class Hostile:
     def __float__(self):
-        if armed and len(optimizer.param_groups) > 1:
+        if len(optimizer.param_groups) > 1:
             optimizer.param_groups.pop()
         return 0.01
 
-armed = False
 params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(2)]
 for p in params:
     p.grad = torch.ones(10)
-optimizer = RAdam([{"params": params[:1]}, {"params": params[1:], "lr": Hostile()}])
+optimizer = RAdam([{"params": params[:1]}, {"params": params[1:]}])
 optimizer.step()
-armed = True
+optimizer.param_groups[1]["lr"] = Hostile()
 optimizer.step()
+assert len(optimizer.param_groups) == 1
+assert optimizer.state[params[1]]["step"] == 2
 """,
     "a hook that steps the optimizer that is stepping": """
 class Hostile(torch.nn.Parameter):

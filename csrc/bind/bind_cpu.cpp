@@ -239,6 +239,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("release", &Plan::release, "Lets go of every tensor.")
       .def_property_readonly("begun", &Plan::begun, "Whether memory may have been written.")
       .def_property_readonly("buckets", &Plan::buckets, py::return_value_policy::reference_internal)
+      .def_property_readonly("groups", [](const Plan& plan) { return object(plan.groups()); })
       .def_property_readonly("owners", [](const Plan& plan) {
         py::list owners;
         for (const Ref& owner : plan.owners()) owners.append(object(owner));

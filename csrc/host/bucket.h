@@ -49,7 +49,7 @@ struct Bucket {
   std::vector<Ref> learning_rates;               // tensors that these point into
   float grad_scale = 1, found_inf = 0;           // GradScaler's, read where the device is the CPU
 
-  Ref groups;   // the parameter groups, a list of dicts
+  Ref groups;   // the parameter groups that were planned, a sequence of dicts
   Ref scaling;  // radam_kernels.scaling.Scaling
   Ref cache;    // what the backend keeps from step to step: tables on a device
 

@@ -21,10 +21,10 @@ struct Names {
 #undef RADAM_NAME_OF_FLAG
 };
 
-// A borrowed item of a dict that must be there.
-PyObject* required(PyObject* dict, PyObject* key) {
-  PyObject* found = item(dict, key);
-  if (!found) {
+// An item of a dict that must be there.
+Ref required(PyObject* dict, PyObject* key) {
+  Ref found = item(dict, key);
+  if (!found.get()) {
     PyErr_SetObject(PyExc_KeyError, key);
     throw PythonError();
   }
@@ -40,12 +40,13 @@ double number(PyObject* value) {
 }
 
 bool flag(PyObject* group, PyObject* key) {
-  const int truth = PyObject_IsTrue(required(group, key));
+  const int truth = PyObject_IsTrue(required(group, key).get());
   if (truth < 0) throw PythonError();
   return truth != 0;
 }
 
-void read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
+// Whether `h` points to the memory of `lr`.
+bool read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
   h.lr_data = nullptr;
   h.lr_dtype = 0;
   TensorInfo info;
@@ -59,27 +60,30 @@ void read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
     h.lr = 0.0;
     h.lr_data = info.data;
     h.lr_dtype = info.dtype;
-  } else {
-    h.lr = number(lr);
+    return true;
   }
+  h.lr = number(lr);
+  return false;
 }
 
 }  // namespace
 
-bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device) {
+bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device,
+                          Ref* lr_tensor) {
   static const Names n;
-  const Ref betas = Ref::steal(PySequence_Tuple(required(group, n.betas)));
+  const Ref betas = Ref::steal(PySequence_Tuple(required(group, n.betas).get()));
   if (PyTuple_GET_SIZE(betas.get()) != 2) return false;
-  PyObject* form = required(group, n.rectification);
-  if (!PyUnicode_Check(form)) return false;
-  h.exact = PyUnicode_Compare(form, n.exact) == 0;
-  if (!h.exact && PyUnicode_Compare(form, n.first_order) != 0) return false;
-  PyObject* grad_scale = item(group, n.grad_scale);
-  h.grad_scale = grad_scale ? number(grad_scale) : 1.0;
+  const Ref form = required(group, n.rectification);
+  if (!PyUnicode_Check(form.get())) return false;
+  h.exact = PyUnicode_Compare(form.get(), n.exact) == 0;
+  if (!h.exact && PyUnicode_Compare(form.get(), n.first_order) != 0) return false;
+  const Ref grad_scale = item(group, n.grad_scale);
+  h.grad_scale = grad_scale.get() ? number(grad_scale.get()) : 1.0;
   h.beta1 = number(PyTuple_GET_ITEM(betas.get(), 0));
   h.beta2 = number(PyTuple_GET_ITEM(betas.get(), 1));
-  read_lr(required(group, n.lr), h, device);
-#define RADAM_READ_NUMBER(name) h.name = number(required(group, n.name));
+  Ref lr = required(group, n.lr);
+  if (read_lr(lr.get(), h, device)) *lr_tensor = std::move(lr);
+#define RADAM_READ_NUMBER(name) h.name = number(required(group, n.name).get());
 #define RADAM_READ_FLAG(name) h.name = flag(group, n.name);
   RADAM_HYPERPARAMETERS(RADAM_READ_NUMBER, RADAM_READ_FLAG)
 #undef RADAM_READ_NUMBER

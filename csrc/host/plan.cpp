@@ -30,7 +30,6 @@ struct Names {
   RADAM_NAME(found_inf);
   RADAM_NAME(grad);
   RADAM_NAME(grad_scale);
-  RADAM_NAME(lr);
   RADAM_NAME(params);
   RADAM_NAME(state_dtype);
   RADAM_NAME(step);
@@ -67,9 +66,10 @@ Ref gradient(PyObject* param) {
   return Ref::steal(PyObject_GetAttr(param, names().grad));
 }
 
-// A list or tuple as it is, any other iterable as a list.
-Ref sequence(PyObject* object, const char* message) {
-  return Ref::steal(PySequence_Fast(object, message));
+// What a list, or any other iterable, holds now.
+Ref tuple(PyObject* object, const char* message) {
+  const Ref sequence = Ref::steal(PySequence_Fast(object, message));
+  return Ref::steal(PySequence_Tuple(sequence.get()));
 }
 
 void append_to(PyObject* list, PyObject* object) {
@@ -107,7 +107,7 @@ Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObjec
   release();
   find_classes();
   const Ref pending = Ref::steal(PyList_New(0));
-  const Ref all = sequence(groups, "param_groups: expected a list of dicts");
+  const Ref all = tuple(groups, "param_groups: expected a list of dicts");
   if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
   walk(all.get(), state, repaired, pending.get());
   if (PyList_GET_SIZE(pending.get()) == 0) complete(all.get(), scaling);
@@ -115,40 +115,46 @@ Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObjec
 }
 
 void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending) {
+  for (Py_ssize_t g = 0; g < PyTuple_GET_SIZE(groups); ++g) {
+    PyObject* options = PyTuple_GET_ITEM(groups, g);
+    if (!PyDict_Check(options)) {
+      throw std::invalid_argument("param_groups[" + std::to_string(g) + "]: expected a dict");
+    }
+    add_group(options);
+    const Ref found = item(options, names().params);
+    if (!found.get())
+      throw std::invalid_argument("param_groups[" + std::to_string(g) + "] has no \"params\"");
+    groups_.back().params =
+        tuple(found.get(), "\"params\" of a parameter group: expected a list of tensors");
+  }
+  // After the parameters: none that is made later, at the address of a key that is gone, is found.
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     items_.emplace_back(key, Ref::borrow(value));
   }
   Py_ssize_t position = 0;
-  for (Py_ssize_t g = 0; g < PySequence_Fast_GET_SIZE(groups); ++g) {
-    const Ref options = Ref::borrow(PySequence_Fast_GET_ITEM(groups, g));
-    if (!PyDict_Check(options.get())) {
-      throw std::invalid_argument("param_groups[" + std::to_string(g) + "]: expected a dict");
-    }
-    add_group(options.get());
-    PyObject* found = item(options.get(), names().params);
-    if (!found)
-      throw std::invalid_argument("param_groups[" + std::to_string(g) + "] has no \"params\"");
-    const Ref params =
-        sequence(found, "\"params\" of a parameter group: expected a list of tensors");
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i, ++position) {
-      const Ref owner = Ref::borrow(PySequence_Fast_GET_ITEM(params.get(), i));
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* params = groups_[g].params.get();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(params); ++i, ++position) {
+      const Ref owner = Ref::borrow(PyTuple_GET_ITEM(params, i));
       prefetch(static_cast<size_t>(position));
       const Ref grad = gradient(owner.get());
       if (static_cast<size_t>(position) == entries_.size()) entries_.emplace_back();
       Entry& entry = entries_[static_cast<size_t>(position)];
       if (grad.get() == Py_None) continue;
       Reason reason = {"it has no state"};
-      if (find_replacement(repaired, position, owner.get())) {
-        reason = take(owner, g, entry);
+      const int64_t group = static_cast<int64_t>(g);
+      if (find_replacement(repaired, owner.get())) {
+        reason = take(owner, group, entry);
       } else if (find_row(find_state(owner.get(), entry))) {
         row_.param = Ref::borrow(owner.get());
         row_.grad = Ref::borrow(grad.get());
-        reason = take(owner, g, entry);
+        reason = take(owner, group, entry);
       }
       if (!reason) continue;
-      const Ref left = Ref::steal(Py_BuildValue("(nnOON)", position, g, owner.get(), grad.get(),
-                                                text(reason.stream, reason.text).release()));
+      const Ref left =
+          Ref::steal(Py_BuildValue("(OOON)", groups_[g].options.get(), owner.get(), grad.get(),
+                                   text(reason.stream, reason.text).release()));
       append_to(pending, left.get());
     }
   }
@@ -184,10 +190,10 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
 }
 
 void Plan::add_group(PyObject* options) {
-  PyObject* dtype = item(options, names().state_dtype);
-  PyObject* capturable = item(options, names().capturable);
-  Group group = {Ref::borrow(options), dtype ? dtype_code(dtype) : -1, false};
-  const int truth = capturable ? PyObject_IsTrue(capturable) : 0;
+  const Ref dtype = item(options, names().state_dtype);
+  const Ref capturable = item(options, names().capturable);
+  Group group = {Ref::borrow(options), dtype.get() ? dtype_code(dtype.get()) : -1, false};
+  const int truth = capturable.get() ? PyObject_IsTrue(capturable.get()) : 0;
   if (truth < 0) throw PythonError();
   group.capturable = truth == 1;
   groups_.push_back(std::move(group));
@@ -208,12 +214,12 @@ PyObject* Plan::find_state(PyObject* param, Entry& entry) {
 }
 
 // Fills row_ with what is stepped in the place of a parameter, if anything is.
-bool Plan::find_replacement(PyObject* repaired, Py_ssize_t position, PyObject* owner) {
+bool Plan::find_replacement(PyObject* repaired, PyObject* owner) {
   if (PyDict_GET_SIZE(repaired) == 0) return false;
-  const Ref key = Ref::steal(PyLong_FromSsize_t(position));
-  PyObject* found = item(repaired, key.get());
-  if (!found || PyTuple_GET_ITEM(found, 0) != owner) return false;
-  const auto part = [&](int i) { return Ref::borrow(PyTuple_GET_ITEM(found, i)); };
+  const Ref key = Ref::steal(PyLong_FromVoidPtr(owner));
+  const Ref found = item(repaired, key.get());
+  if (!found.get()) return false;
+  const auto part = [&](int i) { return Ref::borrow(PyTuple_GET_ITEM(found.get(), i)); };
   row_ = {part(1), part(2), part(3), part(4), part(5)};
   return true;
 }
@@ -226,17 +232,17 @@ bool Plan::find_row(PyObject* state) {
   int n = 0;
   while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
   // Nearly always in the order in which they were put there, under interned names.
-  if (n < 3 || keys[0] != names().step || keys[1] != names().exp_avg ||
-      keys[2] != names().exp_avg_sq) {
-    values[0] = item(state, names().step);
-    values[1] = item(state, names().exp_avg);
-    values[2] = item(state, names().exp_avg_sq);
+  if (n == 3 && keys[0] == names().step && keys[1] == names().exp_avg &&
+      keys[2] == names().exp_avg_sq) {
+    row_.step = Ref::borrow(values[0]);
+    row_.exp_avg = Ref::borrow(values[1]);
+    row_.exp_avg_sq = Ref::borrow(values[2]);
+  } else {
+    row_.step = item(state, names().step);
+    row_.exp_avg = item(state, names().exp_avg);
+    row_.exp_avg_sq = item(state, names().exp_avg_sq);
   }
-  if (!values[0] || !values[1] || !values[2]) return false;
-  row_.step = Ref::borrow(values[0]);
-  row_.exp_avg = Ref::borrow(values[1]);
-  row_.exp_avg_sq = Ref::borrow(values[2]);
-  return true;
+  return row_.step.get() && row_.exp_avg.get() && row_.exp_avg_sq.get();
 }
 
 // In training the caches are cold: asks for what the walk will read a few parameters from now. A
@@ -468,10 +474,11 @@ void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
     last = counter.group;
     PyObject* options = groups_[static_cast<size_t>(last)].options.get();
     Hyperparameters& row = bucket.hyperparameters[static_cast<size_t>(last)];
-    if (!read_hyperparameters(options, row, &bucket.device) || !valid(row, 1.0)) {
+    Ref lr;
+    if (!read_hyperparameters(options, row, &bucket.device, &lr) || !valid(row, 1.0)) {
       throw InvalidGroup{last, 1.0};
     }
-    if (row.lr_data) bucket.learning_rates.push_back(Ref::borrow(item(options, names().lr)));
+    if (lr.get()) bucket.learning_rates.push_back(std::move(lr));
   }
   if (bucket.device.type == kCPU) {
     bucket.grad_scale = number(scaling, names().grad_scale, 1.0f);
@@ -485,6 +492,12 @@ std::vector<Bucket*> Plan::buckets() {
     if (!bucket.segments.empty()) filled.push_back(&bucket);
   }
   return filled;
+}
+
+Ref Plan::groups() const {
+  Ref all = Ref::steal(PyList_New(0));
+  for (const Group& group : groups_) append_to(all.get(), group.options.get());
+  return all;
 }
 
 // The step

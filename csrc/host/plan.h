@@ -29,13 +29,16 @@ struct InvalidGroup {
 class Plan {
  public:
   // Plans the step of every parameter of `groups` that has a gradient. `state` is the optimizer's,
-  // `scaling` a radam_kernels.scaling.Scaling. `repaired` is a dict from positions (parameters
-  // counted over all groups) to what is stepped in their place: tuples (owner, param, grad,
-  // exp_avg, exp_avg_sq, step).
+  // `scaling` a radam_kernels.scaling.Scaling. `repaired` is a dict from ids of parameters to what
+  // is stepped in their place: tuples (owner, param, grad, exp_avg, exp_avg_sq, step).
   //
-  // Returns [(position, group index, parameter, gradient, reason)] of those that can't be stepped
-  // as they are, among them those without state. Unless that is empty there is no plan yet: Python
-  // makes state or replacements for these, and calls again. Throws Refusal or InvalidGroup.
+  // Returns [(group, parameter, gradient, reason)] of those that can't be stepped as they are,
+  // among them those without state. Unless that is empty there is no plan yet: Python makes state
+  // or replacements for these, and calls again. Throws Refusal or InvalidGroup.
+  //
+  // Other threads, and code that torch calls, may edit all of this meanwhile. So the lists of
+  // parameters and the state's items are taken once, at the beginning, and all that is read is
+  // owned.
   Ref refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling);
 
   // As refresh(), of tensors whose steps the caller counts; any supported dtype of the moments.
@@ -61,6 +64,7 @@ class Plan {
   bool begun() const { return begun_; }
   std::vector<Bucket*> buckets();
   const std::vector<Ref>& owners() const { return owners_; }
+  Ref groups() const;  // a list of the groups that refresh() has read
 
  private:
   static constexpr int kStreams = 5;  // param, grad, exp_avg, exp_avg_sq, step
@@ -79,6 +83,7 @@ class Plan {
     Ref options;
     int state_dtype;  // a DType, or -1 for the default
     bool capturable;
+    Ref params = {};       // a tuple
     bool counted = false;  // by the caller
     bool has_host = false;
     Hyperparameters host{};
@@ -94,7 +99,7 @@ class Plan {
   void walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending);
   void add_group(PyObject* options);
   PyObject* find_state(PyObject* param, Entry& entry);
-  bool find_replacement(PyObject* repaired, Py_ssize_t position, PyObject* owner);
+  bool find_replacement(PyObject* repaired, PyObject* owner);
   bool find_row(PyObject* state);
   void prefetch(size_t position) const;
   Reason take(const Ref& owner, int64_t group, Entry& entry);

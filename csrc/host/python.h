@@ -47,11 +47,12 @@ inline Ref attribute(PyObject* object, const char* name) {
   return Ref::steal(PyObject_GetAttrString(object, name));
 }
 
-// A borrowed item of a dict, or null.
-inline PyObject* item(PyObject* dict, PyObject* key) {
+// An item of a dict; empty if there is none. Owned, because whatever is called next may be Python
+// code, and may let other threads run: either can take it out of the dict.
+inline Ref item(PyObject* dict, PyObject* key) {
   PyObject* found = PyDict_GetItemWithError(dict, key);
   if (!found && PyErr_Occurred()) throw PythonError();
-  return found;
+  return Ref::borrow(found);
 }
 
 inline int64_t to_int(PyObject* number) {
@@ -62,9 +63,9 @@ inline int64_t to_int(PyObject* number) {
 
 // The class `name` of `module`, or null as long as that is not imported. Never released.
 inline PyObject* find_class(const char* module, const char* name) {
-  PyObject* loaded = PyDict_GetItemString(PyImport_GetModuleDict(), module);
-  if (!loaded) return nullptr;
-  PyObject* found = PyObject_GetAttrString(loaded, name);
+  const Ref loaded = Ref::borrow(PyDict_GetItemString(PyImport_GetModuleDict(), module));
+  if (!loaded.get()) return nullptr;
+  PyObject* found = PyObject_GetAttrString(loaded.get(), name);
   if (!found) PyErr_Clear();  // the import is not over yet
   return found;
 }

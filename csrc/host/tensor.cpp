@@ -137,17 +137,22 @@ class Method {
     const Ref owner = attribute(Ref::steal(PyImport_ImportModule(module)).get(), type);
     const Ref found = attribute(owner.get(), name);
     if (!PyObject_TypeCheck(found.get(), &PyMethodDescr_Type)) return;
-    PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(found.get())->d_method;
-    if (method->ml_flags == METH_NOARGS) function_ = method->ml_meth;
+    const auto* descriptor = reinterpret_cast<PyMethodDescrObject*>(found.get());
+    if (descriptor->d_method->ml_flags != METH_NOARGS) return;
+    function_ = descriptor->d_method->ml_meth;
+    type_ = descriptor->d_common.d_type;  // kept by torch
   }
   Ref operator()(PyObject* self) const {
-    return Ref::steal(function_ ? function_(self, nullptr)
-                                : PyObject_CallMethodNoArgs(self, name_));
+    // A TorchFunctionMode can answer with anything, also where a method of torch's is called next.
+    return Ref::steal(function_ && PyObject_TypeCheck(self, type_)
+                          ? function_(self, nullptr)
+                          : PyObject_CallMethodNoArgs(self, name_));
   }
 
  private:
   PyObject* name_;  // never released
   PyCFunction function_ = nullptr;
+  PyTypeObject* type_ = nullptr;
 };
 
 }  // namespace
