@@ -49,6 +49,8 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
                 made |= {key: torch.zeros_like(param, dtype=dtype) for key in MOMENTS}
                 own = state.setdefault(param, {})
                 own.update(made)
+            if not isinstance(own["step"], Tensor):
+                own["step"] = as_step(own["step"], step_device(param, group))
             for key in MOMENTS:
                 own[key].add_(param.grad)
             param.add_(own["exp_avg"])

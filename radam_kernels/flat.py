@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .modules import cpu
@@ -78,6 +79,8 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _check(param: Tensor, i: int) -> None:
+    if is_lazy(param):
+        raise ValueError(f"flatten: param {i} is not initialized yet; run a forward pass first")
     what = f"flatten: param {i} of shape {tuple(param.shape)}"
     if hasattr(param, "to_local") or getattr(param, "_fsdp_flattened", False):
         # Alike on every rank, whatever its part is: otherwise some would go on, and hang.
@@ -89,6 +92,8 @@ def _check(param: Tensor, i: int) -> None:
             f"{what} is a {type(param).__name__}, which wraps other tensors and has no memory of "
             "its own to move; leave it out"
         )
+    if param.is_nested:
+        raise ValueError(f"flatten: param {i} is nested; leave it out")
     if param.is_meta:
         raise ValueError(
             f"{what} is on meta and has no memory; call to_empty() on its module first"
@@ -102,7 +107,7 @@ def _check(param: Tensor, i: int) -> None:
 
 def _check_storage(param: Tensor, i: int) -> None:
     storage = param.untyped_storage().nbytes()
-    if storage != param.numel() * param.element_size():
+    if param.numel() and storage != param.numel() * param.element_size():
         raise ValueError(
             f"flatten: param {i} of shape {tuple(param.shape)} and strides {param.stride()} is a "
             f"view into a larger storage ({storage} bytes), which moving it would tear apart; give "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backends import cpu as cpu_backend
 from .backends import devices, reference, resolve
+from .hyperparameters import DEFAULTS, check
 from .interrupts import deferred_interrupts
 from .modules import cpu
 from .schedule import group_scalars
@@ -82,5 +83,11 @@ def explain(error: Exception, plan, name_of: Callable[[Tensor], str]) -> Excepti
     try:
         group_scalars(plan.groups[group], step)
     except Exception as reason:
+        return reason
+    if step > 2**53:
+        return ValueError(f"step: expected a whole number up to 2**53, got {step!r}")
+    try:
+        check({**DEFAULTS, **plan.groups[group]})
+    except (ValueError, NotImplementedError) as reason:
         return reason
     return ValueError(f"param_groups[{group}]: hyperparameters that no kernel takes")

@@ -131,7 +131,7 @@ class RAdam(Optimizer):
         if self._flatten:
             try:
                 flatten_(_trained(self.param_groups[-1:]))
-            except ValueError:
+            except BaseException:
                 self.param_groups.pop()
                 raise
 
@@ -239,7 +239,7 @@ class RAdam(Optimizer):
             for i, param in enumerate(group["params"]):
                 if param is owner:
                     name = f"param {i} of group {index}"
-                    names = group.get("param_names", ())
+                    names = group.get("param_names") or ()
                     return f'{name} ("{names[i]}")' if i < len(names) else name
         return "a parameter"
 

@@ -64,6 +64,16 @@ class Staged:
     copied: bool  # param is a copy: write it back after the step
 
 
+class _Name:
+    """What errors call a parameter; only looked up for one."""
+
+    def __init__(self, owner: Tensor, name_of: Callable[[Tensor], str]) -> None:
+        self.owner, self.name_of = owner, name_of
+
+    def __str__(self) -> str:
+        return self.name_of(self.owner)
+
+
 @torch.no_grad()
 def repair(
     repairs: Repairs,
@@ -81,7 +91,7 @@ def repair(
     """
     staged, olds = [], []
     for _, owner, grad, _ in pending:
-        name = name_of(owner)
+        name = _Name(owner, name_of)
         # Copied, so that what is checked is what is used, whatever other threads do.
         old = state.get(owner, _NONE)
         old = dict(old) if isinstance(old, dict) else old
@@ -109,7 +119,7 @@ def repair(
         new |= made.get(owner) or {key: old[key] for key in MOMENTS}
         if owner in made and not is_new(old):
             for key in MOMENTS:
-                moment = placed_as(old[key], owner, f"{key} of {name_of(owner)}")
+                moment = placed_as(old[key], owner, key, _Name(owner, name_of))
                 local(new[key]).copy_(local(moment))
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
             repairs.before.append((owner, old))
@@ -129,12 +139,12 @@ def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> Non
     items.update(others)
 
 
-def _stage(owner: Tensor, grad: Tensor, name: str, *, new: bool) -> Staged:
+def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
     """Checks a parameter and its gradient; copies what a kernel can't use directly."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(
-            f"RAdam does not support sparse gradients, got {grad.layout} for {name}; "
-            "call to_dense() on it, or use torch.optim.SparseAdam"
+            f"RAdam does not support sparse gradients or nested tensors, got {grad.layout} for "
+            f"{name}; call to_dense() on it, or use torch.optim.SparseAdam"
         )
     if grad.shape != owner.shape or grad.device != owner.device:
         raise ValueError(
@@ -157,14 +167,14 @@ def _stage(owner: Tensor, grad: Tensor, name: str, *, new: bool) -> Staged:
             f"{name}: a meta tensor has no memory; call to_empty() on its module first"
         )
     check_storage(param, name)
-    check_storage(grad, f"grad of {name}")
+    check_storage(grad, name, "grad of ")
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
         param = _copy(param, name, try_back=new)
     return Staged(param, _fit(grad, param), copied)
 
 
-def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: str) -> None:
+def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
     def order(tensor: Tensor) -> object:
         return getattr(tensor._spec, "shard_order", None)
 
@@ -182,7 +192,7 @@ def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: str) -> None:
         )
 
 
-def _copy(param: Tensor, name: str, *, try_back: bool) -> Tensor:
+def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
     """A plain, contiguous copy. Not empty_like, which some classes lack.
 
     Args:

@@ -1,6 +1,7 @@
 """A parameter's state: `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.RAdam keeps them."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def is_step(value: Any, device: torch.device) -> bool:
     """Whether a step count can be used without a copy."""
     return (
         isinstance(value, Tensor)
+        and is_dense(value)
         and value.numel() == 1
         and value.dtype in _STEP_DTYPES
         and value.device == device
@@ -57,6 +59,7 @@ def is_step(value: Any, device: torch.device) -> bool:
 
 def as_step(value: float | Tensor, device: torch.device) -> Tensor:
     """A step count as torch keeps it: one float32 (or float64) in a tensor."""
+    value = local(value) if isinstance(value, Tensor) else value
     if is_step(value, device):
         return value
     dtype = torch.get_default_dtype()
@@ -85,19 +88,23 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
         )
     step = state["step"]
     if isinstance(step, Tensor):
-        good = step.numel() == 1 and not step.is_complex() and not step.is_meta
+        good = step.layout == torch.strided and step.numel() == 1
+        good = good and not step.is_complex() and not step.is_meta
     else:
-        # Beyond 2**53 not every int is a float, and some are too large for any.
-        good = isinstance(step, float) or (isinstance(step, int) and abs(step) <= 2**53)
+        # Beyond 2**53 not every integer is a float, and some are too large for any.
+        good = isinstance(step, Real) and not (isinstance(step, Integral) and abs(step) > 2**53)
     if not good:
         raise ValueError(
             f"step of {name}: expected a number or one in a tensor, got {_short(step)}"
         )
+    if isinstance(step, Tensor):
+        check_storage(step, name, "step of ")
     for key in MOMENTS:
-        _check_moment(state[key], param, f"{key} of {name}")
+        _check_moment(state[key], param, key, name)
 
 
-def _check_moment(moment: Any, param: Tensor, what: str) -> None:
+def _check_moment(moment: Any, param: Tensor, key: str, name: object) -> None:
+    what = _Of(key, name)
     remedy = "the parameter or its state has changed: delete the state to start from zero"
     if not isinstance(moment, Tensor) or moment.shape != param.shape:
         got = tuple(moment.shape) if isinstance(moment, Tensor) else type(moment).__name__
@@ -112,7 +119,17 @@ def _check_moment(moment: Any, param: Tensor, what: str) -> None:
     check_storage(moment, what)
 
 
-def check_storage(tensor: Tensor, what: object) -> None:
+class _Of:
+    """The words "`key` of `name`"; looking a name up takes longer than a check."""
+
+    def __init__(self, key: str, name: object) -> None:
+        self.key, self.name = key, name
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.name}"
+
+
+def check_storage(tensor: Tensor, what: object, of: str = "") -> None:
     """Raises ValueError for a tensor whose storage was freed or shrunk."""
     plain = local(tensor)
     if type(plain) not in (Tensor, torch.nn.Parameter) or plain.is_meta or not plain.numel():
@@ -123,8 +140,8 @@ def check_storage(tensor: Tensor, what: object) -> None:
     needed = (plain.storage_offset() + last + 1) * plain.element_size()
     if (found := plain.untyped_storage().nbytes()) < needed:
         raise ValueError(
-            f"{what}: its storage has {found} bytes and the tensor needs {needed}; something freed "
-            "or shrank it (untyped_storage().resize_()): resize it back before the step"
+            f"{of}{what}: its storage has {found} bytes and the tensor needs {needed}; something "
+            "freed or shrank it (untyped_storage().resize_()): resize it back before the step"
         )
 
 
@@ -140,6 +157,16 @@ def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
     return same and is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
 
 
+def placed_alike(tensor: Tensor, owner: Tensor) -> bool:
+    """Whether a tensor is a DTensor on the mesh of `owner`, with its placements and shard order."""
+    return (
+        hasattr(tensor, "to_local")
+        and tensor.device_mesh == owner.device_mesh
+        and tensor.placements == owner.placements
+        and getattr(tensor._spec, "shard_order", None) == getattr(owner._spec, "shard_order", None)
+    )
+
+
 def template(param: Tensor) -> Tensor:
     """A tensor laid out as what is stepped: a local parameter, or if not dense, a copy of it."""
     return param if is_dense(param) else torch.empty(param.shape, device="meta")
@@ -147,6 +174,8 @@ def template(param: Tensor) -> Tensor:
 
 def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can step this moment of a parameter without a copy."""
+    if hasattr(owner, "to_local") and not placed_alike(moment, owner):
+        return False
     moment, param = local(moment), local(owner)
     return (
         moment.dtype == dtype
@@ -241,7 +270,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             step = as_step(state["step"], step_device(owner, options))
             state["step"] = step.clone() if step is state["step"] else step
             for k in MOMENTS:
-                state[k] = placed_as(state[k], owner, f"{k} of param {key}")
+                state[k] = placed_as(state[k], owner, k, f"param {key}")
             dtype = moment_dtype(owner, options.get("state_dtype"))
             if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
                 converted.append((owner, dtype, state))
@@ -255,17 +284,21 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
     return {**state_dict, "state": states}
 
 
+# Keys of torch's optimizers that have neither exp_avg nor exp_avg_sq.
+_OTHERS = {"momentum_buffer", "sum", "square_avg", "acc_delta", "prev", "ax", "d", "prev_loss"}
+
+
 def _refuse_other_optimizers(states: dict[Any, Any]) -> None:
-    filled = {key: s for key, s in states.items() if isinstance(s, dict) and s}
-    if filled and all(map(is_new, filled.values())):
-        key, state = next(iter(filled.items()))
-        raise ValueError(
-            f"state of param {key} lacks {list(KEYS)}, as all others do: its keys are "
-            f"{list(state)}, so this is another optimizer's checkpoint"
-        )
+    for key, state in states.items():
+        found = _OTHERS & {*state} if isinstance(state, dict) else set()
+        if found and not {*MOMENTS} & {*state}:
+            raise ValueError(
+                f"state of param {key} lacks {list(KEYS)} and has {sorted(found)}: this is another "
+                "optimizer's checkpoint"
+            )
 
 
-def placed_as(moment: Tensor, owner: Tensor, what: str) -> Tensor:
+def placed_as(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
     """A loaded moment of the parameter's global shape, placed as the parameter is."""
     sharded, loaded_sharded = hasattr(owner, "to_local"), hasattr(moment, "to_local")
     if not sharded:
@@ -279,9 +312,11 @@ def placed_as(moment: Tensor, owner: Tensor, what: str) -> Tensor:
         )
     if moment.device_mesh != owner.device_mesh:
         raise ValueError(
-            f"{what}: it is placed on {moment.device_mesh}, its parameter on {owner.device_mesh}; "
-            "load with torch.distributed.checkpoint, which redistributes"
+            f"{key} of {name}: it is placed on {moment.device_mesh}, its parameter on "
+            f"{owner.device_mesh}; load with torch.distributed.checkpoint, which redistributes"
         )
     if moment.placements != owner.placements:
         moment = moment.redistribute(placements=owner.placements)
+    if not placed_alike(moment, owner):
+        raise ValueError(f"{key} of {name}: its shards are in another order than its parameter's")
     return place(moment.to_local(), owner)

@@ -160,3 +160,23 @@ def test_the_benchmark_of_dtensors_times_every_optimizer(mesh):
     found = dtensors.measure(3, 0.0)
     assert list(found) == [dtensors.PLAIN, dtensors.OURS, dtensors.ADAM, dtensors.RADAM]
     assert all(seconds > 0 for seconds in found.values())
+
+
+def test_a_moment_of_equal_local_shape_but_other_placement_is_redistributed():
+    """The first of four ranks on a 2 x 2 mesh; its local shapes are the same either way."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2))
+        shards = [tensor.Shard(0), tensor.Shard(1)]
+        p = Parameter(tensor.DTensor.from_local(torch.zeros(2, 2), mesh, shards))
+        p.grad = tensor.DTensor(torch.ones(2, 2), p._spec, requires_grad=False)
+        optimizer = RAdam([p])
+        optimizer.step()
+        whole = [tensor.Replicate(), tensor.Replicate()]
+        moment = tensor.DTensor.from_local(torch.arange(16.0).view(4, 4), mesh, whole)
+        optimizer.state[p]["exp_avg"] = moment.redistribute(placements=shards[::-1])
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].placements == tuple(shards)
+    finally:
+        dist.destroy_process_group()

@@ -321,3 +321,10 @@ def test_the_optimizer_shows_backend_and_flatten():
     optimizer = radam_kernels.RAdam([torch.nn.Parameter(torch.ones(3))], backend="cpu")
     assert "backend: cpu\nflatten: False" in repr(optimizer)
     assert not {"backend", "flatten"} & {*optimizer.defaults, *optimizer.param_groups[0]}
+
+
+def test_a_group_that_cannot_be_flattened_is_not_added():
+    optimizer = radam_kernels.RAdam([torch.nn.Parameter(torch.ones(3))], flatten=True)
+    with pytest.raises(ValueError, match="not initialized yet"):
+        optimizer.add_param_group({"params": [*torch.nn.LazyLinear(3).parameters()]})
+    assert len(optimizer.param_groups) == 1

@@ -9,6 +9,7 @@ import sys
 import weakref
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -1231,3 +1232,32 @@ def test_groups_that_are_none_are_named(bad):
     optimizer.param_groups = bad
     with pytest.raises((TypeError, ValueError), match=r"param_groups|\"params\""):
         optimizer.step()
+
+
+def test_state_that_is_no_parameters_is_loaded_again():
+    optimizer = RAdam([Parameter(torch.ones(3))])
+    optimizer.state["of a wrapper"] = {"epoch": 1}
+    optimizer.state[params_of(optimizer)[0]]["ema"] = 2.0
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state["of a wrapper"] == {"epoch": 1}
+    step(optimizer)
+    assert optimizer.state[params_of(optimizer)[0]]["ema"] == 2.0
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_a_step_may_be_a_number_of_numpys(kind):
+    optimizer = RAdam([Parameter(torch.ones(3))])
+    step(optimizer)
+    loaded = copy.deepcopy(optimizer.state_dict())
+    loaded["state"][0]["step"] = kind(7)
+    optimizer.load_state_dict(loaded)
+    step(optimizer)
+    assert optimizer.state[params_of(optimizer)[0]]["step"] == 8
+
+
+@pytest.mark.parametrize("bad", ["bfloat16", torch.int8, torch.float64, 3])
+def test_a_state_dtype_that_is_none_is_refused_at_the_step_too(bad):
+    optimizer = RAdam([Parameter(torch.ones(3))])
+    optimizer.param_groups[0]["state_dtype"] = bad
+    with pytest.raises(ValueError, match="Invalid state_dtype"):
+        step(optimizer)

@@ -351,3 +351,61 @@ def test_a_memory_tracker_sees_the_bytes_that_it_sees_with_torchs():
             return memory.get_tracker_snapshot("current")
 
     assert seen(RAdam) == seen(TorchRAdam)
+
+
+class Dispatching(Tensor):
+    """A class with memory of its own whose values are elsewhere."""
+
+    @staticmethod
+    def __new__(cls, elem):
+        made = Tensor._make_subclass(cls, torch.full_like(elem, 99.0))
+        made.elem = elem
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def inner(x):
+            return x.elem if isinstance(x, cls) else x
+
+        result = func(*map(inner, args), **{k: inner(v) for k, v in (kwargs or {}).items()})
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(result)
+        if isinstance(args[0], cls) and result is args[0].elem:
+            return args[0]
+        return result
+
+
+def test_a_class_that_defines_its_operations_is_stepped_through_them():
+    results = []
+    for cls in (RAdam, TorchRAdam):
+        p = Parameter(Dispatching(torch.ones(4)))
+        optimizer = cls([p], lr=0.1, **({} if cls is RAdam else {"foreach": False}))
+        for _ in range(8):
+            p.grad = torch.ones(4)
+            optimizer.step()
+        results.append(p.data.elem.clone())
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0], torch.ones(4))
+
+
+def test_a_parameter_that_is_conjugated_in_place_is_stepped_as_it_reads():
+    results = []
+    for resolve in (lambda z: z, lambda z: z.resolve_conj()):
+        p = Parameter(torch.full((8,), 0.5 + 0.5j))
+        optimizer = RAdam([p], lr=0.01)
+        for i in range(9):
+            if i == 6:
+                p.data = resolve(p.data.conj())
+            p.grad = torch.full((8,), 1.0 - 0.3j)
+            optimizer.step()
+        results.append(p.detach().resolve_conj())
+    assert torch.equal(*results)
+
+
+def test_a_lazily_negated_learning_rate_has_its_own_sign():
+    lr = torch.tensor([1 - 0.1j]).conj().imag[0]
+    assert lr.is_neg()
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    RAdam([p], lr=lr, capturable=True).step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))

@@ -50,8 +50,9 @@ bool read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
   h.lr_data = nullptr;
   h.lr_dtype = 0;
   TensorInfo info;
-  if (device && !PyFloat_CheckExact(lr) && describe(lr, info) && !info.complex && info.numel == 1 &&
-      info.dtype >= 0 && (info.device.type != kCPU || device->type == kCPU)) {
+  if (device && !PyFloat_CheckExact(lr) && describe(lr, info) && !info.complex &&
+      !find_lazy(lr, info) && info.numel == 1 && info.dtype >= 0 &&
+      (info.device.type != kCPU || device->type == kCPU)) {
     if (!(info.device == *device)) {
       throw std::invalid_argument(
           "lr is a tensor on another device than a parameter of its group; give a number, or a "

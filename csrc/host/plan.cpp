@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/step_cpu.h"
-#include "host/classes.h"
+#include "host/dtensor.h"
 
 namespace radam {
 namespace {
@@ -105,7 +105,7 @@ float number(PyObject* scaling, PyObject* name, float otherwise) {
 
 Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling) {
   release();
-  find_classes();
+  find_dtensor();
   const Ref pending = Ref::steal(PyList_New(0));
   const Ref all = tuple(groups, "param_groups: expected a list of dicts");
   if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
@@ -164,7 +164,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
 Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
                           PyObject* exp_avg_sqs, double step, PyObject* group) {
   release();
-  find_classes();
+  find_dtensor();
   const Ref pending = Ref::steal(PyList_New(0));
   add_group(group);
   groups_.back().counted = true;
@@ -192,11 +192,17 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
 void Plan::add_group(PyObject* options) {
   const Ref dtype = item(options, names().state_dtype);
   const Ref capturable = item(options, names().capturable);
-  Group group = {Ref::borrow(options), dtype.get() ? dtype_code(dtype.get()) : -1, false};
+  groups_.push_back({Ref::borrow(options), -1, false});
+  Group& group = groups_.back();
+  if (dtype.get() && dtype.get() != Py_None) {
+    group.state_dtype = dtype_code(dtype.get());
+    if (group.state_dtype < 0 || group.state_dtype == kFloat64) {
+      throw InvalidGroup{static_cast<int64_t>(groups_.size()) - 1, 1.0};
+    }
+  }
   const int truth = capturable.get() ? PyObject_IsTrue(capturable.get()) : 0;
   if (truth < 0) throw PythonError();
   group.capturable = truth == 1;
-  groups_.push_back(std::move(group));
 }
 
 // The value of `param` in the optimizer's state; null if it has none. A dict lookup would hash the
@@ -351,7 +357,8 @@ Plan::Reason Plan::check_memory(int stream, Seen& seen) const {
   PyObject* const tensor = tensors[stream]->get();
   const TensorInfo& info = infos_[stream];
   const bool same = seen.object == tensor && seen.impl == info.sizes && seen.data == info.data;
-  if (!same || stream == kGrad) {  // gradients come from anywhere, at every step
+  // Gradients come from anywhere, at every step; and p.data = p.data.conj() stays on its memory.
+  if (!same || stream == kGrad || info.complex) {
     if (const char* reason = find_lazy(tensor, info)) return {reason, kStreamNames[stream]};
   }
   if (same) return {};

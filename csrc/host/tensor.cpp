@@ -5,8 +5,6 @@
 
 #include <algorithm>
 
-#include "host/classes.h"
-
 namespace radam {
 namespace {
 
@@ -155,6 +153,22 @@ class Method {
   PyTypeObject* type_ = nullptr;
 };
 
+// Whether a class defines what operations do to its tensors: their own memory, if they have any,
+// need not hold their values.
+bool overrides_dispatch(PyObject* tensor) {
+  static PyObject* const plain = find_class("torch", "Tensor");
+  static PyObject* const parameter = find_class("torch.nn", "Parameter");
+  static PyObject* const name = PyUnicode_InternFromString("__torch_dispatch__");
+  static PyObject* const disabled = PyObject_GetAttr(plain, name);
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type == plain || type == parameter) return false;
+  PyObject* const found = PyObject_GetAttr(type, name);
+  if (!found) PyErr_Clear();  // no tensor
+  const Ref own = Ref::borrow(found);
+  Py_XDECREF(found);
+  return own.get() != disabled;
+}
+
 }  // namespace
 
 int dtype_code(PyObject* torch_dtype) {
@@ -188,7 +202,7 @@ const char* find_short_storage(PyObject* tensor, const TensorInfo& info) {
 }
 
 bool describe(PyObject* tensor, TensorInfo& info) {
-  if (is_fake(tensor)) return false;
+  if (overrides_dispatch(tensor)) return false;
   const DLPackExchangeAPI* api = exchange_api();
   if (api ? describe_by_dlpack(*api, tensor, info) : describe_by_attributes(tensor, info)) {
     return info.data != nullptr || info.numel == 0;

@@ -1,6 +1,6 @@
 // FSDP2 gives gradient and parameter the same spec object. Where they are two, their parts are
 // compared: `spec == spec` builds hashes and takes 0.4 us.
-#include "host/classes.h"
+#include "host/dtensor.h"
 
 namespace radam {
 namespace {
@@ -23,8 +23,7 @@ const Names& names() {
   return interned;
 }
 
-// Written under the GIL.
-PyObject *dtensor_class = nullptr, *fake_class = nullptr;
+PyObject* dtensor_class = nullptr;  // written under the GIL
 
 Ref get(PyObject* object, PyObject* name) { return Ref::steal(PyObject_GetAttr(object, name)); }
 
@@ -45,17 +44,12 @@ bool equal(const Ref& a, const Ref& b) {
 
 }  // namespace
 
-void find_classes() {
+void find_dtensor() {
   if (!dtensor_class) dtensor_class = find_class("torch.distributed.tensor", "DTensor");
-  if (!fake_class) fake_class = find_class("torch._subclasses.fake_tensor", "FakeTensor");
 }
 
 bool is_dtensor(PyObject* object) {
   return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_class;
-}
-
-bool is_fake(PyObject* object) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == fake_class;
 }
 
 Ref local_tensor(PyObject* dtensor) {

@@ -6,11 +6,8 @@
 
 namespace radam {
 
-// Looks for the classes, which not every program imports; before a walk.
-void find_classes();
-
-// Whether `object` is a FakeTensor, which warns when it is asked for its memory.
-bool is_fake(PyObject* object);
+// Looks for the class, which few programs import; before a walk.
+void find_dtensor();
 
 // Whether `object` is a DTensor (a Parameter of one has exactly that type).
 bool is_dtensor(PyObject* object);
