@@ -44,13 +44,13 @@ class Repairs:
     # By id of the owner: itself, then what is stepped for it (param, grad, moments and step).
     replacements: dict[int, tuple] = field(default_factory=dict)
     write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # state as it was
+    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # their state before
 
     def undo(self, state: dict[Tensor, Any]) -> None:
         for owner, items in reversed(self.before):
             if items is None:
                 state.pop(owner, None)
-            elif (own := state.get(owner)) is not None:  # nobody else has deleted it
+            elif (own := state.get(owner)) is not None:  # unless another thread has deleted it
                 own.clear()
                 own.update(items)
 

@@ -26,6 +26,10 @@ struct InvalidGroup {
   double step;
 };
 
+// What a parameter is stepped with, in the order of a plan's tables.
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kStreams };
+
+// Implemented in walk.cpp (refresh), check.cpp (take) and plan.cpp (buckets and the step).
 class Plan {
  public:
   // Plans the step of every parameter of `groups` that has a gradient. `state` is the optimizer's,
@@ -67,8 +71,6 @@ class Plan {
   Ref groups() const;  // a list of the groups that refresh() has read
 
  private:
-  static constexpr int kStreams = 5;  // param, grad, exp_avg, exp_avg_sq, step
-
   // Where a tensor was found at the last step. Only compared and prefetched, never followed.
   struct Seen {
     const PyObject* object = nullptr;
