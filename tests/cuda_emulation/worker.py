@@ -68,8 +68,10 @@ def make_plan(tensors, steps, groups, of_group, scaling=UNSCALED):
             owner.grad = torch.empty(0)  # torch allows only gradients of the parameter's dtype
             capturable = isinstance(steps[i], Tensor)
             count = steps[i] if capturable else torch.tensor(steps[i] - 1.0)
-            stepped[len(stepped)] = (owner, *tensors[i], count)
-            group = {**group, "capturable": capturable, "state_dtype": tensors[i][2].dtype}
+            stepped[id(owner)] = (owner, *tensors[i], count)
+            dtype = tensors[i][2].dtype
+            dtype = None if dtype == torch.float64 else dtype  # that of float64 parameters anyway
+            group = {**group, "capturable": capturable, "state_dtype": dtype}
         listed.append({**group, "params": owners})
     plan = cpu.Plan()
     pending = plan.refresh(listed, {}, stepped, scaling)
