@@ -51,7 +51,8 @@ FAULTS = (
     ),
     Planted(
         "the gradient of the next segment", "cuda", F32,
-        r"(ld\.global\.nc\.u64\s+%rd\d+, \[%rd\d+)\]", r"\1+8]",
+        r"(shl\.b64\s+(%rd\d+), %rd\d+, 3;\s+add\.s64\s+(%rd\d+), %rd\d+, \2;"
+        r"\s+ld\.global\.u64\s+%rd\d+, \[\3)\]", r"\1+8]",
     ),
     Planted(
         "a load that is not coherent of what is stored", "cuda", F32,
