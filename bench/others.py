@@ -9,7 +9,7 @@ DISTURBED = 0.3  # cores
 
 
 class Others:
-    """How many cores others kept busy on average, inside a `with`; None where nobody can tell."""
+    """How many cores others kept busy on average, inside a `with`; None without /proc."""
 
     def __enter__(self) -> "Others":
         self.cores: float | None = None

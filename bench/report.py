@@ -1,6 +1,6 @@
 """What a step costs on this CPU, against every other RAdam and Adam: `python -m bench.report`.
 
-About two minutes on 2 cores that nobody else uses; --full takes larger sizes, more models and more
+About two minutes on 2 otherwise idle cores; --full takes larger sizes, more models and more
 optimizers. Leaves a table on the screen, and report.json, report.csv and three pictures in a
 folder. The optimizers of a case take turns, and no RAdam is timed before its step agrees with the
 formula in float64. Ctrl-C keeps what was measured. For a GPU there is bench/gpu_report.sh.

@@ -1,6 +1,6 @@
 """Measures one case on the CPU: the optimizers stay, and take turns with what memory can do.
 
-bench/turns.py starts them anew in every turn, since a GPU has no room for all at once and warms
+bench/turns.py restarts them in every turn, since a GPU has no room for all at once and warms
 them up in no time.
 """
 

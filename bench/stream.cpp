@@ -46,7 +46,7 @@ int64_t divide_and_root(int threads, int64_t passes) {
     for (int64_t pass = 0; pass < passes; ++pass) {
 #pragma omp simd
       for (int64_t i = 0; i < kN; ++i) out[i] = y[i] / (std::sqrt(x[i]) + static_cast<T>(1e-8));
-      asm volatile("" : : "r"(out), "r"(x), "r"(y) : "memory");  // nobody may leave a pass out
+      asm volatile("" : : "r"(out), "r"(x), "r"(y) : "memory");  // keeps every pass
     }
   });
   return kN * passes;

@@ -232,7 +232,7 @@ const size_t at = __cvta_generic_to_global(reinterpret_cast<const uint4*>(from) 
 
 
 def grads(how: str) -> Change:
-    """Of the gradients alone, which nobody writes."""
+    """Of the gradients alone, which are only read."""
     return (
         "const auto g = load<G, kN>(grads + i);",
         f"""\

@@ -1,4 +1,4 @@
-"""Step counts that live beside the parameters: the same steps, and nobody waits for the device."""
+"""Step counts that live beside the parameters: the same steps, without waiting for the device."""
 
 import copy
 from itertools import product

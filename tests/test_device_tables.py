@@ -13,7 +13,7 @@ from radam_kernels.scaling import UNSCALED
 
 
 class Segments:
-    """A plan of _cpu, made anew for each step as an optimizer does it."""
+    """A plan of _cpu, refreshed for each step as an optimizer does it."""
 
     def __init__(self) -> None:
         self.plan = cpu.Plan()

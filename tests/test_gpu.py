@@ -67,7 +67,7 @@ def on_gpu(lists: list[list[Tensor]], offset: int = 0, device="cuda") -> list[li
 
 
 def guards_hold(lists: list[list[Tensor]], offset: int) -> bool:
-    """Whether what lies around the tensors of on_gpu() is as it was."""
+    """Whether the memory around the tensors of on_gpu() is unchanged."""
     for t in itertools.chain(*lists):
         size = len(t)
         room = t.as_strided((size + offset + 16,), (1,), 0)

@@ -56,7 +56,7 @@ def draw():
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A module of runs, and one that it imports; `toy.edit` changes them and loads them anew."""
+    """A module of runs, and one that it imports; `toy.edit` changes them and reloads them."""
     folder = tmp_path / "code" / "_paper"
     folder.mkdir(parents=True)
     monkeypatch.syspath_prepend(str(folder.parent))

@@ -511,7 +511,7 @@ for _ in range(3):
     ],
 )
 def test_threads_that_step_one_optimizer_do_not_crash(kind, options, succeeds):
-    """What it counts is nobody's promise; in a first step, each may find half of the state."""
+    """The step count is unspecified; in a first step, each thread may find half of the state."""
     succeeds(
         PRELUDE
         + f"""

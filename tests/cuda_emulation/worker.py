@@ -89,7 +89,7 @@ def step(library: str, streams, sizes, offsets, steps, groups, of_group, scaling
         scaling: for capturable segments.
 
     Returns: the streams and steps afterwards, and for each segment whether what lies before its
-        tensors is as it was.
+        tensors is unchanged.
     """
     module, _ = load(library)
     parts, guards = [], []
