@@ -1,35 +1,77 @@
-"""Fingerprints of the sources: compiled modules carry one, measurements another."""
+"""Fingerprints of the sources: compiled modules carry one, measurements another.
 
+Comments, docstrings and layout do not count: neither a build nor a number goes stale with them.
+"""
+
+import ast
 import hashlib
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 COMMANDS = ("__main__.py", "doctor.py", "train.py", "train_report.py")  # no part of a step
 
+# Literals come first, so that a "//" inside of one stays.
+_CPP = re.compile(r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\')|//[^\n]*|/\*.*?\*/', re.DOTALL)
+
 
 def fingerprint(root: Path) -> str | None:
     """Twelve hexadecimal digits for the sources under `root`/csrc; None where there are none."""
-    return _digest({file.relative_to(root).as_posix(): file for file in _compiled(root)})
+    return _digest(root, _compiled(root))
 
 
 def measured_fingerprint(root: Path) -> str | None:
     """The same for all that decides a step's speed: those sources and the package's Python."""
     python = (file for file in (root / "radam_kernels").rglob("*.py") if file.name not in COMMANDS)
-    files = [*_compiled(root), *python]
-    return _digest({file.relative_to(root).as_posix(): file for file in files})
+    return _digest(root, [*_compiled(root), *python])
 
 
 def _compiled(root: Path) -> list[Path]:
     return list((root / "csrc").rglob("*.[ch]*"))
 
 
-def _digest(files: dict[str, Path]) -> str | None:
+def _digest(root: Path, files: list[Path]) -> str | None:
     if not files:
         return None
     digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(name.encode() + b"\0" + files[name].read_bytes())
+    for file in sorted(files):
+        text = file.read_text()
+        code = " ".join(_tree(ast.parse(text))) if file.suffix == ".py" else _cpp(text)
+        digest.update(f"{file.relative_to(root).as_posix()}\0{code}\0".encode())
     return digest.hexdigest()[:12]
+
+
+def _cpp(text: str) -> str:
+    """The text without comments, and with one space wherever there is any."""
+    return " ".join(_CPP.sub(lambda found: found[1] or " ", text).split())
+
+
+def _tree(node: object) -> Iterator[str]:
+    """What a syntax tree says, in the same words under every version of Python."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _tree(child)
+    elif isinstance(node, ast.AST):
+        yield f"({type(node).__name__}"
+        for name, value in ast.iter_fields(node):
+            if name == "body" and isinstance(value, list):
+                value = [child for child in value if not _is_docstring(child)]
+            if value is not None and value != []:  # versions differ in what may be absent
+                yield name
+                yield from _tree(value)
+        yield ")"
+    else:
+        yield repr(node)
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    """Whether this is a string that stands alone as a statement."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 if __name__ == "__main__":  # the build asks

@@ -1,5 +1,6 @@
 """What only a GPU can show: the kernels on it, streams, queues, graphs and GradScaler."""
 
+import copy
 import gc
 import itertools
 from collections.abc import Iterator
@@ -374,7 +375,7 @@ def test_a_loaded_state_can_be_captured_at_once(same_bits):
     new_grads(other, 0)
     before.step()
     ours = RAdam(params, capturable=True)
-    ours.load_state_dict(before.state_dict())
+    ours.load_state_dict(copy.deepcopy(before.state_dict()))  # a load aliases what fits
     for p, q in zip(params, other, strict=True):
         p.data.copy_(q)
         p.grad = q.grad.clone()

@@ -225,13 +225,41 @@ def test_a_table_of_other_sources_is_stale(results):
 def test_the_fingerprint_of_a_measurement_sees_every_source_of_a_step(tmp_path):
     for name in ("csrc/a.cu", "radam_kernels/train.py", "radam_kernels/backends/c.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
+        (tmp_path / name).write_text("1;")
     before, compiled = measured_fingerprint(tmp_path), fingerprint(tmp_path)
     (tmp_path / "radam_kernels/train.py").write_text("2")
     assert measured_fingerprint(tmp_path) == before
     (tmp_path / "radam_kernels/backends/c.py").write_text("2")
     assert measured_fingerprint(tmp_path) != before
     assert fingerprint(tmp_path) == compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "same", "others"),
+    [
+        (
+            "csrc/a.cu",
+            'f("//", 1);',
+            '/* a */ f("//",\n  1);  // b\n',
+            ['f("//b", 1);', 'f("//", 2);'],
+        ),
+        (
+            "radam_kernels/a.py",
+            "def f(x):\n    return x, '#'",
+            '"""A."""\ndef f(x):  # b\n\n    """C."""\n    return (x, "#")\n',
+            ["def f(x):\n    return x, '# b'", "def f(x):\n    return '#', x"],
+        ),
+    ],
+    ids=["C++", "Python"],
+)
+def test_a_fingerprint_ignores_comments_docstrings_and_layout(tmp_path, name, text, same, others):
+    def of(text: str) -> str | None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return measured_fingerprint(tmp_path)
+
+    assert of(same) == of(text)
+    assert len({of(other) for other in (text, *others)}) == 1 + len(others)
 
 
 def test_aims_are_met_missed_or_open(results):
