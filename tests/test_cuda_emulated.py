@@ -379,7 +379,7 @@ WRONG = {
     ),
     "a walk one too far": ("chunk >= chunks()", "chunk > chunks()"),
     "the gradient of another segment": ("arguments.grads[index]", "*arguments.grads"),
-    "one moment is not stored": ("store(exp_avg_sqs + i, v);", ""),
+    "one moment is not stored": ("store(exp_avg_sqs + i, v[k]);", ""),
     "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
 }
 # Only float32, for the compiler's sake.

@@ -1,11 +1,14 @@
 // The CUDA kernels: a block steps one chunk of one segment; and the two small ones around it.
 //
-// The step is bound by memory. Per fp32 parameter 28 bytes move (p, g, m, v in; p, m, v out), which
-// at 4.3 TB/s takes 6.5 ps, in which an H200 issues 193 instructions; the loop takes 56, IEEE
-// division and square root among them. So the design is about keeping enough bytes in flight. Every
-// thread issues its 16-byte loads of all four streams before it uses the first, and five 256-thread
-// blocks of 48 registers fill an SM: 82 kB where 25 are needed. What is read or written once passes
-// the caches marked as streaming. bench/machine_code.py counts all this, for every dtype set.
+// The step is bound by memory: per float32 parameter 28 bytes move (p, g, m, v in; p, m, v out). An
+// H100 issues 190 instructions in the time that takes; the update needs 56, IEEE division and
+// square root among them. So the design keeps many bytes in flight: a thread issues all of its
+// 16-byte loads, of four vectors from each of four streams, before it uses the first. Measured on
+// an H100, 2^28 float32 elements, as a share of a copy that moves as many bytes: one vector at a
+// time 95%, two 96%, four 98%, and four without streaming cache hints (ld.cs, st.cs) 99.6%. Fewer
+// threads are resident then, as four vectors take 106 registers. That is enough: 128 KiB in flight
+// on a multiprocessor, where 25 KiB hide the latency. bench/gpu/machine_code.py counts all this for
+// every dtype set, and bench/gpu/tune.py measures variants of the constants below.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -18,8 +21,16 @@
 namespace radam {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVectors = 4;  // that a thread steps, one after another
+// bench/gpu/tune.py sets these by -D; also RADAM_STREAMING, for the cache hints, and
+// RADAM_NARROWEST, for vectors of 16 bytes of the narrowest stream.
+#ifndef RADAM_THREADS
+#define RADAM_THREADS 256
+#endif
+#ifndef RADAM_VECTORS
+#define RADAM_VECTORS 4
+#endif
+constexpr int kThreads = RADAM_THREADS;
+constexpr int kVectors = RADAM_VECTORS;  // that a thread loads before it uses the first
 
 template <typename Element>
 using Storage = typename Element::Storage;
@@ -47,30 +58,25 @@ struct Arguments {
   Row<T> rows[kInlineScalars];
 };
 
-// Elements a thread steps at once: 16 bytes of the narrowest stream.
+// Elements of a vector: 16 bytes of the widest stream, so that neighbours in a warp access
+// neighbouring bytes of every stream.
 template <typename P, typename G, typename S>
-constexpr int kVector =
-    16 / (sizeof(P) < sizeof(G) ? (sizeof(P) < sizeof(S) ? sizeof(P) : sizeof(S))
-                                : (sizeof(G) < sizeof(S) ? sizeof(G) : sizeof(S)));
+#ifdef RADAM_NARROWEST
+constexpr int kVector = 16 / std::min({sizeof(P), sizeof(G), sizeof(S)});
+#else
+constexpr int kVector = 16 / std::max({sizeof(P), sizeof(G), sizeof(S)});
+#endif
 
 template <typename P, typename G, typename S>
 constexpr int64_t kChunk = int64_t{kThreads} * kVectors * kVector<P, G, S>;
 
-// Blocks that an SM must hold at least; 0 leaves it to the compiler. For sm_120 that would keep two
-// kernels to 48 registers, and spill 8 bytes.
-template <typename P, typename G, typename S>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocks = sizeof(P) == 4 && sizeof(G) == 4 && sizeof(S) == 2 ? 4 : 0;
-#else
-constexpr int kBlocks = 0;
-#endif
-
-// N elements in as many 16-byte accesses as it takes.
+// N elements, in accesses of 16 bytes, or of 8 where they are no more.
 template <typename T, int N>
-struct alignas(16) Pack {
-  static constexpr int kWords = N * sizeof(T) / 16;
+struct Pack {
+  using Word = std::conditional_t<N * sizeof(T) % 16 == 0, uint4, uint2>;
+  static constexpr int kWords = N * sizeof(T) / sizeof(Word);
   union {
-    uint4 words[kWords];
+    Word words[kWords];
     T x[N];
   };
 };
@@ -80,7 +86,12 @@ __device__ __forceinline__ Pack<T, N> load(const T* from) {
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < pack.kWords; ++i) {
-    pack.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+    const auto* const word = reinterpret_cast<const typename Pack<T, N>::Word*>(from) + i;
+#ifdef RADAM_STREAMING
+    pack.words[i] = __ldcs(word);
+#else
+    pack.words[i] = *word;
+#endif
   }
   return pack;
 }
@@ -89,7 +100,12 @@ template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
 #pragma unroll
   for (int i = 0; i < pack.kWords; ++i) {
-    __stcs(reinterpret_cast<uint4*>(to) + i, pack.words[i]);
+    auto* const word = reinterpret_cast<typename Pack<T, N>::Word*>(to) + i;
+#ifdef RADAM_STREAMING
+    __stcs(word, pack.words[i]);
+#else
+    *word = pack.words[i];
+#endif
   }
 }
 
@@ -111,7 +127,7 @@ __device__ __forceinline__ bool aligned(const Segment& s, uintptr_t grad) {
 }
 
 template <typename P, typename G, typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks<P, G, S>)
+__global__ void __launch_bounds__(kThreads)
     radam_step_kernel(const __grid_constant__ Arguments<Compute<P>> arguments) {
   using T = Compute<P>;
   constexpr int kN = kVector<P, G, S>;
@@ -139,22 +155,43 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, G, S>)
   S* const exp_avgs = static_cast<S*>(segment.exp_avg) + begin;
   S* const exp_avg_sqs = static_cast<S*>(segment.exp_avg_sq) + begin;
 
+  // Steps some vectors of this thread: all loads come before the first use.
+  constexpr int kStride = kThreads * kN;
+  const auto step_vectors = [&](int first, auto vectors) {
+    constexpr int kCount = decltype(vectors)::value;
+    Pack<P, kN> p[kCount];
+    Pack<G, kN> g[kCount];
+    Pack<S, kN> m[kCount], v[kCount];
+#pragma unroll
+    for (int k = 0, i = first; k < kCount; ++k, i += kStride) {
+      p[k] = load<P, kN>(params + i);
+      g[k] = load<G, kN>(grads + i);
+      m[k] = load<S, kN>(exp_avgs + i);
+      v[k] = load<S, kN>(exp_avg_sqs + i);
+    }
+#pragma unroll
+    for (int k = 0, i = first; k < kCount; ++k, i += kStride) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        step_element(p[k].x[j], g[k].x[j], m[k].x[j], v[k].x[j], s, l2, action);
+      }
+      store(params + i, p[k]);
+      store(exp_avgs + i, m[k]);
+      store(exp_avg_sqs + i, v[k]);
+    }
+  };
+
   int done = 0;  // up to here, whole vectors
   if (aligned(segment, grad)) {
     done = count - count % kN;
+    const int first = threadIdx.x * kN;
+    if (count == kElements) {
+      step_vectors(first, std::integral_constant<int, kVectors>());
+    } else {
 #pragma unroll 1
-    for (int i = threadIdx.x * kN; i < done; i += kThreads * kN) {
-      auto p = load<P, kN>(params + i);
-      const auto g = load<G, kN>(grads + i);
-      auto m = load<S, kN>(exp_avgs + i);
-      auto v = load<S, kN>(exp_avg_sqs + i);
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        step_element(p.x[j], g.x[j], m.x[j], v.x[j], s, l2, action);
+      for (int i = first; i < done; i += kStride) {
+        step_vectors(i, std::integral_constant<int, 1>());
       }
-      store(params + i, p);
-      store(exp_avgs + i, m);
-      store(exp_avg_sqs + i, v);
     }
   }
   // The rest of a segment, or all of one that does not start on 16 bytes.

@@ -10,7 +10,7 @@ from ..modules import cpu
 from ..schedule import Action, StepScalars
 from .upload import Upload
 
-CHUNK = 4096  # elements that one program steps
+CHUNK = 2048  # elements that one program steps
 
 # Kernels see constants of the module only as tl.constexpr.
 _SKIP = tl.constexpr(int(Action.SKIP))

@@ -15,7 +15,10 @@
 
 struct uint4 {
   uint32_t x, y, z, w;
-} __attribute__((aligned(16)));
+} __attribute__((aligned(16)));  // UBSan finds a vector access that is not aligned
+struct uint2 {
+  uint32_t x, y;
+} __attribute__((aligned(8)));
 
 struct dim3 {
   unsigned x, y, z;
@@ -23,21 +26,6 @@ struct dim3 {
 };
 
 inline thread_local dim3 blockIdx, threadIdx;
-
-// A device faults where a 16-byte access is not aligned; so does this.
-inline void check_aligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) __builtin_trap();
-}
-inline uint4 __ldcs(const uint4* from) {
-  check_aligned(from);
-  uint4 value;
-  memcpy(&value, from, sizeof(value));
-  return value;
-}
-inline void __stcs(uint4* to, uint4 value) {
-  check_aligned(to);
-  memcpy(to, &value, sizeof(value));
-}
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
 using cudaStream_t = void*;

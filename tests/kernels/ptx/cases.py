@@ -17,7 +17,7 @@ from radam_kernels.schedule import Action, StepScalars
 
 from .compilers import Codes
 
-SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 4095, 4096, 4097, 5000, 20000)
+SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 4095, 4096, 4097, 8192, 8193, 20000)
 STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
 INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 UINTS = {2: np.uint16, 4: np.uint32, 8: np.uint64}

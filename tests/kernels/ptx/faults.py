@@ -28,8 +28,7 @@ class Planted:
 FAULTS = (
     Planted(
         "the loop over vectors ends late", "cuda", F32,
-        # The loop's test is the last one before the tail, which begins with the thread's number.
-        r"setp\.lt\.s32(\s+%p\d+, [^;]*;\s*@%p\d+ bra\s+\S+;\s*\S+:\s*mov\.u32\s+%r\d+, %tid\.x)",
+        r"setp\.lt\.s32(\s+%p\d+, [^;]*;\s*@%p\d+ bra\s+\S+;\s*bra\.uni)",
         r"setp.le.s32\1",
     ),
     Planted("the tail's first test is >", "cuda", F32, r"setp\.ge\.s32", "setp.gt.s32", -1),
@@ -56,11 +55,11 @@ FAULTS = (
     ),
     Planted(
         "a load that is not coherent of what is stored", "cuda", F32,
-        r"ld\.global\.cs\.v4", "ld.global.nc.v4",
+        r"ld\.global\.v4", "ld.global.nc.v4",
     ),
     Planted("bfloat16 is truncated", "cuda", BF16, r"cvt\.rn\.bf16\.f32", "cvt.rz.bf16.f32", 3),
     Planted(
-        "two halves change places", "cuda", BF16, r"(bfi\.b64\s+[^;]*), 32, 16", r"\1, 48, 16"
+        "two halves change places", "cuda", BF16, r"(bfi\.b64\s+[^;]*), 16, 16", r"\1, 32, 16"
     ),
     Planted("a mask is <=", "triton", F32, r"setp\.lt\.s64", "setp.le.s64", -1),
     Planted(

@@ -30,13 +30,13 @@ class StepKernel:
     def __init__(self, program: Program, codes: Codes, backend: str, shared: int = 0) -> None:
         self.program, self.codes, self.shared = program, codes, shared
         self.triton = backend == "triton"
-        # How many elements a block steps, and of how many it loads 16 bytes at a time.
+        # How many elements a block steps, and how many a vector has: 16 bytes of the widest stream.
         if self.triton:
             from radam_kernels.backends.triton_kernel import CHUNK
 
             self.chunk = self.unit = CHUNK
         else:
-            self.unit = 16 // min(item_sizes(codes))
+            self.unit = 16 // max(item_sizes(codes))
             self.chunk = 1024 * self.unit
         self.elements = self.launches = 0
 
@@ -168,13 +168,14 @@ class StepKernel:
         return sum(
             16 * one.hits
             for one in loads
-            if one.access[2] == "global" and math.prod(one.access[:2]) == 16
+            if one.access[2] in ("global", "generic") and math.prod(one.access[:2]) == 16
         )
 
     def _should_be_loaded_by_16(self, case: Case) -> int:
         items, total = item_sizes(self.codes), 0
+        wide = sum(item for item in items if self.unit * item % 16 == 0)
         for i, (size, offsets) in enumerate(zip(case.sizes, case.offsets, strict=True)):
             aligned = not any(o * item % 16 for o, item in zip(offsets, items, strict=True))
             if aligned and case.action(i) != Action.SKIP:
-                total += (size - size % self.unit) * sum(items)
+                total += (size - size % self.unit) * wide
         return total
