@@ -76,7 +76,7 @@ def triton_kernel() -> Kernel:
     device = "cpu" if triton_.INTERPRETED else "cuda"
 
     def launch(rows, grads, codes, scalars):
-        blocks, run, work = upload.plan(rows[:, NUMEL], triton_.CHUNK)
+        blocks, run, work = upload.plan(rows[:, NUMEL], triton_.triton_kernel.CHUNK)
         tables = (torch.from_numpy(t).to(device) for t in (rows, grads, work, scalars))
         triton_.launch_(*tables, run, blocks, codes)
 
@@ -330,7 +330,7 @@ def test_streams_start_anywhere(check, dtypes):
 def test_triton_where_streams_start_anywhere(check, dtypes):
     # A whole chunk, so that only the addresses keep it from 16-byte accesses.
     offsets = unaligned(dtypes)[::3]
-    segments = [ordinary(triton_.CHUNK + 1, dtypes, i) for i in range(len(offsets))]
+    segments = [ordinary(triton_.triton_kernel.CHUNK + 1, dtypes, i) for i in range(len(offsets))]
     check(TRITON_KERNELS, segments, [RECTIFIED], offsets=offsets)
 
 

@@ -14,7 +14,8 @@ _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on
 try:
     import triton
 
-    from .triton_kernel import CHUNK, INTERPRETED, launch_, upload_by_arguments
+    from . import triton_kernel
+    from .triton_kernel import INTERPRETED, launch_, upload_by_arguments
 except ImportError as error:
     INTERPRETED = COMPILES_EXACTLY = False
     _missing = f"Triton can't be imported ({error}); pip install triton"
@@ -55,7 +56,7 @@ def run(bucket) -> None:
         # Pinned memory would have to outlive the graph; arguments of launches are part of it.
         upload = (upload_by_arguments if capturing else upload_pinned)(device)
         tables = tables_of(bucket, devices.stream_key(device), upload, keep=not capturing)
-        segments, grads, work = tables.segments(bucket, CHUNK)
+        segments, grads, work = tables.segments(bucket, triton_kernel.CHUNK)
         if bucket.capturable:
             scalars = advance(bucket).contiguous()
         else:

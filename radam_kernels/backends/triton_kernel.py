@@ -10,7 +10,8 @@ from ..modules import cpu
 from ..schedule import Action, StepScalars
 from .upload import Upload
 
-CHUNK = 2048  # elements that one program steps
+# Elements that one program steps, and its warps; bench/gpu/tune.py measures others.
+CHUNK, WARPS = 2048, 4
 
 # Kernels see constants of the module only as tl.constexpr.
 _SKIP = tl.constexpr(int(Action.SKIP))
@@ -224,8 +225,9 @@ def launch_(
 ) -> None:  # fmt: skip
     """Launches the kernel on the current stream: tables as tensors of 8-byte words, dtype codes."""
     if blocks:
+        warps = 2 * WARPS if dtypes[0] == _FLOAT64.value else WARPS  # else registers spill
         # No autotuning: it would run a kernel that works in place several times over.
         radam_step_kernel[(blocks,)](
             segments, grads, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes,
-            CHUNK, CHUNK // 4, num_warps=8, enable_fp_fusion=False,
+            CHUNK, CHUNK // 4, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def compile_all(folder: Path) -> list[Compiled]:
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(folder)],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,

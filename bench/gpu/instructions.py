@@ -46,10 +46,9 @@ class Instruction:
 
 
 def main_path(code: list[Instruction]) -> list[Instruction]:
-    """The largest loop around 16-byte loads, or else what lies between those and such stores.
+    """What lies between the most 16-byte loads that one path holds, and the stores after them.
 
-    A compiler may make several loops of one, for steps of different kinds: the largest is for the
-    steps that divide. Calls are passed over.
+    A kernel has several such paths, for whole chunks and for single vectors. Calls are passed over.
     """
     after: list[list[int]] = [[] for _ in code]
     before: list[list[int]] = [[] for _ in code]
@@ -60,7 +59,7 @@ def main_path(code: list[Instruction]) -> list[Instruction]:
                 before[j].append(i)
 
     def reach(start: Iterable[int], edges: list[list[int]]) -> set[int]:
-        seen, border = set(), list(start)
+        seen, border = set(start), list(start)
         while border:
             for j in edges[border.pop()]:
                 if j not in seen:
@@ -68,20 +67,21 @@ def main_path(code: list[Instruction]) -> list[Instruction]:
                     border.append(j)
         return seen
 
-    loads = [i for i, one in enumerate(code) if one.loads >= 16]
-    if not loads:
-        return []
-    path: set[int] = set()
-    for i in loads:
-        if i not in path:
-            path = max(path, reach([i], after) & reach([i], before), key=len)
-    if not path:
-        first = loads[0]
-        while before[first] == [first - 1] and after[first - 1] == [first]:
-            first -= 1
-        stores = [i for i, one in enumerate(code) if one.stores >= 16]
-        path = (reach([first], after) | {first}) & (reach(stores, before) | set(stores))
-    return [code[i] for i in sorted(path)]
+    def block(i: int, step: int) -> int:
+        """The first or the last instruction of the straight line that holds `i`."""
+        forth, back = (after, before) if step > 0 else (before, after)
+        while forth[i] == [i + step] and back[i + step] == [i]:
+            i += step
+        return i
+
+    ends = reach([block(i, 1) for i, one in enumerate(code) if one.stores >= 16], before)
+    best: set[int] = set()
+    for first in (i for i, one in enumerate(code) if one.loads >= 16):
+        if first in best:
+            continue
+        path = reach([block(first, -1)], after) & ends
+        best = max(best, path, key=lambda path: sum(code[i].loads for i in path))
+    return [code[i] for i in sorted(best)]
 
 
 def parse_sass(text: str) -> list[Instruction]:

@@ -1,4 +1,4 @@
-"""What the compilers made of the step kernels: `python -m bench.machine_code`.
+"""What the compilers made of the step kernels: `python -m bench.gpu.machine_code`.
 
 Reads the installed `_cuda` module as it was built, and the Triton kernel compiled for GPUs that
 need not be there. What is counted is the main path: of CUDA's kernel the loop over whole vectors,
