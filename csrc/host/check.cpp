@@ -1,4 +1,4 @@
-// Whether the tensors of a parameter can be stepped together, and why not.
+// Validates the tensors of a parameter.
 #include "host/dtensor.h"
 #include "host/plan.h"
 
@@ -7,12 +7,12 @@ namespace {
 
 constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "step"};
 
-// No tensor is below this address, unless its storage was freed; or it is looked at more closely.
+// Nearly all memory is allocated above this address. Gradients below it are checked in full.
 constexpr uintptr_t kLowest = uintptr_t{1} << 40;
 
 }  // namespace
 
-// Adds row_ to its bucket, unless there is a reason why it can't be stepped.
+// Adds row_ to its bucket, or returns why it can't be stepped.
 Plan::Reason Plan::take(const Ref& owner, int64_t group, Entry& entry) {
   const Group& options = groups_[static_cast<size_t>(group)];
   if (is_dtensor(row_.param.get())) {
@@ -32,7 +32,7 @@ Plan::Reason Plan::take(const Ref& owner, int64_t group, Entry& entry) {
   return {};
 }
 
-// Replaces DTensors that are placed alike by this rank's parts of them.
+// Replaces the DTensors in row_ by their local tensors, if all are placed in the same way.
 Plan::Reason Plan::use_local_tensors() {
   Ref* const streams[] = {&row_.param, &row_.grad, &row_.exp_avg, &row_.exp_avg_sq};
   Ref locals[4];
@@ -49,7 +49,7 @@ Plan::Reason Plan::use_local_tensors() {
   return {};
 }
 
-// Describes the four tensors of row_ in infos_; why they can't be stepped together.
+// Describes the four tensors of row_ in infos_, and returns why they can't be stepped together.
 Plan::Reason Plan::check(Entry& entry) {
   PyObject* const all[] = {row_.param.get(), row_.grad.get(), row_.exp_avg.get(),
                            row_.exp_avg_sq.get()};
@@ -84,21 +84,21 @@ Plan::Reason Plan::check(Entry& entry) {
   return {};
 }
 
-// What describe() does not tell takes longer than all that it does. So it is asked for once, and
-// again when the tensor's object or memory is another one than at the last step.
+// Checks what describe() does not report. This takes longer than describe(), so the result is
+// cached until the tensor's object or its address changes.
 Plan::Reason Plan::check_memory(int stream, Seen& seen) const {
   const Ref* const tensors[] = {&row_.param, &row_.grad, &row_.exp_avg, &row_.exp_avg_sq,
                                 &row_.step};
   PyObject* const tensor = tensors[stream]->get();
   const TensorInfo& info = infos_[stream];
   const bool same = seen.object == tensor && seen.impl == info.sizes && seen.data == info.data;
-  // Gradients come from anywhere, at every step; and p.data = p.data.conj() stays on its memory.
+  // Gradients come from anywhere, and p.data = p.data.conj() changes neither object nor address.
   if (!same || stream == kGrad || info.complex) {
     if (const char* reason = find_lazy(tensor, info)) return {reason, kStreamNames[stream]};
   }
   if (same) return {};
-  // Most gradients are new at each step, and only read. Where a storage was freed, the address is
-  // the offset into it: far below all that is ever allocated.
+  // Most gradients are new at each step, so this check must be cheap for them. In a freed storage
+  // the address is the offset, far below any allocation.
   if (stream != kGrad || reinterpret_cast<uintptr_t>(info.data) < kLowest) {
     if (const char* reason = find_short_storage(tensor, info))
       return {reason, kStreamNames[stream]};

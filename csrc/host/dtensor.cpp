@@ -1,5 +1,5 @@
-// FSDP2 gives gradient and parameter the same spec object. Where they are two, their parts are
-// compared: `spec == spec` builds hashes and takes 0.4 us.
+// FSDP2 gives gradient and parameter the same spec object, so comparing pointers is usually enough.
+// Otherwise the fields of the specs are compared, because `spec == spec` computes hashes in 0.4 us.
 #include "host/dtensor.h"
 
 namespace radam {
@@ -27,7 +27,7 @@ PyObject* dtensor_class = nullptr;  // written under the GIL
 
 Ref get(PyObject* object, PyObject* name) { return Ref::steal(PyObject_GetAttr(object, name)); }
 
-// An attribute that older versions of torch do not have: None there.
+// An attribute that older versions of torch lack: None then.
 Ref get_optional(PyObject* object, PyObject* name) {
   PyObject* found = PyObject_GetAttr(object, name);
   if (found) return Ref::steal(found);

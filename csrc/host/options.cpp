@@ -21,7 +21,7 @@ struct Names {
 #undef RADAM_NAME_OF_FLAG
 };
 
-// An item of a dict that must be there.
+// An item of a dict; KeyError if it is missing.
 Ref required(PyObject* dict, PyObject* key) {
   Ref found = item(dict, key);
   if (!found.get()) {
@@ -31,7 +31,7 @@ Ref required(PyObject* dict, PyObject* key) {
   return found;
 }
 
-// A number, or a tensor of one element.
+// The value of a number or of a tensor of one element.
 double number(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const double x = PyFloat_AsDouble(value);
@@ -45,7 +45,7 @@ bool flag(PyObject* group, PyObject* key) {
   return truth != 0;
 }
 
-// Whether `h` points to the memory of `lr`.
+// Reads lr into `h`; true if only its address was stored.
 bool read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
   h.lr_data = nullptr;
   h.lr_dtype = 0;

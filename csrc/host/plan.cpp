@@ -21,7 +21,7 @@ const Names& names() {
   return interned;
 }
 
-// Other threads run while one of these lives.
+// Releases the GIL while it exists.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
@@ -41,8 +41,6 @@ float number(PyObject* scaling, PyObject* name, float otherwise) {
 }
 
 }  // namespace
-
-// Buckets
 
 void Plan::append(const Ref& owner, int64_t group) {
   const Group& options = groups_[static_cast<size_t>(group)];
@@ -65,7 +63,7 @@ void Plan::append(const Ref& owner, int64_t group) {
   owners_.push_back(Ref::borrow(owner.get()));
 }
 
-// The bucket for the tensors last described.
+// Finds or makes the bucket for the tensors in infos_.
 Bucket& Plan::bucket_of(bool capturable) {
   const DTypeSet dtypes = {static_cast<DType>(infos_[kParam].dtype),
                            static_cast<DType>(infos_[kGrad].dtype),
@@ -80,7 +78,7 @@ Bucket& Plan::bucket_of(bool capturable) {
 }
 
 int64_t Plan::scalars_index(Bucket& bucket, int64_t group, double step) const {
-  // Nearly always the count of the parameter before.
+  // Nearly always the count of the previous parameter.
   for (size_t i = bucket.counts.size(); i-- > 0;) {
     if (bucket.counts[i].group == group && bucket.counts[i].step == step) {
       return static_cast<int64_t>(i);
@@ -90,7 +88,7 @@ int64_t Plan::scalars_index(Bucket& bucket, int64_t group, double step) const {
   return static_cast<int64_t>(bucket.counts.size()) - 1;
 }
 
-// Makes the buckets whole, and looks for memory that is used twice.
+// Makes the scalars of each bucket, and refuses segments that share memory.
 void Plan::complete(PyObject* groups, PyObject* scaling) {
   for (Bucket& bucket : buckets_) {
     if (bucket.segments.empty()) continue;
@@ -129,7 +127,7 @@ void Plan::make_scalars(Bucket& bucket) {
 
 void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
   bucket.hyperparameters.assign(groups_.size(), {});
-  int64_t last = -1;  // the parameters of a group come in a row
+  int64_t last = -1;  // the parameters of a group are consecutive
   for (const Counter& counter : bucket.counters) {
     if (counter.group == last) continue;
     last = counter.group;
@@ -164,8 +162,6 @@ Ref Plan::groups() const {
   return all;
 }
 
-// The step
-
 void Plan::begin() {
   static PyObject* const increment_version = [] {
     const Ref graph = Ref::steal(PyImport_ImportModule("torch.autograd.graph"));
@@ -177,7 +173,7 @@ void Plan::begin() {
     const Ref& one = i < owners_.size() ? owners_[i] : written_[i - owners_.size()];
     PyTuple_SET_ITEM(all.get(), static_cast<Py_ssize_t>(i), Ref::borrow(one.get()).release());
   }
-  // Raises for tensors that must not be written to, such as those of inference mode.
+  // Raises for tensors that must not be written, such as those made in inference mode.
   if (count > 0) Ref::steal(PyObject_CallOneArg(increment_version, all.get()));
   begun_ = true;
 }

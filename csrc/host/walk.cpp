@@ -1,9 +1,9 @@
 // The walk over an optimizer's parameters.
 //
-// All that a step depends on is read at every step, in one pass, so that an edit between steps
-// (gradients, pointers, state, step counts) can't be missed. What the last step saw serves as a
-// hint: where a parameter's state is, which addresses to prefetch, and which tensors are the same
-// ones, so that check_memory() need not look at them again.
+// Everything that a step depends on is read at every step, in one pass, so no edit between steps
+// (gradients, pointers, state, step counts) is missed. The last step leaves hints: where a
+// parameter's state is, which addresses to prefetch, and for which tensors check_memory() can be
+// skipped because nothing has changed.
 #include <stdexcept>
 
 #include "host/dtensor.h"
@@ -12,7 +12,7 @@
 namespace radam {
 namespace {
 
-// Parameters that are prefetched ahead of the walk.
+// How many parameters ahead of the walk to prefetch.
 constexpr size_t kAhead = 4;
 
 // Names that a step looks up, interned once and never released.
@@ -33,8 +33,8 @@ const Names& names() {
   return interned;
 }
 
-// param.grad. For the plain types and DTensor it calls the getter of the attribute directly instead
-// of looking for it in every class of the type.
+// param.grad. For plain types and DTensor this calls the attribute's getter directly, which avoids
+// a lookup in every base class.
 Ref gradient(PyObject* param) {
   struct Plain {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
@@ -58,7 +58,7 @@ Ref gradient(PyObject* param) {
   return Ref::steal(PyObject_GetAttr(param, names().grad));
 }
 
-// What a list, or any other iterable, holds now.
+// A copy of a list, or of any other iterable.
 Ref tuple(PyObject* object, const char* message) {
   const Ref sequence = Ref::steal(PySequence_Fast(object, message));
   return Ref::steal(PySequence_Tuple(sequence.get()));
@@ -98,7 +98,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
     groups_.back().params =
         tuple(found.get(), "\"params\" of a parameter group: expected a list of tensors");
   }
-  // After the parameters: none that is made later, at the address of a key that is gone, is found.
+  // Copied after the parameters: one created later, at the address of a deleted key, can't match.
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     items_.emplace_back(key, Ref::borrow(value));
@@ -176,8 +176,8 @@ void Plan::add_group(PyObject* options) {
   group.capturable = truth == 1;
 }
 
-// The value of `param` in the optimizer's state; null if it has none. A dict lookup would hash the
-// parameter, which runs Python code; most parameters are where they were at the last step.
+// The value of `param` in the optimizer's state; null if it has none. Most items are where they
+// were at the last step; a dict lookup would hash the parameter, which runs Python code.
 PyObject* Plan::find_state(PyObject* param, Entry& entry) {
   if (entry.item >= items_.size() || items_[entry.item].first != param) {
     if (item_of_.empty()) {
@@ -190,7 +190,7 @@ PyObject* Plan::find_state(PyObject* param, Entry& entry) {
   return items_[entry.item].second.get();
 }
 
-// Fills row_ with what is stepped in the place of a parameter, if anything is.
+// Fills row_ with the replacements for a parameter; false if it has none.
 bool Plan::find_replacement(PyObject* repaired, PyObject* owner) {
   if (PyDict_GET_SIZE(repaired) == 0) return false;
   const Ref key = Ref::steal(PyLong_FromVoidPtr(owner));
@@ -208,7 +208,7 @@ bool Plan::find_row(PyObject* state) {
   Py_ssize_t position = 0;
   int n = 0;
   while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
-  // Nearly always in the order in which they were put there, under interned names.
+  // Nearly always in the order of insertion, and with interned names as keys.
   if (n == 3 && keys[0] == names().step && keys[1] == names().exp_avg &&
       keys[2] == names().exp_avg_sq) {
     row_.step = Ref::borrow(values[0]);
@@ -222,8 +222,8 @@ bool Plan::find_row(PyObject* state) {
   return row_.step.get() && row_.exp_avg.get() && row_.exp_avg_sq.get();
 }
 
-// In training the caches are cold: asks for what the walk will read a few parameters from now. A
-// stale address does no harm.
+// Prefetches what the walk will read for a later parameter, because in training the caches are
+// cold. Prefetching a stale address is harmless.
 void Plan::prefetch(size_t position) const {
   const auto state_of = [&](size_t at) -> PyObject* {
     if (at >= entries_.size() || entries_[at].item >= items_.size()) return nullptr;
