@@ -1,5 +1,4 @@
-"""What a step needs beyond the plain case: state for new parameters, and copies or views in the
-place of parameters and gradients that a kernel can't use directly."""
+"""Makes state for new parameters, and replacements for tensors that a kernel can't use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,21 +29,20 @@ from .state import (
     step_device,
 )
 
-# Makes moments for [(parameter, dtype)]: dicts of MOMENTS.
+# Makes a dict of moments for each (parameter, dtype).
 MakeMoments = Callable[[list[tuple[Tensor, torch.dtype]]], list[dict[str, Tensor]]]
 
-
-_NONE = object()  # where the state has nothing for a parameter
+_MISSING = object()  # the parameter is not in the state
 
 
 @dataclass
 class Repairs:
-    """What has been done for a step, and how to undo it while no memory has been written."""
+    """What was changed for a step, and how to undo it if the step fails before it writes memory."""
 
-    # By id of the owner: itself, then what is stepped for it (param, grad, moments and step).
+    # id of the owner: (owner, param, grad, exp_avg, exp_avg_sq, step), to be stepped in its place.
     replacements: dict[int, tuple] = field(default_factory=dict)
-    write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # their state before
+    write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (owner, stepped copy)
+    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # (owner, old state)
 
     def undo(self, state: dict[Tensor, Any]) -> None:
         for owner, items in reversed(self.before):
@@ -65,7 +63,7 @@ class Staged:
 
 
 class _Name:
-    """What errors call a parameter; only looked up for one."""
+    """The name of a parameter in error messages; the lookup is slow, so only made if needed."""
 
     def __init__(self, owner: Tensor, name_of: Callable[[Tensor], str]) -> None:
         self.owner, self.name_of = owner, name_of
@@ -83,21 +81,21 @@ def repair(
     name_of: Callable[[Tensor], str],
     make_moments: MakeMoments,
 ) -> None:
-    """Makes the parameters that Plan.refresh() left over fit for its next call.
+    """Makes state or replacements for the parameters that Plan.refresh() returned as pending.
 
-    Checks all of them before it changes any. Raises RuntimeError for sparse gradients (as torch
-    does) and where a CUDA graph is being captured, ValueError for anything else that can't be
+    Validates all of them before it changes any. Raises RuntimeError for sparse gradients (as torch
+    does) and during the capture of a CUDA graph, ValueError for anything else that can't be
     stepped.
     """
     staged, olds = [], []
     for _, owner, grad, _ in pending:
         name = _Name(owner, name_of)
-        # Copied, so that what is checked is what is used, whatever other threads do.
-        old = state.get(owner, _NONE)
+        # A copy, so that other threads can't change it between validation and use.
+        old = state.get(owner, _MISSING)
         old = dict(old) if isinstance(old, dict) else old
-        if old is not _NONE:
+        if old is not _MISSING:
             check_state(old, owner, name)
-        olds.append(None if old is _NONE else old)
+        olds.append(None if old is _MISSING else old)
         staged.append(_stage(owner, grad, name, new=is_new(olds[-1])))
     if any(item.copied for item in staged):
         _refuse_sharing([*plan.owners, *(owner for _, owner, _, _ in pending)], name_of)
@@ -110,8 +108,8 @@ def repair(
         counted = fitting and is_step(old["step"], step_device(owner, group))
         if not counted and is_capturing(local(owner).device):
             raise RuntimeError(
-                f"{name_of(owner)} has no state that fits it, and what is made while a CUDA graph "
-                "is captured is made again at each replay: step once before the capture"
+                f"{name_of(owner)} has no state that fits it, and state that is made while a CUDA "
+                "graph is captured is reset by each replay: step once before the capture"
             )
     made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
     for (group, owner, _, _), old, item in zip(pending, olds, staged, strict=True):
@@ -131,7 +129,7 @@ def repair(
 
 
 def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
-    """Puts step and moments first, as torch does; the walk finds them fastest in this order."""
+    """Puts step and moments first, as torch does: the order that the walk reads fastest."""
     items = state.setdefault(owner, {})
     others = {key: value for key, value in items.items() if key not in KEYS}
     items.clear()
@@ -140,7 +138,7 @@ def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> Non
 
 
 def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
-    """Checks a parameter and its gradient; copies what a kernel can't use directly."""
+    """Validates a parameter and its gradient; copies what a kernel can't use directly."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(
             f"RAdam does not support sparse gradients or nested tensors, got {grad.layout} for "
@@ -193,11 +191,11 @@ def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
 
 
 def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
-    """A plain, contiguous copy. Not empty_like, which some classes lack.
+    """A plain, contiguous copy. Some classes lack empty_like.
 
     Args:
-        try_back: see whether a class without memory of its own (a quantized weight, say) can take
-            the result back, before anything is changed.
+        try_back: check that a class without memory of its own (such as a quantized weight) can be
+            copied back to, before anything is changed.
     """
     try:
         copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(param)
@@ -212,7 +210,8 @@ def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
 
 
 def _fit(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient with the layout of the parameter and a dtype that goes with its own."""
+    """The gradient, copied if its layout differs from the parameter's or its dtype can't be mixed
+    with it."""
     dtype = grad.dtype
     codes = [cpu.dtype_code(REAL.get(t, t)) for t in (param.dtype, dtype)]
     if grad.is_complex() != param.is_complex() or not cpu.supported(*codes, codes[0]):
@@ -232,10 +231,12 @@ def _refuse_sharing(params: list[Tensor], name_of: Callable[[Tensor], str]) -> N
 
 
 def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
-    """Where in `params` two lie that share an element, or twice one that shares one with itself.
+    """Indices of two parameters that share an element, or twice the index of one that overlaps
+    itself.
 
-    The plan compares the memory that is stepped, and a parameter that is not dense is stepped as
-    a copy. Such parameters may interleave, so only those in reach of each other are compared.
+    The plan compares the memory that is stepped, but a parameter that is not dense is stepped as a
+    copy. Such parameters may interleave without overlap, so their elements must be compared. That
+    is done within clusters of parameters whose address ranges overlap.
     """
     spans = []
     for i, param in enumerate(map(local, params)):
@@ -256,12 +257,12 @@ def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
 
 
 def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple[int, int] | None:
-    """As find_sharing, of parameters that lie between two addresses: marks their memory."""
+    """As find_sharing, for parameters between two addresses: marks the bytes that each uses."""
     if not near or (len(near) == 1 and _nested(near[0][1])):
         return None
     offsets = [p.data_ptr() - start for _, p in near]
     unit = gcd(*offsets, *(p.element_size() for _, p in near))
-    # On the host wherever the parameters are: a GPU would have to be waited for.
+    # On the host wherever the parameters are, because reading a result would synchronize a GPU.
     marks = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
     views = []
     for offset, (_, p) in zip(offsets, near, strict=True):
@@ -279,7 +280,8 @@ def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple
 
 
 def _nested(param: Tensor) -> bool:
-    """Whether each stride steps over all that the smaller ones reach: no element is met twice."""
+    """Whether each stride exceeds the span of all smaller ones, so that no two indices share an
+    element."""
     reach = 0
     for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
         if n > 1 and stride <= reach:
