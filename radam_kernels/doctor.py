@@ -74,8 +74,8 @@ def _facts() -> dict[str, str]:
         if driver and driver // 1000 < runtime // 1000:
             facts["cuda"] += (
                 "; the driver is older than the toolkit: update it, or build with CUDA "
+                f"{_dotted(driver)}"
             )
-            facts["cuda"] += _dotted(driver)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts[f"gpu {i}"] = torch.cuda.get_device_name(i)

@@ -26,6 +26,7 @@ from .state import (
     local,
     moment_dtype,
     placed_as,
+    shard_order,
     step_device,
 )
 
@@ -173,20 +174,16 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
 
 
 def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
-    def order(tensor: Tensor) -> object:
-        return getattr(tensor._spec, "shard_order", None)
-
-    sharded = hasattr(grad, "to_local") and grad.device_mesh == owner.device_mesh
-    if sharded and grad.placements == owner.placements and order(grad) != order(owner):
-        raise ValueError(
-            f"grad of {name}: its shards are ordered {order(grad)}, those of the parameter "
-            f"{order(owner)}; redistribute it"
-        )
-    if not sharded:
-        where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
+    where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
+    if where != owner.device_mesh:
         raise ValueError(
             f"grad of {name}: expected a DTensor on {owner.device_mesh}, got {where}; make it one "
             "with torch.distributed.tensor.distribute_tensor"
+        )
+    if grad.placements == owner.placements and shard_order(grad) != shard_order(owner):
+        raise ValueError(
+            f"grad of {name}: its shards are ordered {shard_order(grad)}, those of the parameter "
+            f"{shard_order(owner)}; redistribute it"
         )
 
 

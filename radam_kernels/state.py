@@ -101,37 +101,31 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
     if isinstance(step, Tensor):
         check_storage(step, name, "step of ")
     for key in MOMENTS:
-        _check_moment(state[key], param, key, name)
+        if problem := _moment_problem(state[key], param):
+            raise ValueError(
+                f"{key} of {name}: {problem}; the parameter or its state has changed: delete the "
+                "state to start from zero"
+            )
+        check_storage(state[key], name, f"{key} of ")
 
 
-def _check_moment(moment: Any, param: Tensor, key: str, name: object) -> None:
-    what = _Of(key, name)
-    remedy = "the parameter or its state has changed: delete the state to start from zero"
+def _moment_problem(moment: Any, param: Tensor) -> str | None:
+    """Why a value can't be a moment of a parameter; None if it can."""
     if not isinstance(moment, Tensor) or moment.shape != param.shape:
         got = tuple(moment.shape) if isinstance(moment, Tensor) else type(moment).__name__
-        raise ValueError(f"{what}: expected shape {tuple(param.shape)}, got {got}; {remedy}")
+        return f"expected shape {tuple(param.shape)}, got {got}"
     if moment.is_complex() != param.is_complex() or not (
         moment.is_floating_point() or moment.is_complex()
     ):
-        raise ValueError(f"{what}: can't keep moments of {param.dtype} in {moment.dtype}; {remedy}")
+        return f"can't keep moments of {param.dtype} in {moment.dtype}"
     if moment.layout != torch.strided or (moment.is_meta and not param.is_meta):
         kind = "meta" if moment.is_meta else moment.layout
-        raise ValueError(f"{what}: expected a dense tensor with memory, got {kind}; {remedy}")
-    check_storage(moment, what)
+        return f"expected a dense tensor with memory, got {kind}"
+    return None
 
 
-class _Of:
-    """The words "`key` of `name`"; looking a name up takes longer than a check."""
-
-    def __init__(self, key: str, name: object) -> None:
-        self.key, self.name = key, name
-
-    def __str__(self) -> str:
-        return f"{self.key} of {self.name}"
-
-
-def check_storage(tensor: Tensor, what: object, of: str = "") -> None:
-    """Raises ValueError for a tensor whose storage was freed or shrunk."""
+def check_storage(tensor: Tensor, name: object, of: str = "") -> None:
+    """Raises ValueError, about `of` and `name`, for a tensor whose storage was freed or shrunk."""
     plain = local(tensor)
     if type(plain) not in (Tensor, torch.nn.Parameter) or plain.is_meta or not plain.numel():
         return
@@ -141,7 +135,7 @@ def check_storage(tensor: Tensor, what: object, of: str = "") -> None:
     needed = (plain.storage_offset() + last + 1) * plain.element_size()
     if (found := plain.untyped_storage().nbytes()) < needed:
         raise ValueError(
-            f"{of}{what}: its storage has {found} bytes and the tensor needs {needed}; "
+            f"{of}{name}: its storage has {found} bytes and the tensor needs {needed}; "
             "untyped_storage().resize_() freed or shrank it: resize it back before the step"
         )
 
@@ -165,8 +159,13 @@ def placed_alike(tensor: Tensor, owner: Tensor) -> bool:
         hasattr(tensor, "to_local")
         and tensor.device_mesh == owner.device_mesh
         and tensor.placements == owner.placements
-        and getattr(tensor._spec, "shard_order", None) == getattr(owner._spec, "shard_order", None)
+        and shard_order(tensor) == shard_order(owner)
     )
+
+
+def shard_order(tensor: Tensor) -> object:
+    """The shard order of a DTensor; None in older versions of torch."""
+    return getattr(tensor._spec, "shard_order", None)
 
 
 def template(param: Tensor) -> Tensor:
@@ -198,20 +197,16 @@ def new_moments(
         dtypes: the dtype of each parameter's moments.
         flatten: allocate one buffer for each key, dtype and device, and return views into these.
     """
-    parts = [local(p) for p in params]
-    templates = [template(p) for p in parts]
-    devices = [p.device for p in parts]
-    made = []
-    for _ in MOMENTS:
+    templates = [template(local(p)) for p in params]
+    devices = [local(p).device for p in params]
+
+    def zeros() -> list[Tensor]:
         if flatten:
-            made.append(zeros_like(templates, dtypes, devices))
-        else:
-            made.append(
-                [
-                    torch.zeros_like(template, dtype=dtype, device=device)
-                    for template, dtype, device in zip(templates, dtypes, devices, strict=True)
-                ]
-            )
+            return zeros_like(templates, dtypes, devices)
+        kinds = zip(templates, dtypes, devices, strict=True)
+        return [torch.zeros_like(t, dtype=dtype, device=device) for t, dtype, device in kinds]
+
+    made = [zeros() for _ in MOMENTS]
     return [
         {key: place(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
         for owner, *moments in zip(params, *made, strict=True)

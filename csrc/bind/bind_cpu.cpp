@@ -66,8 +66,8 @@ py::object object(const Ref& ref) { return py::reinterpret_borrow<py::object>(re
 py::list tensors(const Bucket& bucket) {
   py::list rows;
   for (const Tensors& t : bucket.tensors) {
-    rows.append(
-        py::make_tuple(object(t.param), object(t.grad), object(t.exp_avg), object(t.exp_avg_sq)));
+    rows.append(py::make_tuple(object(t[kParam]), object(t[kGrad]), object(t[kExpAvg]),
+                               object(t[kExpAvgSq])));
   }
   return rows;
 }
@@ -75,7 +75,7 @@ py::list tensors(const Bucket& bucket) {
 py::list steps(const Bucket& bucket) {
   py::list rows;
   for (size_t i = 0; bucket.capturable && i < bucket.tensors.size(); ++i) {
-    rows.append(py::make_tuple(object(bucket.tensors[i].step), bucket.counters[i].group));
+    rows.append(py::make_tuple(object(bucket.tensors[i][kStep]), bucket.counters[i].group));
   }
   return rows;
 }

@@ -1,6 +1,7 @@
 // The segments that one launch steps, and everything else that the launch needs.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "core/advance.h"
@@ -9,11 +10,12 @@
 
 namespace radam {
 
-// References that keep the memory of a segment alive until release(). `step` is empty if the caller
-// counts the steps.
-struct Tensors {
-  Ref param, grad, exp_avg, exp_avg_sq, step;
-};
+// The tensors that a step of one parameter uses: four of the same shape, and the step count.
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kStreams };
+
+// References that keep the memory of a segment alive until release(). The step is empty if the
+// caller counts the steps.
+using Tensors = std::array<Ref, kStreams>;
 
 // A step count that occurs in a group. Each distinct one has one row of StepScalars.
 struct Count {
@@ -47,7 +49,7 @@ struct Bucket {
   // Capturable only:
   std::vector<Hyperparameters> hyperparameters;  // by group index; zeros for groups not in here
   std::vector<Ref> learning_rates;               // the tensors that lr_data points into
-  float grad_scale = 1, found_inf = 0;           // GradScaler's values, if the device is the CPU
+  float grad_scale = 1, found_inf = 0;           // scaling.numbers(), if the device is the CPU
 
   Ref groups;   // the parameter groups of the plan, a sequence of dicts
   Ref scaling;  // radam_kernels.scaling.Scaling

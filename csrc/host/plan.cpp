@@ -8,19 +8,6 @@
 namespace radam {
 namespace {
 
-// Names that a step looks up, interned once and never released.
-struct Names {
-#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
-  RADAM_NAME(found_inf);
-  RADAM_NAME(grad_scale);
-#undef RADAM_NAME
-};
-
-const Names& names() {
-  static const Names interned;
-  return interned;
-}
-
 // Releases the GIL while it exists.
 class GilReleased {
  public:
@@ -31,14 +18,6 @@ class GilReleased {
  private:
   PyThreadState* state_;
 };
-
-float number(PyObject* scaling, PyObject* name, float otherwise) {
-  const Ref value = Ref::steal(PyObject_GetAttr(scaling, name));
-  if (value.get() == Py_None) return otherwise;
-  const double x = PyFloat_AsDouble(value.get());
-  if (x == -1.0 && PyErr_Occurred()) throw PythonError();
-  return static_cast<float>(x);
-}
 
 }  // namespace
 
@@ -140,8 +119,10 @@ void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
     if (lr.get()) bucket.learning_rates.push_back(std::move(lr));
   }
   if (bucket.device.type == kCPU) {
-    bucket.grad_scale = number(scaling, names().grad_scale, 1.0f);
-    bucket.found_inf = number(scaling, names().found_inf, 0.0f);
+    const Ref numbers = Ref::steal(PyObject_CallMethodNoArgs(scaling, RADAM_STR(numbers)));
+    if (!PyArg_ParseTuple(numbers.get(), "ff", &bucket.grad_scale, &bucket.found_inf)) {
+      throw PythonError();
+    }
   }
 }
 
@@ -218,7 +199,7 @@ void Plan::release() {
   groups_.clear();
   owners_.clear();
   written_.clear();
-  row_ = Tensors();
+  row_ = {};
   begun_ = false;
 }
 

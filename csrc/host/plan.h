@@ -26,9 +26,6 @@ struct InvalidGroup {
   double step;
 };
 
-// The tensors that a step of one parameter uses.
-enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kStreams };
-
 // Implemented in walk.cpp (refresh), check.cpp (take) and plan.cpp (buckets and the step).
 class Plan {
  public:

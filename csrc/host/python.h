@@ -43,8 +43,19 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// The Python string `name`, interned once and never released.
+#define RADAM_STR(name)                                                  \
+  ([] {                                                                  \
+    static PyObject* const interned = PyUnicode_InternFromString(#name); \
+    return interned;                                                     \
+  }())
+
 inline Ref attribute(PyObject* object, const char* name) {
   return Ref::steal(PyObject_GetAttrString(object, name));
+}
+
+inline Ref attribute(PyObject* object, PyObject* name) {
+  return Ref::steal(PyObject_GetAttr(object, name));
 }
 
 // An item of a dict; empty if there is none. Owned, because Python code or other threads that run
@@ -59,6 +70,20 @@ inline int64_t to_int(PyObject* number) {
   const int64_t value = PyLong_AsLongLong(number);
   if (value == -1 && PyErr_Occurred()) throw PythonError();
   return value;
+}
+
+// The value of a number or of a tensor of one element.
+inline double to_double(PyObject* number) {
+  if (PyFloat_CheckExact(number)) return PyFloat_AS_DOUBLE(number);
+  const double value = PyFloat_AsDouble(number);
+  if (value == -1.0 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+inline bool to_bool(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw PythonError();
+  return truth == 1;
 }
 
 // The class `name` of `module`, or null until that is imported. Never released.

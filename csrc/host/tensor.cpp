@@ -159,15 +159,13 @@ class Method {
 bool overrides_dispatch(PyObject* tensor) {
   static PyObject* const plain = find_class("torch", "Tensor");
   static PyObject* const parameter = find_class("torch.nn", "Parameter");
-  static PyObject* const name = PyUnicode_InternFromString("__torch_dispatch__");
-  static PyObject* const disabled = PyObject_GetAttr(plain, name);
+  static PyObject* const disabled = PyObject_GetAttr(plain, RADAM_STR(__torch_dispatch__));
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
   if (type == plain || type == parameter) return false;
-  PyObject* const found = PyObject_GetAttr(type, name);
+  PyObject* const found = PyObject_GetAttr(type, RADAM_STR(__torch_dispatch__));
   if (!found) PyErr_Clear();  // not a tensor
-  const Ref own = Ref::borrow(found);
-  Py_XDECREF(found);
-  return own.get() != disabled;
+  Py_XDECREF(found);          // only compared from here on
+  return found != disabled;
 }
 
 }  // namespace

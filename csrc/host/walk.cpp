@@ -15,24 +15,6 @@ namespace {
 // How many parameters ahead of the walk to prefetch.
 constexpr size_t kAhead = 4;
 
-// Names that a step looks up, interned once and never released.
-struct Names {
-#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
-  RADAM_NAME(capturable);
-  RADAM_NAME(exp_avg);
-  RADAM_NAME(exp_avg_sq);
-  RADAM_NAME(grad);
-  RADAM_NAME(params);
-  RADAM_NAME(state_dtype);
-  RADAM_NAME(step);
-#undef RADAM_NAME
-};
-
-const Names& names() {
-  static const Names interned;
-  return interned;
-}
-
 // param.grad. For plain types and DTensor this calls the attribute's getter directly, which avoids
 // a lookup in every base class.
 Ref gradient(PyObject* param) {
@@ -55,7 +37,7 @@ Ref gradient(PyObject* param) {
   if (plain.grad && (type == plain.parameter || type == plain.tensor || is_dtensor(param))) {
     return Ref::steal(plain.grad->get(param, plain.grad->closure));
   }
-  return Ref::steal(PyObject_GetAttr(param, names().grad));
+  return attribute(param, RADAM_STR(grad));
 }
 
 // A copy of a list, or of any other iterable.
@@ -92,9 +74,10 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       throw std::invalid_argument("param_groups[" + std::to_string(g) + "]: expected a dict");
     }
     add_group(options);
-    const Ref found = item(options, names().params);
-    if (!found.get())
+    const Ref found = item(options, RADAM_STR(params));
+    if (!found.get()) {
       throw std::invalid_argument("param_groups[" + std::to_string(g) + "] has no \"params\"");
+    }
     groups_.back().params =
         tuple(found.get(), "\"params\" of a parameter group: expected a list of tensors");
   }
@@ -118,8 +101,8 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       if (find_replacement(repaired, owner.get())) {
         reason = take(owner, group, entry);
       } else if (find_row(find_state(owner.get(), entry))) {
-        row_.param = Ref::borrow(owner.get());
-        row_.grad = Ref::borrow(grad.get());
+        row_[kParam] = Ref::borrow(owner.get());
+        row_[kGrad] = Ref::borrow(grad.get());
         reason = take(owner, group, entry);
       }
       if (!reason) continue;
@@ -161,8 +144,8 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
 }
 
 void Plan::add_group(PyObject* options) {
-  const Ref dtype = item(options, names().state_dtype);
-  const Ref capturable = item(options, names().capturable);
+  const Ref dtype = item(options, RADAM_STR(state_dtype));
+  const Ref capturable = item(options, RADAM_STR(capturable));
   groups_.push_back({Ref::borrow(options), -1, false});
   Group& group = groups_.back();
   if (dtype.get() && dtype.get() != Py_None) {
@@ -171,9 +154,7 @@ void Plan::add_group(PyObject* options) {
       throw InvalidGroup{static_cast<int64_t>(groups_.size()) - 1, 1.0};
     }
   }
-  const int truth = capturable.get() ? PyObject_IsTrue(capturable.get()) : 0;
-  if (truth < 0) throw PythonError();
-  group.capturable = truth == 1;
+  group.capturable = capturable.get() && to_bool(capturable.get());
 }
 
 // The value of `param` in the optimizer's state; null if it has none. Most items are where they
@@ -196,8 +177,9 @@ bool Plan::find_replacement(PyObject* repaired, PyObject* owner) {
   const Ref key = Ref::steal(PyLong_FromVoidPtr(owner));
   const Ref found = item(repaired, key.get());
   if (!found.get()) return false;
-  const auto part = [&](int i) { return Ref::borrow(PyTuple_GET_ITEM(found.get(), i)); };
-  row_ = {part(1), part(2), part(3), part(4), part(5)};
+  for (int i = 0; i < kStreams; ++i) {
+    row_[i] = Ref::borrow(PyTuple_GET_ITEM(found.get(), i + 1));  // after the owner
+  }
   return true;
 }
 
@@ -209,17 +191,17 @@ bool Plan::find_row(PyObject* state) {
   int n = 0;
   while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
   // Nearly always in the order of insertion, and with interned names as keys.
-  if (n == 3 && keys[0] == names().step && keys[1] == names().exp_avg &&
-      keys[2] == names().exp_avg_sq) {
-    row_.step = Ref::borrow(values[0]);
-    row_.exp_avg = Ref::borrow(values[1]);
-    row_.exp_avg_sq = Ref::borrow(values[2]);
+  if (n == 3 && keys[0] == RADAM_STR(step) && keys[1] == RADAM_STR(exp_avg) &&
+      keys[2] == RADAM_STR(exp_avg_sq)) {
+    row_[kStep] = Ref::borrow(values[0]);
+    row_[kExpAvg] = Ref::borrow(values[1]);
+    row_[kExpAvgSq] = Ref::borrow(values[2]);
   } else {
-    row_.step = item(state, names().step);
-    row_.exp_avg = item(state, names().exp_avg);
-    row_.exp_avg_sq = item(state, names().exp_avg_sq);
+    row_[kStep] = item(state, RADAM_STR(step));
+    row_[kExpAvg] = item(state, RADAM_STR(exp_avg));
+    row_[kExpAvgSq] = item(state, RADAM_STR(exp_avg_sq));
   }
-  return row_.step.get() && row_.exp_avg.get() && row_.exp_avg_sq.get();
+  return row_[kStep].get() && row_[kExpAvg].get() && row_[kExpAvgSq].get();
 }
 
 // Prefetches what the walk will read for a later parameter, because in training the caches are
