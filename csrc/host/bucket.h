@@ -49,7 +49,7 @@ struct Bucket {
   // Capturable only:
   std::vector<Hyperparameters> hyperparameters;  // by group index; zeros for groups not in here
   std::vector<Ref> learning_rates;               // the tensors that lr_data points into
-  float grad_scale = 1, found_inf = 0;           // scaling.numbers(), if the device is the CPU
+  float grad_scale = 1, found_inf = 0;           // GradScaler's values, if the device is the CPU
 
   Ref groups;   // the parameter groups of the plan, a sequence of dicts
   Ref scaling;  // radam_kernels.scaling.Scaling

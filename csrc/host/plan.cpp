@@ -19,6 +19,11 @@ class GilReleased {
   PyThreadState* state_;
 };
 
+float number(PyObject* scaling, PyObject* name, float otherwise) {
+  const Ref value = attribute(scaling, name);
+  return value.get() == Py_None ? otherwise : static_cast<float>(to_double(value.get()));
+}
+
 }  // namespace
 
 void Plan::append(const Ref& owner, int64_t group) {
@@ -119,10 +124,8 @@ void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
     if (lr.get()) bucket.learning_rates.push_back(std::move(lr));
   }
   if (bucket.device.type == kCPU) {
-    const Ref numbers = Ref::steal(PyObject_CallMethodNoArgs(scaling, RADAM_STR(numbers)));
-    if (!PyArg_ParseTuple(numbers.get(), "ff", &bucket.grad_scale, &bucket.found_inf)) {
-      throw PythonError();
-    }
+    bucket.grad_scale = number(scaling, RADAM_STR(grad_scale), 1.0f);
+    bucket.found_inf = number(scaling, RADAM_STR(found_inf), 0.0f);
   }
 }
 
