@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> int:
             continue
         for device_type in _available():
             if not why_not(name, device_type):
-                verdict, good = _try(name, device_type)
+                verdict, good = _test(name, device_type)
                 healthy &= good
                 print(f"{name:14}works on {device_type}: {verdict}")
-    taken = " and ".join(f"the {_auto(d)} backend on {d}" for d in _available())
+    taken = " and ".join(f"the {_auto_backend(d)} backend on {d}" for d in _available())
     if healthy:
         print(f"\nAll is well: RAdam takes {taken}.")
     else:
@@ -82,7 +82,7 @@ def _facts() -> dict[str, str]:
     return facts
 
 
-def _try(name: str, device_type: str) -> tuple[str, bool]:
+def _test(name: str, device_type: str) -> tuple[str, bool]:
     """Compares a backend's bits on a device with the reference's, and measures its speed.
 
     Returns a line for the report, and whether the bits are right.
@@ -130,7 +130,7 @@ def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
     return sorted(times[1:])[len(times) // 2 - 1]
 
 
-def _auto(device_type: str) -> str:
+def _auto_backend(device_type: str) -> str:
     return resolve("auto", device_type).__module__.rpartition(".")[2].strip("_")
 
 

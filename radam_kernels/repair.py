@@ -25,7 +25,7 @@ from .state import (
     laid_out_like,
     local,
     moment_dtype,
-    placed_as,
+    redistributed,
     shard_order,
     step_device,
 )
@@ -118,18 +118,18 @@ def repair(
         new |= made.get(owner) or {key: old[key] for key in MOMENTS}
         if owner in made and not is_new(old):
             for key in MOMENTS:
-                moment = placed_as(old[key], owner, key, _Name(owner, name_of))
+                moment = redistributed(old[key], owner, key, _Name(owner, name_of))
                 local(new[key]).copy_(local(moment))
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
             repairs.before.append((owner, old))
-            _put(state, owner, new)
+            _set_state(state, owner, new)
         tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
         repairs.replacements[id(owner)] = (owner, *tensors)
         if item.copied:
             repairs.write_backs.append((local(owner), item.param))
 
 
-def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
+def _set_state(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
     """Puts step and moments first, as torch does: the order that the walk reads fastest."""
     items = state.setdefault(owner, {})
     others = {key: value for key, value in items.items() if key not in KEYS}
@@ -170,7 +170,7 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
         param = _copy(param, name, try_back=new)
-    return Staged(param, _fit(grad, param), copied)
+    return Staged(param, _match_gradient(grad, param), copied)
 
 
 def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
@@ -206,7 +206,7 @@ def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
     return copy
 
 
-def _fit(grad: Tensor, param: Tensor) -> Tensor:
+def _match_gradient(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient, copied if its layout differs from the parameter's or its dtype can't be mixed
     with it."""
     dtype = grad.dtype
@@ -241,42 +241,44 @@ def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
             last = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
             begin, size = param.data_ptr(), param.element_size()
             spans.append((begin, begin + (last + 1) * size, i))
-    near: list[int] = []
+    cluster: list[int] = []
     start = end = 0
     for begin, stop, i in [*sorted(spans), (inf, inf, -1)]:
         if begin >= end:
-            if pair := _sharing_near([(j, local(params[j])) for j in near], start, end):
+            if pair := _sharing_in_cluster([(j, local(params[j])) for j in cluster], start, end):
                 return pair
-            near, start = [], begin
-        near.append(i)
+            cluster, start = [], begin
+        cluster.append(i)
         end = max(end, stop)
     return None
 
 
-def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple[int, int] | None:
+def _sharing_in_cluster(
+    cluster: list[tuple[int, Tensor]], start: int, end: int
+) -> tuple[int, int] | None:
     """As find_sharing, for parameters between two addresses: marks the bytes that each uses."""
-    if not near or (len(near) == 1 and _nested(near[0][1])):
+    if not cluster or (len(cluster) == 1 and _has_distinct_elements(cluster[0][1])):
         return None
-    offsets = [p.data_ptr() - start for _, p in near]
-    unit = gcd(*offsets, *(p.element_size() for _, p in near))
+    offsets = [p.data_ptr() - start for _, p in cluster]
+    unit = gcd(*offsets, *(p.element_size() for _, p in cluster))
     # On the host wherever the parameters are, because reading a result would synchronize a GPU.
     marks = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
     views = []
-    for offset, (_, p) in zip(offsets, near, strict=True):
+    for offset, (_, p) in zip(offsets, cluster, strict=True):
         width = p.element_size() // unit
         strides = (*(width * s for s in p.stride()), 1)
         views.append(marks.as_strided((*p.shape, width), strides, offset // unit).fill_(True))
     if marks.sum() == sum(view.numel() for view in views):
         return None
-    for a, b in combinations_with_replacement(range(len(near)), 2):
+    for a, b in combinations_with_replacement(range(len(cluster)), 2):
         marks.zero_()
         views[a].fill_(True)
         if marks.sum() < views[a].numel() if a == b else views[b].any():
-            return near[a][0], near[b][0]
+            return cluster[a][0], cluster[b][0]
     return None
 
 
-def _nested(param: Tensor) -> bool:
+def _has_distinct_elements(param: Tensor) -> bool:
     """Whether each stride exceeds the span of all smaller ones, so that no two indices share an
     element."""
     reach = 0

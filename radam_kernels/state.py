@@ -153,7 +153,7 @@ def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
     return same and is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
 
 
-def placed_alike(tensor: Tensor, owner: Tensor) -> bool:
+def same_placement(tensor: Tensor, owner: Tensor) -> bool:
     """Whether a tensor is a DTensor with the mesh, placements and shard order of `owner`."""
     return (
         hasattr(tensor, "to_local")
@@ -176,7 +176,7 @@ def template(param: Tensor) -> Tensor:
 
 def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can step this moment of a parameter without a copy."""
-    if hasattr(owner, "to_local") and not placed_alike(moment, owner):
+    if hasattr(owner, "to_local") and not same_placement(moment, owner):
         return False
     moment, param = local(moment), local(owner)
     return (
@@ -208,12 +208,12 @@ def new_moments(
 
     made = [zeros() for _ in MOMENTS]
     return [
-        {key: place(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
+        {key: wrap_local(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
         for owner, *moments in zip(params, *made, strict=True)
     ]
 
 
-def place(moment: Tensor, owner: Tensor) -> Tensor:
+def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
     """A local moment as a DTensor if its parameter is one, with the parameter's own spec object.
 
     A shared spec makes the comparison at each step cheap. It includes the dtype, so moments of
@@ -265,7 +265,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             step = as_step(state["step"], step_device(owner, options))
             state["step"] = step.clone() if step is state["step"] else step
             for k in MOMENTS:
-                state[k] = placed_as(state[k], owner, k, f"param {key}")
+                state[k] = redistributed(state[k], owner, k, f"param {key}")
             dtype = moment_dtype(owner, options.get("state_dtype"))
             if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
                 converted.append((owner, dtype, state))
@@ -293,7 +293,7 @@ def _refuse_other_optimizers(states: dict[Any, Any]) -> None:
             )
 
 
-def placed_as(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
+def redistributed(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
     """A loaded moment, which has the parameter's global shape, placed as the parameter is."""
     sharded, loaded_sharded = hasattr(owner, "to_local"), hasattr(moment, "to_local")
     if not sharded:
@@ -312,6 +312,6 @@ def placed_as(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
         )
     if moment.placements != owner.placements:
         moment = moment.redistribute(placements=owner.placements)
-    if not placed_alike(moment, owner):
+    if not same_placement(moment, owner):
         raise ValueError(f"{key} of {name}: its shards are in another order than its parameter's")
-    return place(moment.to_local(), owner)
+    return wrap_local(moment.to_local(), owner)

@@ -19,12 +19,12 @@ constexpr int kAhead = 512;  // bytes to prefetch ahead: hardware prefetch stops
 
 // What is the same for all elements of a segment.
 template <typename T>
-struct Rule {
+struct UpdateArgs {
   Scalars<Lanes<T>, Factor<T>> scalars;
   bool l2;
   Action action;
 
-  explicit Rule(const StepScalars& s)
+  explicit UpdateArgs(const StepScalars& s)
       : scalars(s), l2(static_cast<T>(s.weight_decay) != 0), action(action_of(s)) {}
 };
 
@@ -48,8 +48,8 @@ struct Loop {
 
   // Steps elements [begin, end) of a segment.
   static void run(const Segment& segment, const void* grad, int64_t begin, int64_t end,
-                  const Rule<T>& given) {
-    const Rule<T> rule = given;  // a local copy, which no store can alias
+                  const UpdateArgs<T>& given) {
+    const UpdateArgs<T> args = given;  // a local copy, which no store can alias
     Cursor at = {static_cast<char*>(segment.param) + begin * kParamSize,
                  static_cast<const char*>(grad) + begin * kGradSize,
                  static_cast<char*>(segment.exp_avg) + begin * kStateSize,
@@ -60,36 +60,36 @@ struct Loop {
       prefetch<kStride * kGradSize>(at.g);
       prefetch<kStride * kStateSize>(at.m);
       prefetch<kStride * kStateSize>(at.v);
-      step(at, rule);
+      step(at, args);
       at.p += kStride * kParamSize;
       at.g += kStride * kGradSize;
       at.m += kStride * kStateSize;
       at.v += kStride * kStateSize;
     }
-    if (left) step_rest(at, left, rule);
+    if (left) step_rest(at, left, args);
   }
 
-  static RADAM_INLINE void step(const Cursor& at, const Rule<T>& rule) {
+  static RADAM_INLINE void step(const Cursor& at, const UpdateArgs<T>& args) {
     // Load everything before the first store: g may alias p. Nothing else overlaps.
     Pair<T> p = load<T, kParam, kOrder>(at.p), m = load<T, kState, kOrder>(at.m),
             v = load<T, kState, kOrder>(at.v);
     const Pair<T> g = load<T, kGrad, kOrder>(at.g);
-    radam_update(p.a, g.a, m.a, v.a, rule.scalars, rule.l2, rule.action);
-    radam_update(p.b, g.b, m.b, v.b, rule.scalars, rule.l2, rule.action);
+    radam_update(p.a, g.a, m.a, v.a, args.scalars, args.l2, args.action);
+    radam_update(p.b, g.b, m.b, v.b, args.scalars, args.l2, args.action);
     store<kState, kOrder>(m, at.m);
     store<kState, kOrder>(v, at.v);
-    if (rule.action != kHold) store<kParam, kOrder>(p, at.p);
+    if (args.action != kHold) store<kParam, kOrder>(p, at.p);
   }
 
   // Steps the tail, which is shorter than a stride, in buffers of one stride.
-  static void step_rest(const Cursor& at, int64_t n, const Rule<T>& rule) {
+  static void step_rest(const Cursor& at, int64_t n, const UpdateArgs<T>& args) {
     char p[kStride * kParamSize] = {}, g[kStride * kGradSize] = {}, m[kStride * kStateSize] = {},
                      v[kStride * kStateSize] = {};
     memcpy(p, at.p, n * kParamSize);
     memcpy(g, at.g, n * kGradSize);
     memcpy(m, at.m, n * kStateSize);
     memcpy(v, at.v, n * kStateSize);
-    step({p, g, m, v}, rule);
+    step({p, g, m, v}, args);
     memcpy(at.p, p, n * kParamSize);
     memcpy(at.m, m, n * kStateSize);
     memcpy(at.v, v, n * kStateSize);
@@ -117,16 +117,16 @@ void step_segments(const Segments& segments, const StepScalars* scalars, int64_t
                    int64_t last) {
   using T = typename P::Compute;
   int64_t row = 0, offset = 0;  // offset: the elements of all segments before this one
-  Rule<T> rule(scalars[row]);
+  UpdateArgs<T> args(scalars[row]);
   for (int64_t i = 0; i < segments.count && offset < last; offset += segments.rows[i++].numel) {
     const Segment& segment = segments.rows[i];
     const int64_t begin = first > offset ? first - offset : 0;
     const int64_t end = last - offset < segment.numel ? last - offset : segment.numel;
     if (begin >= end) continue;
     if (i + 1 < segments.count) prefetch(segments.rows[i + 1], segments.grads[i + 1]);
-    if (segment.scalars != row) rule = Rule<T>(scalars[row = segment.scalars]);
-    if (rule.action == kSkip) continue;
-    Loop<T, P::kDType, G::kDType, S::kDType>::run(segment, segments.grads[i], begin, end, rule);
+    if (segment.scalars != row) args = UpdateArgs<T>(scalars[row = segment.scalars]);
+    if (args.action == kSkip) continue;
+    Loop<T, P::kDType, G::kDType, S::kDType>::run(segment, segments.grads[i], begin, end, args);
   }
 }
 

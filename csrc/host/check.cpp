@@ -13,13 +13,13 @@ constexpr uintptr_t kLowest = uintptr_t{1} << 40;
 }  // namespace
 
 // Adds row_ to its bucket, or returns why it can't be stepped.
-Plan::Reason Plan::take(const Ref& owner, int64_t group, Entry& entry) {
+Plan::Reason Plan::add_row(const Ref& owner, int64_t group, Entry& entry) {
   const Group& options = groups_[static_cast<size_t>(group)];
   if (is_dtensor(row_[kParam].get())) {
     if (const Reason reason = use_local_tensors()) return reason;
   }
   if (const Reason reason = check(entry)) return reason;
-  if (!options.counted) {
+  if (!options.caller_counts) {
     const DType param = static_cast<DType>(infos_[kParam].dtype);
     // There is no complex bfloat16.
     const bool none = infos_[kParam].complex && options.state_dtype == kBFloat16;

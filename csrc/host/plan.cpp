@@ -31,7 +31,7 @@ void Plan::append(const Ref& owner, int64_t group) {
   Bucket& bucket = bucket_of(options.capturable);
   Counter counter = {nullptr, kFloat32, static_cast<int32_t>(group)};
   double next = count_;
-  if (!options.counted) {
+  if (!options.caller_counts) {
     counter.step = infos_[kStep].data;
     counter.dtype = infos_[kStep].dtype;
     if (!options.capturable) next = next_count(counter.step, counter.dtype);

@@ -26,7 +26,7 @@ struct InvalidGroup {
   double step;
 };
 
-// Implemented in walk.cpp (refresh), check.cpp (take) and plan.cpp (buckets and the step).
+// Implemented in walk.cpp (refresh), check.cpp (add_row) and plan.cpp (buckets and the step).
 class Plan {
  public:
   // Plans the step of every parameter of `groups` that has a gradient. `state` is the optimizer's,
@@ -84,8 +84,8 @@ class Plan {
     Ref options;
     int state_dtype;  // a DType, or -1 for the default
     bool capturable;
-    Ref params = {};       // a tuple
-    bool counted = false;  // whether the caller counts the steps
+    Ref params = {};             // a tuple
+    bool caller_counts = false;  // whether the caller counts the steps
     bool has_host = false;
     Hyperparameters host{};
   };
@@ -103,7 +103,7 @@ class Plan {
   bool find_replacement(PyObject* repaired, PyObject* owner);
   bool find_row(PyObject* state);
   void prefetch(size_t position) const;
-  Reason take(const Ref& owner, int64_t group, Entry& entry);
+  Reason add_row(const Ref& owner, int64_t group, Entry& entry);
   Reason use_local_tensors();
   Reason check(Entry& entry);
   Reason check_memory(int stream, Seen& seen) const;

@@ -99,11 +99,11 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       Reason reason = {"it has no state"};
       const int64_t group = static_cast<int64_t>(g);
       if (find_replacement(repaired, owner.get())) {
-        reason = take(owner, group, entry);
+        reason = add_row(owner, group, entry);
       } else if (find_row(find_state(owner.get(), entry))) {
         row_[kParam] = Ref::borrow(owner.get());
         row_[kGrad] = Ref::borrow(grad.get());
-        reason = take(owner, group, entry);
+        reason = add_row(owner, group, entry);
       }
       if (!reason) continue;
       const Ref left =
@@ -121,7 +121,7 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
   find_dtensor();
   const Ref pending = Ref::steal(PyList_New(0));
   add_group(group);
-  groups_.back().counted = true;
+  groups_.back().caller_counts = true;
   count_ = step;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     const auto part = [&](PyObject* list) { return Ref::borrow(PyList_GetItem(list, i)); };
@@ -130,7 +130,7 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
     written_.push_back(part(exp_avgs));
     written_.push_back(part(exp_avg_sqs));
     Entry entry;
-    if (const Reason reason = take(owner, 0, entry)) {
+    if (const Reason reason = add_row(owner, 0, entry)) {
       const Ref left =
           Ref::steal(Py_BuildValue("(nN)", i, text(reason.stream, reason.text).release()));
       append_to(pending.get(), left.get());
