@@ -10,7 +10,7 @@ from .optimizer import RAdam
 
 try:
     __version__ = version("radam_kernels")
-except PackageNotFoundError:  # compiled by hand, with CMake, and not installed
+except PackageNotFoundError:  # built in the tree with CMake, and not installed
     __version__ = "unknown"
 
 __all__ = ["RAdam", "available_backends", "flatten_", "radam_", "schedule"]

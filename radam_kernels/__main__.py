@@ -1,4 +1,4 @@
-"""`python -m radam_kernels doctor` tells what works here; `... train` shows it at work."""
+"""The command line: `python -m radam_kernels doctor` and `python -m radam_kernels train`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Tells which backends work here, why others do not, and tries those that do."""
+"""Reports which backends work here and why others do not, and tests those that do."""
 
 import argparse
 import platform
@@ -15,19 +15,19 @@ from .backends.devices import DEVICE_TYPES, is_available
 from .functional import radam_
 from .modules import cpu, load_optional
 
-# Elements for the test of speed: where they lie in memory, and where they lie in a cache. The
-# interpreter of Triton gets few.
+# Elements for the test of speed: more than caches hold, but few for slow backends such as Triton's
+# interpreter.
 _SIZES = {"gpu": 1 << 26, "cpu": 1 << 24}
 _SMALL = 1 << 16
-_BYTES = 28  # that a float32 parameter moves: four reads and three writes
+_BYTES = 28  # memory traffic of a float32 parameter: four reads and three writes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The doctor takes no options."""
+    """The doctor has no options."""
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report; 0 if every backend that works here gives the reference's bits."""
+    """Prints the report; returns 0 if every backend that works here gives the reference's bits."""
     for name, text in _facts().items():
         print(f"{name:14}{text}")
     print()
@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> int:
             continue
         for device_type in _available():
             if not why_not(name, device_type):
-                verdict, good = _try(name, device_type)
+                verdict, good = _test(name, device_type)
                 healthy &= good
                 print(f"{name:14}works on {device_type}: {verdict}")
-    taken = " and ".join(f"the {_auto(d)} backend on {d}" for d in _available())
+    taken = " and ".join(f"the {_auto_backend(d)} backend on {d}" for d in _available())
     if healthy:
         print(f"\nAll is well: RAdam takes {taken}.")
     else:
@@ -74,21 +74,24 @@ def _facts() -> dict[str, str]:
         if driver and driver // 1000 < runtime // 1000:
             facts["cuda"] += (
                 "; the driver is older than the toolkit: update it, or build with CUDA "
+                f"{_dotted(driver)}"
             )
-            facts["cuda"] += _dotted(driver)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts[f"gpu {i}"] = torch.cuda.get_device_name(i)
     return facts
 
 
-def _try(name: str, device_type: str) -> tuple[str, bool]:
-    """What a backend does on a device: the bits of the reference, and how fast."""
+def _test(name: str, device_type: str) -> tuple[str, bool]:
+    """Compares a backend's bits on a device with the reference's, and measures its speed.
+
+    Returns a line for the report, and whether the bits are right.
+    """
     size = 5000
     results = []
     for backend in (name, "reference"):
         tensors = _tensors(size, device_type)
-        for step in (5, 6):  # on both sides of the threshold
+        for step in (5, 6):  # below and above the threshold
             _step(tensors, step, backend)
         results.append(tensors)
     if not all(torch.equal(ours, truth) for ours, truth in zip(*results, strict=True)):
@@ -115,7 +118,7 @@ def _step(tensors: list[Tensor], step: int, backend: str) -> None:
 
 
 def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
-    """Median seconds of a step, over half a second or so."""
+    """Median seconds per step, measured for about half a second."""
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - begin < 0.5:
@@ -127,7 +130,7 @@ def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
     return sorted(times[1:])[len(times) // 2 - 1]
 
 
-def _auto(device_type: str) -> str:
+def _auto_backend(device_type: str) -> str:
     return resolve("auto", device_type).__module__.rpartition(".")[2].strip("_")
 
 

@@ -1,6 +1,6 @@
-"""Steps under FakeTensorMode: shapes, dtypes and sizes of a step, without its memory.
+"""Steps under FakeTensorMode: the shapes, dtypes and sizes of a step, without allocating memory.
 
-Tools such as torch.distributed._tools.mem_tracker plan memory with it.
+For tools that plan memory, such as torch.distributed._tools.mem_tracker.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def any_fake(tensors: list[Tensor]) -> bool:
 
 @torch.no_grad()
 def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-    """Makes the state that a step makes, and writes to the tensors that it writes to.
+    """Makes the same state as a real step, and writes to the same tensors.
 
     Raises AssertionError for real tensors, as torch's operations do under the mode.
     """

@@ -1,6 +1,6 @@
-"""Fingerprints of the sources: compiled modules carry one, measurements another.
+"""Fingerprints of the sources, recorded in compiled modules and in measurements.
 
-Comments, docstrings and layout do not count: neither a build nor a number goes stale with them.
+Comments, docstrings and layout are ignored, so changing them makes no build or measurement stale.
 """
 
 import ast
@@ -12,17 +12,17 @@ from pathlib import Path
 
 COMMANDS = ("__main__.py", "doctor.py", "train.py", "train_report.py")  # no part of a step
 
-# Literals come first, so that a "//" inside of one stays.
+# Literals are matched first, so that "//" inside one is kept.
 _CPP = re.compile(r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\')|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
 def fingerprint(root: Path) -> str | None:
-    """Twelve hexadecimal digits for the sources under `root`/csrc; None where there are none."""
+    """Twelve hexadecimal digits for the sources under `root`/csrc; None if there are none."""
     return _digest(root, _compiled(root))
 
 
 def measured_fingerprint(root: Path) -> str | None:
-    """The same for all that decides a step's speed: those sources and the package's Python."""
+    """The same for everything that affects the speed of a step: also the package's Python files."""
     python = (file for file in (root / "radam_kernels").rglob("*.py") if file.name not in COMMANDS)
     return _digest(root, [*_compiled(root), *python])
 
@@ -43,12 +43,12 @@ def _digest(root: Path, files: list[Path]) -> str | None:
 
 
 def _cpp(text: str) -> str:
-    """The text without comments, and with one space wherever there is any."""
+    """The text without comments, and with runs of whitespace replaced by one space."""
     return " ".join(_CPP.sub(lambda found: found[1] or " ", text).split())
 
 
 def _tree(node: object) -> Iterator[str]:
-    """What a syntax tree says, in the same words under every version of Python."""
+    """A syntax tree as tokens that are the same in every version of Python."""
     if isinstance(node, list):
         for child in node:
             yield from _tree(child)
@@ -57,7 +57,7 @@ def _tree(node: object) -> Iterator[str]:
         for name, value in ast.iter_fields(node):
             if name == "body" and isinstance(value, list):
                 value = [child for child in value if not _is_docstring(child)]
-            if value is not None and value != []:  # versions differ in what may be absent
+            if value is not None and value != []:  # versions of Python differ in these
                 yield name
                 yield from _tree(value)
         yield ")"
@@ -66,7 +66,7 @@ def _tree(node: object) -> Iterator[str]:
 
 
 def _is_docstring(node: ast.AST) -> bool:
-    """Whether this is a string that stands alone as a statement."""
+    """Whether this is a statement that consists of a string."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
@@ -74,5 +74,5 @@ def _is_docstring(node: ast.AST) -> bool:
     )
 
 
-if __name__ == "__main__":  # the build asks
+if __name__ == "__main__":  # called by the build
     print(fingerprint(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Flat buffers: one allocation for many tensors, each in it a view that starts on 256 bytes."""
+"""Flat buffers: one allocation for many tensors, which are views into it, aligned to 256 bytes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,18 +9,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .modules import cpu
 
-_ALIGNMENT = 256  # bytes: a cache line on any device, and torch's own allocators' promise
+_ALIGNMENT = 256  # bytes: no shared cache line on any device
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills one block of memory: any permutation of a contiguous one."""
+    """Whether the tensor fills one block of memory: contiguous, up to a permutation."""
     return cpu.is_dense(tensor)
 
 
 def zeros_like(
     tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
 ) -> list[Tensor]:
-    """Zeros with the shape and strides of each dense tensor, as parts of a buffer for each dtype
+    """Zeros with the shape and strides of each dense tensor: views into one buffer for each dtype
     and device."""
     kinds: dict[tuple, list[int]] = {}
     for i, kind in enumerate(zip(dtypes, devices, strict=True)):
@@ -37,23 +37,22 @@ def zeros_like(
 def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
     """Moves parameters into one flat buffer for each dtype and device; returns the buffers.
 
-    Each parameter stays the same object, with the same values, shape and strides; its memory is a
-    part of the buffer from now on, starting on a multiple of 256 bytes, in the order given. A
-    parameter given several times (tied weights) is moved once. Parameters that a call before has
-    put into one buffer, the same and in the same order, stay there.
+    Each parameter stays the same object, with the same values, shape and strides, but its memory
+    becomes a part of the buffer, aligned to 256 bytes, in the given order. A parameter given more
+    than once (tied weights) is moved once. Parameters that an earlier call has put into one buffer,
+    the same ones in the same order, stay there.
 
-    One buffer pays where something else wants one: a collective, a copy to the host, a norm. A step
-    is as fast without. What it costs: views made before (`p.data[0]`, `p.view(-1)`) go on showing
-    the old memory, so flatten before making any; saving or pickling one parameter alone writes the
-    whole buffer; `model.to()` or `.half()` gives each parameter memory of its own again.
+    A buffer is useful for other operations: a collective, a copy to the host, a norm. A step is as
+    fast without it. Costs: views made earlier (`p.data[0]`, `p.view(-1)`) keep the old memory, so
+    flatten before you make any; saving or pickling a single parameter writes the whole buffer;
+    `model.to()` or `.half()` allocates separate memory for each parameter again.
 
     Args:
         params: dense tensors of any dtype and device.
 
     Raises:
-        ValueError: a parameter is not dense, is sharded or a wrapper around other tensors, or is
-            itself part of a larger storage, so that others may use its memory. Nothing is moved
-            then.
+        ValueError: a parameter is not dense, is sharded or wraps other tensors, or is a part of a
+            larger storage, which other tensors may use. Nothing is moved then.
     """
     groups: dict[tuple, list[Tensor]] = {}
     unique = list(dict.fromkeys(params))
@@ -83,7 +82,7 @@ def _check(param: Tensor, i: int) -> None:
         raise ValueError(f"flatten: param {i} is not initialized yet; run a forward pass first")
     what = f"flatten: param {i} of shape {tuple(param.shape)}"
     if hasattr(param, "to_local") or getattr(param, "_fsdp_flattened", False):
-        # Alike on every rank, whatever its part is: otherwise some would go on, and hang.
+        # Independent of the local shard: if only some ranks raised, the others would hang.
         raise ValueError(
             f"{what} is sharded, and its memory belongs to FSDP or its DTensor; leave flatten out"
         )
@@ -110,13 +109,13 @@ def _check_storage(param: Tensor, i: int) -> None:
     if param.numel() and storage != param.numel() * param.element_size():
         raise ValueError(
             f"flatten: param {i} of shape {tuple(param.shape)} and strides {param.stride()} is a "
-            f"view into a larger storage ({storage} bytes), which moving it would tear apart; give "
-            "it memory of its own (`p.data = p.data.clone()`) or leave it out"
+            f"view into a larger storage ({storage} bytes), which other tensors may use; give it "
+            "memory of its own (`p.data = p.data.clone()`) or leave it out"
         )
 
 
 def _offsets(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[int], int]:
-    """Where each tensor starts in a buffer, and how long that is; in elements."""
+    """The offset of each tensor in a buffer, and the size of the buffer; in elements."""
     unit = _ALIGNMENT // dtype.itemsize
     offsets, end = [], 0
     for tensor in tensors:
@@ -126,7 +125,7 @@ def _offsets(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[int], 
 
 
 def _buffer_of(params: list[Tensor]) -> Tensor | None:
-    """The buffer that these parameters are in already, in this order; None if there is none."""
+    """The buffer that already holds these parameters in this order; None if there is none."""
     first = params[0]
     offsets, end = _offsets(params, first.dtype)
     begin, storage = first.storage_offset(), first.untyped_storage()
@@ -142,7 +141,7 @@ def _buffer_of(params: list[Tensor]) -> Tensor | None:
 def _views(
     tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """One new buffer of zeros, and parts of it laid out like the tensors."""
+    """A new buffer of zeros, and views into it with the shapes and strides of the tensors."""
     offsets, end = _offsets(tensors, dtype)
     unit = _ALIGNMENT // dtype.itemsize
     room = torch.zeros(end + unit, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The step as a function on raw tensors, for people who keep their own flat buffers."""
+"""The step as a function of tensors, for callers that keep their own state or flat buffers."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,25 +30,25 @@ def radam_(
     grad_scale: float = 1.0,
     backend: str = "auto",
 ) -> None:
-    """One RAdam step in place, in one launch for each device and dtype set.
+    """Performs one RAdam step in place, with one launch for each device and dtype set.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: a tensor or equally many tensors each. The four of
-            one index have one shape, one device and one dense memory layout (any permutation of
-            contiguous). float32, bfloat16 and float16 mix freely, and compute in float32;
-            float64 goes with float64; complex tensors are stepped as pairs of reals. Gradients
-            are only read.
-        step: how many steps this one makes, from 1 (torch's functional form advances a tensor
-            instead; here the caller counts).
+        params, grads, exp_avgs, exp_avg_sqs: a tensor each, or sequences of the same length. The
+            four tensors of one index have the same shape, device and dense memory layout (any
+            permutation of contiguous). float32, bfloat16 and float16 mix freely and compute in
+            float32; float64 mixes with float64 only; complex tensors are stepped as pairs of
+            reals. Gradients are only read.
+        step: the number of this step, from 1. The caller counts; torch's functional form advances
+            tensors instead.
         lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, rho_threshold,
             degenerated_to_sgd, rectification: as for `RAdam`.
         grad_scale: multiplies the gradients first, for example 1 / loss scale.
         backend: "auto" or a name from `available_backends()`.
 
     Raises:
-        ValueError: lists of different lengths, tensors that do not fit each other or share memory,
-            or betas, eps or a threshold out of range. Nothing is changed.
-        RuntimeError: no such backend works for these tensors here. Nothing is changed.
+        ValueError: lists of different lengths, tensors that do not match or that share memory, or
+            betas, eps or a threshold out of range. Nothing is changed.
+        RuntimeError: the backend does not work here, or not for these tensors. Nothing is changed.
     """
     lists = [
         [x] if isinstance(x, Tensor) else list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)

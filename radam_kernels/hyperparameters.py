@@ -54,9 +54,9 @@ def _check_differentiable(differentiable: Any) -> None:
         )
 
 
-# In the order of torch.optim.RAdam's defaults, then ours. csrc/core/schedule.h has those that
-# kernels obey; its valid() checks at each step those that no step can be made of, as groups are
-# edited. (A negative lr or weight_decay is refused at construction only, as in torch.)
+# In the order of torch.optim.RAdam's defaults, then ours. csrc/core/schedule.h lists those that
+# kernels use, and valid() there checks their ranges at every step, because users edit groups. (A
+# negative lr or weight_decay is refused at construction only, as in torch.)
 TABLE = {
     "lr": Hyperparameter(1e-3, _check_lr),
     "betas": Hyperparameter((0.9, 0.999), _check_betas),

@@ -1,11 +1,11 @@
-"""The compiled modules, and the refusal to run without them or with ones from other sources."""
+"""Loads the compiled modules; refuses to run if they are missing or stale."""
 
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-import torch  # first: _cpu looks for the OpenMP runtime that comes with it
+import torch  # before _cpu, which uses the OpenMP runtime that torch loads
 
 from .fingerprint import fingerprint
 
@@ -13,12 +13,12 @@ _HERE = Path(__file__).resolve().parent
 
 
 def load_optional(name: str) -> ModuleType | None:
-    """The compiled module `name`, or None where it was not built; see `load`."""
+    """The compiled module `name`, or None if it was not built; see `load`."""
     return load(name) if find_spec(f"{__package__}.{name}") else None
 
 
 def load(name: str) -> ModuleType:
-    """The compiled module `name`; ImportError, with the remedy, if it is missing or stale."""
+    """The compiled module `name`; raises ImportError, with a remedy, if it is missing or stale."""
     in_tree = fingerprint(_HERE.parent)
     remedy = (
         f"run `pip install -e .` in {_HERE.parent}"

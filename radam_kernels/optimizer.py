@@ -1,4 +1,4 @@
-"""RAdam as a drop-in for torch.optim.RAdam: hyperparameters, state, and the call of the kernels."""
+"""RAdam, a drop-in replacement for torch.optim.RAdam."""
 
 import warnings
 from collections.abc import Callable
@@ -22,56 +22,58 @@ from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, pre
 class RAdam(Optimizer):
     r"""Rectified Adam in one pass over memory; same arguments, state and results as torch's.
 
-    Arguments that `torch.optim.RAdam` has mean what they mean there. `foreach` is accepted and has
-    no effect: all tensors of one device and dtype set are stepped in one launch anyway.
+    Arguments of `torch.optim.RAdam` have the same meaning here. `foreach` is accepted and has no
+    effect: all tensors of one device and dtype set are stepped in one launch anyway.
 
     Args:
         params: parameters, named parameters or dicts that define groups. float32, float64,
-            bfloat16, float16 and complex, of any shape and strides, mixed at will.
+            bfloat16, float16 and complex, of any shape and strides, in any mixture.
         lr: learning rate, a float or a tensor of one element (read at every step).
         betas: coefficients of the running averages of the gradient and of its square.
         eps: added to the square root of `exp_avg_sq`, before bias correction as in torch.
         weight_decay: L2 penalty, or decay of the parameter itself if `decoupled_weight_decay`.
         maximize: maximize the objective instead.
-        capturable: keep the step counts beside the parameters and advance them there, so that
-            nothing waits for the GPU: for CUDA graphs, and for `torch.amp.GradScaler` without its
-            synchronisation. A learning rate in a tensor on that device is read there, at every
-            step or replay; other hyperparameters are part of the graph. Works on the CPU, too.
+        capturable: store and advance the step counts on the parameters' device, so that the host
+            never synchronizes with the GPU: for CUDA graphs, and for `torch.amp.GradScaler`
+            without its synchronization. A learning rate in a tensor on that device is read there,
+            at every step or replay; other hyperparameters are part of the graph. Works on the CPU,
+            too.
         differentiable: only False is supported.
         backend: "auto" (the fastest for each device), "cuda", "triton", "cpu" or "reference".
-        flatten: keep parameters that need a gradient, and their moments, in one flat buffer each
-            for a dtype and device; `flatten_` says what that is good for, and what it costs.
-            Frozen parameters stay where they are; sharded ones are refused.
-        rho_threshold: rectify where rho_t is above it. 5.0 is torch's, 4.0 the paper's Algorithm 2.
+        flatten: keep parameters that need a gradient, and their moments, in flat buffers, one for
+            each dtype and device; see `flatten_` for benefits and costs. Frozen parameters stay
+            where they are; sharded ones are refused.
+        rho_threshold: rectify if rho_t is above it. torch has 5.0, the paper's Algorithm 2 has 4.0.
         degenerated_to_sgd: below the threshold, step along the momentum (torch); False leaves the
-            parameter as it is (the authors' code).
-        rectification: "first_order" (the paper's r_t, torch's), or "exact", with the variance
-            itself instead of its first-order approximation.
+            parameter unchanged (the authors' code).
+        rectification: "first_order" (the r_t of the paper and of torch), or "exact", which uses the
+            exact variance instead of its first-order approximation.
         state_dtype: dtype of the moments of parameters of up to 32 bits; None for float32.
-            `torch.bfloat16` with bfloat16 parameters gives torch's memory and torch's trouble: at
-            beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep float64 moments.
+            `torch.bfloat16` with bfloat16 parameters takes as much memory as torch, with torch's
+            problem: at beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep float64
+            moments.
 
-    The state of a parameter is torch's: `step` (of the default dtype: a float32 stops counting at
-    2**24, as torch's does; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`. Checkpoints
-    go to and from `torch.optim.RAdam`. Whatever is edited between steps (hyperparameters, state,
-    gradients, `p.data`) is picked up. As in torch, a loaded moment that fits is used without a
-    copy: deepcopy a state dict to load it into two optimizers.
+    The state of a parameter is the same as in torch: `step` (in the default dtype; a float32 count
+    stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`.
+    Checkpoints can be exchanged with `torch.optim.RAdam`. Changes between steps (hyperparameters,
+    state, gradients, `p.data`) take effect at the next step. As in torch, a loaded moment that fits
+    is used without a copy: deepcopy a state dict to load it into two optimizers.
 
     `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
     which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes
     an optimizer with backend="auto" and flatten=False.
 
-    Where all groups are `capturable`, `GradScaler.step` hands over its scale and verdict: the
-    gradients are unscaled on the way through the kernel and stay scaled in memory (torch's fused
-    optimizers write them back unscaled), and a step that is skipped is not counted. FSDP1's
-    `ShardedGradScaler` tells its ranks of each other's verdict in `unscale_` only: call that first.
+    If all groups are `capturable`, `GradScaler.step` passes `grad_scale` and `found_inf` to the
+    step: the kernel unscales the gradients as it reads them and leaves them scaled in memory
+    (torch's fused optimizers write them back unscaled), and a skipped step is not counted. FSDP1's
+    `ShardedGradScaler` exchanges `found_inf` between ranks in `unscale_` only: call that first.
 
     Raises:
         ValueError: a hyperparameter out of range. At a step: tensors that can't be stepped or that
             share memory; nothing has been changed then.
-        RuntimeError: a backend that does not work here; at a step: sparse gradients, or the capture
+        RuntimeError: a backend that does not work here. At a step: sparse gradients, or the capture
             of a CUDA graph without `capturable` or before a first step has made the state.
-        NotImplementedError: differentiable.
+        NotImplementedError: differentiable=True.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class RAdam(Optimizer):
         check(defaults)
         check_name(backend)
         self._backend = backend
-        self._flatten = False  # not while the groups come in: all of them share one buffer
+        self._flatten = False  # until all groups are added: they share one buffer
         super().__init__(params, defaults)
         if flatten:
             flatten_(_trained(self.param_groups))
@@ -120,7 +122,7 @@ class RAdam(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling and the decision to skip to the step."""
+        """Whether the step unscales and skips by itself; GradScaler asks."""
         return all(group["capturable"] for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ class RAdam(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step; `closure` reevaluates the model and returns the loss."""
         if torch.compiler.is_compiling():
-            # A traced step would count just once. As a decorator this costs 20 us at every step.
+            # A traced step would count only once. A decorator would cost 20 us at every step.
             return torch.compiler.disable(self._step)(closure)
         return self._step(closure)
 
@@ -148,7 +150,7 @@ class RAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         repairs = Repairs()
-        # Taken out, so that a step in another thread, or within this one, has a plan of its own.
+        # Taken out, so that a step in another thread, or within this one, makes its own plan.
         plan = self.__dict__.pop("_plan", None) or cpu.Plan()
         stages = listen()
         try:
@@ -157,10 +159,11 @@ class RAdam(Optimizer):
             if self._refresh(plan, repairs):
                 launch(plan, self._backend, repairs.write_backs, stages)
         except BaseException:
-            # Once memory has been written, the state that goes with it stays.
+            # Once memory has been written, the new state is kept, because it belongs to that.
             if not plan.begun:
                 repairs.undo(self.state)
-            # GradScaler deletes these after a step, and would multiply its next scale by the old.
+            # GradScaler deletes these only after a step that succeeds, and would multiply its next
+            # scale by the old one.
             for name in Scaling._fields:
                 self.__dict__.pop(name, None)
             raise
@@ -172,7 +175,7 @@ class RAdam(Optimizer):
         return loss
 
     def _refresh(self, plan, repairs: Repairs) -> bool:
-        """Plans the step; False where the tensors are fake, and the step is done."""
+        """Plans the step; False if the tensors are fake, so that the step is already done."""
         groups, state, scaling = self.param_groups, self.state, self._scaling()
         if torch._C._len_torch_dispatch_stack():
             from . import fake
@@ -181,8 +184,8 @@ class RAdam(Optimizer):
                 fake.step(groups, state)
                 return False
         try:
-            # Once, or twice where something is repaired; more often only if somebody else edits
-            # the state of other parameters meanwhile.
+            # Twice if something is repaired; more often only if another thread changes the state of
+            # other parameters meanwhile.
             while pending := plan.refresh(groups, state, repairs.replacements, scaling):
                 from . import fake
 
@@ -198,7 +201,7 @@ class RAdam(Optimizer):
         return True
 
     def _scaling(self) -> Scaling:
-        """What GradScaler has left here for this step."""
+        """`grad_scale` and `found_inf`, which GradScaler sets on the optimizer for this step."""
         found = self.__dict__
         if "found_inf" not in found and "grad_scale" not in found:
             return UNSCALED
@@ -210,10 +213,10 @@ class RAdam(Optimizer):
         return Scaling(found.get("grad_scale"), found.get("found_inf"))
 
     def _moments(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
-        """New moments, zero, for each (parameter, dtype)."""
+        """New moments of zeros for each (parameter, dtype)."""
         if not self._flatten:
             return new_moments([owner for owner, _ in fresh], [dtype for _, dtype in fresh])
-        # One buffer for all that train, those too that have no gradient yet.
+        # One buffer for all parameters that train, including those that have no gradient yet.
         reserved = self.__dict__.setdefault("_reserved", {})
 
         def is_reserved(owner: Tensor, dtype: torch.dtype) -> bool:
@@ -234,7 +237,7 @@ class RAdam(Optimizer):
         return [reserved.pop(owner) for owner, _ in fresh]
 
     def _name(self, owner: Tensor) -> str:
-        """What errors call a parameter."""
+        """The name of a parameter in error messages."""
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 if param is owner:
@@ -244,10 +247,10 @@ class RAdam(Optimizer):
         return "a parameter"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class or of torch's, bit for bit.
+        """Loads a checkpoint of this class or of torch.optim.RAdam, bit for bit.
 
-        torch's own loading casts moments to the dtype of their parameter; this one keeps them, in
-        `state_dtype`. A moment that fits is used without a copy, as in torch.
+        torch's `load_state_dict` casts moments to the dtype of their parameter; this one keeps them
+        in `state_dtype`. A moment that fits is used without a copy, as in torch.
 
         Raises:
             ValueError: groups, shapes or values that do not match. Nothing is changed.
@@ -256,7 +259,7 @@ class RAdam(Optimizer):
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             return prepare_load(self, state_dict, self._flatten)
 
-        # Last among the hooks, so that it sees what the others made of the state.
+        # The last hook, so that it sees what the others return.
         hook = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
@@ -271,7 +274,7 @@ class RAdam(Optimizer):
         return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of unpickling, copying and loading; tensors stay the tensors that they are."""
+        """Restores a pickled, copied or loaded optimizer without copying its tensors."""
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_flatten", False)

@@ -1,5 +1,4 @@
-"""What a step needs beyond the plain case: state for new parameters, and copies or views in the
-place of parameters and gradients that a kernel can't use directly."""
+"""Makes state for new parameters, and replacements for tensors that a kernel can't use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,25 +25,25 @@ from .state import (
     laid_out_like,
     local,
     moment_dtype,
-    placed_as,
+    redistributed,
+    shard_order,
     step_device,
 )
 
-# Makes moments for [(parameter, dtype)]: dicts of MOMENTS.
+# Makes a dict of moments for each (parameter, dtype).
 MakeMoments = Callable[[list[tuple[Tensor, torch.dtype]]], list[dict[str, Tensor]]]
 
-
-_NONE = object()  # where the state has nothing for a parameter
+_MISSING = object()  # the parameter is not in the state
 
 
 @dataclass
 class Repairs:
-    """What has been done for a step, and how to undo it while no memory has been written."""
+    """What was changed for a step, and how to undo it if the step fails before it writes memory."""
 
-    # By id of the owner: itself, then what is stepped for it (param, grad, moments and step).
+    # id of the owner: (owner, param, grad, exp_avg, exp_avg_sq, step), to be stepped in its place.
     replacements: dict[int, tuple] = field(default_factory=dict)
-    write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # their state before
+    write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (owner, stepped copy)
+    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # (owner, old state)
 
     def undo(self, state: dict[Tensor, Any]) -> None:
         for owner, items in reversed(self.before):
@@ -65,7 +64,7 @@ class Staged:
 
 
 class _Name:
-    """What errors call a parameter; only looked up for one."""
+    """The name of a parameter in error messages; the lookup is slow, so only made if needed."""
 
     def __init__(self, owner: Tensor, name_of: Callable[[Tensor], str]) -> None:
         self.owner, self.name_of = owner, name_of
@@ -83,21 +82,21 @@ def repair(
     name_of: Callable[[Tensor], str],
     make_moments: MakeMoments,
 ) -> None:
-    """Makes the parameters that Plan.refresh() left over fit for its next call.
+    """Makes state or replacements for the parameters that Plan.refresh() returned as pending.
 
-    Checks all of them before it changes any. Raises RuntimeError for sparse gradients (as torch
-    does) and where a CUDA graph is being captured, ValueError for anything else that can't be
+    Validates all of them before it changes any. Raises RuntimeError for sparse gradients (as torch
+    does) and during the capture of a CUDA graph, ValueError for anything else that can't be
     stepped.
     """
     staged, olds = [], []
     for _, owner, grad, _ in pending:
         name = _Name(owner, name_of)
-        # Copied, so that what is checked is what is used, whatever other threads do.
-        old = state.get(owner, _NONE)
+        # A copy, so that other threads can't change it between validation and use.
+        old = state.get(owner, _MISSING)
         old = dict(old) if isinstance(old, dict) else old
-        if old is not _NONE:
+        if old is not _MISSING:
             check_state(old, owner, name)
-        olds.append(None if old is _NONE else old)
+        olds.append(None if old is _MISSING else old)
         staged.append(_stage(owner, grad, name, new=is_new(olds[-1])))
     if any(item.copied for item in staged):
         _refuse_sharing([*plan.owners, *(owner for _, owner, _, _ in pending)], name_of)
@@ -110,8 +109,8 @@ def repair(
         counted = fitting and is_step(old["step"], step_device(owner, group))
         if not counted and is_capturing(local(owner).device):
             raise RuntimeError(
-                f"{name_of(owner)} has no state that fits it, and what is made while a CUDA graph "
-                "is captured is made again at each replay: step once before the capture"
+                f"{name_of(owner)} has no state that fits it, and state that is made while a CUDA "
+                "graph is captured is reset by each replay: step once before the capture"
             )
     made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
     for (group, owner, _, _), old, item in zip(pending, olds, staged, strict=True):
@@ -119,19 +118,19 @@ def repair(
         new |= made.get(owner) or {key: old[key] for key in MOMENTS}
         if owner in made and not is_new(old):
             for key in MOMENTS:
-                moment = placed_as(old[key], owner, key, _Name(owner, name_of))
+                moment = redistributed(old[key], owner, key, _Name(owner, name_of))
                 local(new[key]).copy_(local(moment))
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
             repairs.before.append((owner, old))
-            _put(state, owner, new)
+            _set_state(state, owner, new)
         tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
         repairs.replacements[id(owner)] = (owner, *tensors)
         if item.copied:
             repairs.write_backs.append((local(owner), item.param))
 
 
-def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
-    """Puts step and moments first, as torch does; the walk finds them fastest in this order."""
+def _set_state(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
+    """Puts step and moments first, as torch does: the order that the walk reads fastest."""
     items = state.setdefault(owner, {})
     others = {key: value for key, value in items.items() if key not in KEYS}
     items.clear()
@@ -140,7 +139,7 @@ def _put(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> Non
 
 
 def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
-    """Checks a parameter and its gradient; copies what a kernel can't use directly."""
+    """Validates a parameter and its gradient; copies what a kernel can't use directly."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(
             f"RAdam does not support sparse gradients or nested tensors, got {grad.layout} for "
@@ -171,33 +170,29 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
         param = _copy(param, name, try_back=new)
-    return Staged(param, _fit(grad, param), copied)
+    return Staged(param, _match_gradient(grad, param), copied)
 
 
 def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
-    def order(tensor: Tensor) -> object:
-        return getattr(tensor._spec, "shard_order", None)
-
-    sharded = hasattr(grad, "to_local") and grad.device_mesh == owner.device_mesh
-    if sharded and grad.placements == owner.placements and order(grad) != order(owner):
-        raise ValueError(
-            f"grad of {name}: its shards are ordered {order(grad)}, those of the parameter "
-            f"{order(owner)}; redistribute it"
-        )
-    if not sharded:
-        where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
+    where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
+    if where != owner.device_mesh:
         raise ValueError(
             f"grad of {name}: expected a DTensor on {owner.device_mesh}, got {where}; make it one "
             "with torch.distributed.tensor.distribute_tensor"
         )
+    if grad.placements == owner.placements and shard_order(grad) != shard_order(owner):
+        raise ValueError(
+            f"grad of {name}: its shards are ordered {shard_order(grad)}, those of the parameter "
+            f"{shard_order(owner)}; redistribute it"
+        )
 
 
 def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
-    """A plain, contiguous copy. Not empty_like, which some classes lack.
+    """A plain, contiguous copy. Some classes lack empty_like.
 
     Args:
-        try_back: see whether a class without memory of its own (a quantized weight, say) can take
-            the result back, before anything is changed.
+        try_back: check that a class without memory of its own (such as a quantized weight) can be
+            copied back to, before anything is changed.
     """
     try:
         copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(param)
@@ -211,8 +206,9 @@ def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
     return copy
 
 
-def _fit(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient with the layout of the parameter and a dtype that goes with its own."""
+def _match_gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient, copied if its layout differs from the parameter's or its dtype can't be mixed
+    with it."""
     dtype = grad.dtype
     codes = [cpu.dtype_code(REAL.get(t, t)) for t in (param.dtype, dtype)]
     if grad.is_complex() != param.is_complex() or not cpu.supported(*codes, codes[0]):
@@ -232,10 +228,12 @@ def _refuse_sharing(params: list[Tensor], name_of: Callable[[Tensor], str]) -> N
 
 
 def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
-    """Where in `params` two lie that share an element, or twice one that shares one with itself.
+    """Indices of two parameters that share an element, or twice the index of one that overlaps
+    itself.
 
-    The plan compares the memory that is stepped, and a parameter that is not dense is stepped as
-    a copy. Such parameters may interleave, so only those in reach of each other are compared.
+    The plan compares the memory that is stepped, but a parameter that is not dense is stepped as a
+    copy. Such parameters may interleave without overlap, so their elements must be compared. That
+    is done within clusters of parameters whose address ranges overlap.
     """
     spans = []
     for i, param in enumerate(map(local, params)):
@@ -243,43 +241,46 @@ def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
             last = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
             begin, size = param.data_ptr(), param.element_size()
             spans.append((begin, begin + (last + 1) * size, i))
-    near: list[int] = []
+    cluster: list[int] = []
     start = end = 0
     for begin, stop, i in [*sorted(spans), (inf, inf, -1)]:
         if begin >= end:
-            if pair := _sharing_near([(j, local(params[j])) for j in near], start, end):
+            if pair := _sharing_in_cluster([(j, local(params[j])) for j in cluster], start, end):
                 return pair
-            near, start = [], begin
-        near.append(i)
+            cluster, start = [], begin
+        cluster.append(i)
         end = max(end, stop)
     return None
 
 
-def _sharing_near(near: list[tuple[int, Tensor]], start: int, end: int) -> tuple[int, int] | None:
-    """As find_sharing, of parameters that lie between two addresses: marks their memory."""
-    if not near or (len(near) == 1 and _nested(near[0][1])):
+def _sharing_in_cluster(
+    cluster: list[tuple[int, Tensor]], start: int, end: int
+) -> tuple[int, int] | None:
+    """As find_sharing, for parameters between two addresses: marks the bytes that each uses."""
+    if not cluster or (len(cluster) == 1 and _has_distinct_elements(cluster[0][1])):
         return None
-    offsets = [p.data_ptr() - start for _, p in near]
-    unit = gcd(*offsets, *(p.element_size() for _, p in near))
-    # On the host wherever the parameters are: a GPU would have to be waited for.
+    offsets = [p.data_ptr() - start for _, p in cluster]
+    unit = gcd(*offsets, *(p.element_size() for _, p in cluster))
+    # On the host wherever the parameters are, because reading a result would synchronize a GPU.
     marks = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
     views = []
-    for offset, (_, p) in zip(offsets, near, strict=True):
+    for offset, (_, p) in zip(offsets, cluster, strict=True):
         width = p.element_size() // unit
         strides = (*(width * s for s in p.stride()), 1)
         views.append(marks.as_strided((*p.shape, width), strides, offset // unit).fill_(True))
     if marks.sum() == sum(view.numel() for view in views):
         return None
-    for a, b in combinations_with_replacement(range(len(near)), 2):
+    for a, b in combinations_with_replacement(range(len(cluster)), 2):
         marks.zero_()
         views[a].fill_(True)
         if marks.sum() < views[a].numel() if a == b else views[b].any():
-            return near[a][0], near[b][0]
+            return cluster[a][0], cluster[b][0]
     return None
 
 
-def _nested(param: Tensor) -> bool:
-    """Whether each stride steps over all that the smaller ones reach: no element is met twice."""
+def _has_distinct_elements(param: Tensor) -> bool:
+    """Whether each stride exceeds the span of all smaller ones, so that no two indices share an
+    element."""
     reach = 0
     for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
         if n > 1 and stride <= reach:

@@ -1,4 +1,4 @@
-"""Turns a step count and hyperparameters into the float64 scalars that every kernel applies."""
+"""Computes the scalars of a step, in float64, from a step count and the hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ FORMS = ("first_order", "exact")
 
 
 class Action(IntEnum):
-    """What an update does with an element; every kernel uses the same values."""
+    """What a step does to a parameter; every kernel uses these values."""
 
-    SKIP = 0  # touch nothing: found_inf, set by a backend and never by step_scalars
-    HOLD = 1  # update the moments, leave the parameter
+    SKIP = 0  # write nothing, because of found_inf; set by backends, never by step_scalars
+    HOLD = 1  # update the moments only
     MOMENTUM = 2  # p - step_size * m
     RECTIFIED = 3  # p - step_size * (m / (sqrt(v) + eps))
 
 
-# Looking up and converting an enum member takes 0.3 us, which every step would pay.
+# Cached, because looking up and converting enum members takes 0.3 us.
 _HOLD, _MOMENTUM, _RECTIFIED = map(float, (Action.HOLD, Action.MOMENTUM, Action.RECTIFIED))
 
 
 class StepScalars(NamedTuple):
-    """One step's scalars, all float64, in the order of the C++ and CUDA struct of that name."""
+    """The scalars of one step, all float64, in the order of the C++ struct of the same name."""
 
     grad_scale: float  # multiplies the gradient: inverse loss scale, negative for maximize
     weight_decay: float  # L2: g + weight_decay * p; 0 for none
@@ -50,9 +50,10 @@ def rho_inf(beta2: float) -> float:
 def rho(step: float, beta2: float) -> float:
     """Length of the approximated moving average: `rho_inf - 2 t beta2^t / (1 - beta2^t)`, >= 1.
 
-    `step` (t) counts from 1. Evaluated without the cancellation of this textbook form, which loses
-    five digits at beta2 = .999999. Raises ValueError for a step that is not a whole number >= 1 and
-    for beta2 outside [0, 1). Source: Liu et al., ICLR 2020, Algorithm 2; torch/optim/radam.py.
+    `step` (t) counts from 1. Computed without the cancellation in this textbook formula, which
+    loses five digits at beta2 = .999999. Raises ValueError for a step that is not a whole number
+    >= 1 and for beta2 outside [0, 1). Source: Liu et al., ICLR 2020, Algorithm 2;
+    torch/optim/radam.py.
     """
     _check_beta("beta2", beta2)
     return _rho(_whole(step), beta2)
@@ -68,7 +69,7 @@ def adaptive_variance(rho: float) -> float:
         return inf
     # Legendre's duplication turns the Beta term into x (Gamma(x - 1/2) / Gamma(x))^2.
     x = 0.5 * rho
-    # Expand that ratio where it is largest: R(x) = R(x + 1) x / (x - 1/2) leads there.
+    # The asymptotic expansion of that ratio is accurate for x >= 11: R(x) = R(x + 1) x / (x - 1/2).
     up, shift = x, 1.0
     while up < 11.0:
         factor = up / (up - 0.5)
@@ -81,7 +82,7 @@ def adaptive_variance(rho: float) -> float:
         5 / 4 + z * (-61 / 6 + z * (1385 / 8 + z * (-50521 / 10 + z * 2702765 / 12)))
     )
     excess = expm1(z * series)
-    if up == x:  # both terms tend to 1: cancel them on paper
+    if up == x:  # both terms tend to 1, and are canceled analytically
         return (x / w) * (0.25 / (x - 1.0) - excess)
     return x / (x - 1.0) - x * shift * ((1.0 + excess) / w)
 
@@ -97,9 +98,9 @@ def adaptive_variance_first_order(rho: float) -> float:
 
 
 def check_rho_threshold(rho_threshold: float, form: str) -> None:
-    """Raises ValueError for an unknown form, or a threshold where the form's variance is infinite.
+    """Raises ValueError for an unknown form, or a threshold at which its variance is infinite.
 
-    The least threshold is 4 for "first_order" and 2 for "exact"; math.inf never rectifies.
+    The smallest threshold is 4 for "first_order" and 2 for "exact"; math.inf never rectifies.
     """
     if form not in FORMS:
         raise ValueError(f"rectification: expected one of {FORMS}, got {form!r}")
@@ -117,8 +118,8 @@ def rectification(
     """The factor r_t in (0, 1], or None (do not rectify) when `rho_t <= rho_threshold`.
 
     `sqrt(Var(rho_inf) / Var(rho_t))`; with form "first_order" that is torch's
-    `sqrt((rho_t-4)(rho_t-2) rho_inf / ((rho_inf-4)(rho_inf-2) rho_t))`. The default threshold is
-    torch's 5.0; Algorithm 2 of the paper is 4.0; the authors' code rectifies at exactly 5.0 too.
+    `sqrt((rho_t-4)(rho_t-2) rho_inf / ((rho_inf-4)(rho_inf-2) rho_t))`. The default threshold, 5.0,
+    is torch's; Algorithm 2 of the paper has 4.0; the authors' code rectifies at exactly 5.0, too.
     Raises ValueError as `rho` and `check_rho_threshold` do. Source: Liu et al., ICLR 2020,
     Algorithm 2 and Theorem 1; torch/optim/radam.py.
     """
@@ -142,12 +143,12 @@ def step_scalars(
     rectification: str = "first_order",
     grad_scale: float = 1.0,
 ) -> StepScalars:
-    """The scalars of one step; `step` counts this step too, so it is 1 for the first.
+    """The scalars of one step; `step` includes this step, so it is 1 for the first.
 
     Rectified: `step_size = lr sqrt(1 - beta2^t) r_t / (1 - beta1^t)`. At or below `rho_threshold`:
     `lr / (1 - beta1^t)` on the momentum (torch), or with `degenerated_to_sgd=False` neither a step
     nor decoupled decay (the authors' code). `grad_scale` multiplies the gradient (1 / loss scale).
-    `step` may be a whole float, but a float32 step tensor stops counting at 2**24, as torch's does.
+    `step` may be a whole float. A float32 step tensor stops counting at 2**24, as in torch.
     Raises ValueError for a step that is not a whole number >= 1, betas outside [0, 1), eps negative
     or NaN, and as `check_rho_threshold` does; lr and weight_decay are not checked here.
     Source: Liu et al., ICLR 2020, Algorithm 2; torch/optim/radam.py; the authors' radam.py.
@@ -159,7 +160,7 @@ def step_scalars(
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
     check_rho_threshold(rho_threshold, rectification)
 
-    # Narrower number types, such as numpy's float32, would otherwise pull the arithmetic down.
+    # Narrower types, such as numpy's float32, would otherwise reduce the precision.
     lr, beta1, beta2, eps = float(lr), float(beta1), float(beta2), float(eps)
     weight_decay, grad_scale = float(weight_decay), float(grad_scale)
 
@@ -187,7 +188,7 @@ def step_scalars(
 
 
 def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
-    """`step_scalars` of a parameter group (a dict with RAdam's keys; `grad_scale` may be added)."""
+    """`step_scalars` for a parameter group (a dict with RAdam's keys, optionally `grad_scale`)."""
     beta1, beta2 = group["betas"]
     return step_scalars(
         step,
@@ -230,17 +231,17 @@ def _rho(t: float, beta2: float) -> float:
         return 1.0
     h = -log(beta2)
     th = t * h
-    # Beyond 50 the correction is below rounding, and exp would overflow in the end.
+    # Above 50 the correction is below rounding error, and expm1 would overflow later.
     if th > 50.0:
         return _rho_inf(beta2)
     if th > 1.0:
         return _rho_inf(beta2) - 2.0 * t / expm1(th)
-    # The same value with its large terms, 2/h each, cancelled on paper.
+    # The same value, with its large terms (2/h each) canceled analytically.
     return t + _langevin(0.5 * h) - t * _langevin(0.5 * th)
 
 
 def _langevin(y: float) -> float:
-    # coth y - 1/y by Lambert's continued fraction, to the last bit for 0 <= y <= 0.5.
+    # coth y - 1/y by Lambert's continued fraction, exact to the last bit for 0 <= y <= 0.5.
     s = y * y
     return y / (3.0 + s / (5.0 + s / (7.0 + s / (9.0 + s / (11.0 + s / (13.0 + s / 15.0))))))
 
@@ -250,5 +251,5 @@ def _rectification(t: float, beta2: float, form: str, rho_threshold: float) -> f
     if rho_t <= rho_threshold:
         return None
     variance = adaptive_variance_first_order if form == "first_order" else adaptive_variance
-    # The variance falls with rho, so only a rounding can put the ratio above 1.
+    # The variance decreases with rho, so only rounding can put the ratio above 1.
     return min(1.0, sqrt(variance(_rho_inf(beta2)) / variance(rho_t)))

@@ -9,18 +9,18 @@ from contextlib import AbstractContextManager
 import torch
 from torch.profiler import record_function
 
-# Set by nsys and other NVTX tools for the programs that they start.
+# nsys and other NVTX tools set this variable for the programs that they start.
 _NVTX = "NVTX_INJECTION64_PATH" in os.environ and torch.version.cuda is not None
 
 
 class Stages:
-    """The current stage of a step, as one range after another."""
+    """The stages of one step, each a profiler range."""
 
     def __init__(self) -> None:
         self._open: list[AbstractContextManager] = []
 
     def enter(self, name: str | None) -> None:
-        """Ends the stage before and begins the stage `name`, or none."""
+        """Ends the current stage and begins the stage `name`, unless that is None."""
         while self._open:
             self._open.pop().__exit__(None, None, None)
         if name is not None:

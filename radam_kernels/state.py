@@ -1,4 +1,4 @@
-"""A parameter's state: `step`, `exp_avg` and `exp_avg_sq`, as torch.optim.RAdam keeps them."""
+"""A parameter's state: `step`, `exp_avg` and `exp_avg_sq`, in the format of torch.optim.RAdam."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -24,7 +24,8 @@ _STEP_DTYPES = (torch.float32, torch.float64)
 
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """This rank's part of a DTensor, placed as `like` is; any other tensor as it is."""
+    """The local tensor of a DTensor, redistributed if `like` is placed differently; any other
+    tensor unchanged."""
     if not hasattr(tensor, "to_local"):
         return tensor
     if like is not None and tensor.placements != like.placements:
@@ -42,7 +43,7 @@ def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
-    """Where the step count of a parameter of this group belongs."""
+    """The device of the step count of a parameter in this group."""
     return local(param).device if group["capturable"] else torch.device("cpu")
 
 
@@ -58,23 +59,23 @@ def is_step(value: Any, device: torch.device) -> bool:
 
 
 def as_step(value: float | Tensor, device: torch.device) -> Tensor:
-    """A step count as torch keeps it: one float32 (or float64) in a tensor."""
+    """A step count in torch's format: a float32 or float64 tensor of one element."""
     value = local(value) if isinstance(value, Tensor) else value
     if is_step(value, device):
         return value
     dtype = torch.get_default_dtype()
     dtype = dtype if dtype in _STEP_DTYPES else torch.float32
-    # Not torch.tensor, which waits for the copy to a GPU.
+    # torch.tensor would synchronize with a GPU.
     return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def is_new(state: dict[str, Any] | None) -> bool:
-    """Whether a parameter has no state of ours: other keys are a wrapper's, and stay."""
+    """Whether a parameter has no state of this optimizer. Other keys are a wrapper's, and kept."""
     return state is None or not any(key in state for key in KEYS)
 
 
 def check_state(state: Any, param: Tensor, name: object) -> None:
-    """Raises ValueError for a state that can't be this parameter's."""
+    """Validates a parameter's state; raises ValueError if it can't belong to the parameter."""
     if not isinstance(state, dict):
         raise ValueError(
             f"state of {name}: expected a dict, got {state!r}; delete it to start from zero"
@@ -91,7 +92,7 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
         good = step.layout == torch.strided and step.numel() == 1
         good = good and not step.is_complex() and not step.is_meta
     else:
-        # Beyond 2**53 not every integer is a float, and some are too large for any.
+        # Not every integer above 2**53 is a float, and some are too large for any float.
         good = isinstance(step, Real) and not (isinstance(step, Integral) and abs(step) > 2**53)
     if not good:
         raise ValueError(
@@ -100,48 +101,42 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
     if isinstance(step, Tensor):
         check_storage(step, name, "step of ")
     for key in MOMENTS:
-        _check_moment(state[key], param, key, name)
+        if problem := _moment_problem(state[key], param):
+            raise ValueError(
+                f"{key} of {name}: {problem}; the parameter or its state has changed: delete the "
+                "state to start from zero"
+            )
+        check_storage(state[key], name, f"{key} of ")
 
 
-def _check_moment(moment: Any, param: Tensor, key: str, name: object) -> None:
-    what = _Of(key, name)
-    remedy = "the parameter or its state has changed: delete the state to start from zero"
+def _moment_problem(moment: Any, param: Tensor) -> str | None:
+    """Why a value can't be a moment of a parameter; None if it can."""
     if not isinstance(moment, Tensor) or moment.shape != param.shape:
         got = tuple(moment.shape) if isinstance(moment, Tensor) else type(moment).__name__
-        raise ValueError(f"{what}: expected shape {tuple(param.shape)}, got {got}; {remedy}")
+        return f"expected shape {tuple(param.shape)}, got {got}"
     if moment.is_complex() != param.is_complex() or not (
         moment.is_floating_point() or moment.is_complex()
     ):
-        raise ValueError(f"{what}: can't keep moments of {param.dtype} in {moment.dtype}; {remedy}")
+        return f"can't keep moments of {param.dtype} in {moment.dtype}"
     if moment.layout != torch.strided or (moment.is_meta and not param.is_meta):
         kind = "meta" if moment.is_meta else moment.layout
-        raise ValueError(f"{what}: expected a dense tensor with memory, got {kind}; {remedy}")
-    check_storage(moment, what)
+        return f"expected a dense tensor with memory, got {kind}"
+    return None
 
 
-class _Of:
-    """The words "`key` of `name`"; looking a name up takes longer than a check."""
-
-    def __init__(self, key: str, name: object) -> None:
-        self.key, self.name = key, name
-
-    def __str__(self) -> str:
-        return f"{self.key} of {self.name}"
-
-
-def check_storage(tensor: Tensor, what: object, of: str = "") -> None:
-    """Raises ValueError for a tensor whose storage was freed or shrunk."""
+def check_storage(tensor: Tensor, name: object, of: str = "") -> None:
+    """Raises ValueError, about `of` and `name`, for a tensor whose storage was freed or shrunk."""
     plain = local(tensor)
     if type(plain) not in (Tensor, torch.nn.Parameter) or plain.is_meta or not plain.numel():
         return
-    if plain._is_zerotensor():  # has no memory, and needs none
+    if plain._is_zerotensor():  # needs no memory
         return
     last = sum((n - 1) * s for n, s in zip(plain.shape, plain.stride(), strict=True))
     needed = (plain.storage_offset() + last + 1) * plain.element_size()
     if (found := plain.untyped_storage().nbytes()) < needed:
         raise ValueError(
-            f"{of}{what}: its storage has {found} bytes and the tensor needs {needed}; something "
-            "freed or shrank it (untyped_storage().resize_()): resize it back before the step"
+            f"{of}{name}: its storage has {found} bytes and the tensor needs {needed}; "
+            "untyped_storage().resize_() freed or shrank it: resize it back before the step"
         )
 
 
@@ -151,30 +146,37 @@ def _short(value: Any) -> str:
 
 
 def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
-    """Whether a tensor of the parameter's shape has its strides too, and its values in memory."""
+    """Whether a tensor of the parameter's shape has its strides, and is no lazily negated or
+    conjugated view."""
     strides = zip(param.shape, param.stride(), tensor.stride(), strict=True)
     same = all(n == 1 or a == b for n, a, b in strides)
     return same and is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
 
 
-def placed_alike(tensor: Tensor, owner: Tensor) -> bool:
-    """Whether a tensor is a DTensor on the mesh of `owner`, with its placements and shard order."""
+def same_placement(tensor: Tensor, owner: Tensor) -> bool:
+    """Whether a tensor is a DTensor with the mesh, placements and shard order of `owner`."""
     return (
         hasattr(tensor, "to_local")
         and tensor.device_mesh == owner.device_mesh
         and tensor.placements == owner.placements
-        and getattr(tensor._spec, "shard_order", None) == getattr(owner._spec, "shard_order", None)
+        and shard_order(tensor) == shard_order(owner)
     )
 
 
+def shard_order(tensor: Tensor) -> object:
+    """The shard order of a DTensor; None in older versions of torch."""
+    return getattr(tensor._spec, "shard_order", None)
+
+
 def template(param: Tensor) -> Tensor:
-    """A tensor laid out as what is stepped: a local parameter, or if not dense, a copy of it."""
+    """A tensor with the layout that is stepped: a local parameter's, or that of a contiguous copy
+    if it is not dense."""
     return param if is_dense(param) else torch.empty(param.shape, device="meta")
 
 
 def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can step this moment of a parameter without a copy."""
-    if hasattr(owner, "to_local") and not placed_alike(moment, owner):
+    if hasattr(owner, "to_local") and not same_placement(moment, owner):
         return False
     moment, param = local(moment), local(owner)
     return (
@@ -188,38 +190,34 @@ def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
 def new_moments(
     params: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, flatten: bool = False
 ) -> list[dict[str, Tensor]]:
-    """New moments, zero, for each parameter: ordinary tensors, or with `flatten` parts of buffers.
+    """New moments of zeros for each parameter.
 
     Args:
-        params: the users' parameters.
-        dtypes: of each parameter's moments.
-        flatten: one buffer for all of one key, dtype and device.
+        params: the parameters as the user has them (DTensors, for example).
+        dtypes: the dtype of each parameter's moments.
+        flatten: allocate one buffer for each key, dtype and device, and return views into these.
     """
-    parts = [local(p) for p in params]
-    templates = [template(p) for p in parts]
-    devices = [p.device for p in parts]
-    made = []
-    for _ in MOMENTS:
+    templates = [template(local(p)) for p in params]
+    devices = [local(p).device for p in params]
+
+    def zeros() -> list[Tensor]:
         if flatten:
-            made.append(zeros_like(templates, dtypes, devices))
-        else:
-            made.append(
-                [
-                    torch.zeros_like(template, dtype=dtype, device=device)
-                    for template, dtype, device in zip(templates, dtypes, devices, strict=True)
-                ]
-            )
+            return zeros_like(templates, dtypes, devices)
+        kinds = zip(templates, dtypes, devices, strict=True)
+        return [torch.zeros_like(t, dtype=dtype, device=device) for t, dtype, device in kinds]
+
+    made = [zeros() for _ in MOMENTS]
     return [
-        {key: place(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
+        {key: wrap_local(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
         for owner, *moments in zip(params, *made, strict=True)
     ]
 
 
-def place(moment: Tensor, owner: Tensor) -> Tensor:
+def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
     """A local moment as a DTensor if its parameter is one, with the parameter's own spec object.
 
-    One object makes the comparison at each step cheap. It says the parameter's dtype, too, so
-    moments of another dtype get a spec of their own.
+    A shared spec makes the comparison at each step cheap. It includes the dtype, so moments of
+    another dtype than the parameter's get a new spec.
     """
     if not hasattr(owner, "to_local"):
         return moment
@@ -236,11 +234,8 @@ def place(moment: Tensor, owner: Tensor) -> Tensor:
     )
 
 
-# Loading
-
-
 class Loaded:
-    """Carries a value through Optimizer.load_state_dict, which casts every tensor it sees."""
+    """Wraps a value so that Optimizer.load_state_dict does not cast it."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -248,15 +243,15 @@ class Loaded:
 
 @torch.no_grad()
 def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool) -> dict[str, Any]:
-    """Checks a state dict against the parameters, and converts it: all that can fail in a load.
+    """Validates a state dict against the parameters and converts it, before anything is changed.
 
     A loaded moment that fits its parameter is used without a copy, as in torch; step counts are
-    copied. Values come back wrapped in Loaded.
+    copied. Values are returned wrapped in Loaded.
     """
     states = dict(state_dict["state"])
     _refuse_other_optimizers(states)
     ours, converted = [], []
-    # torch complains of lengths, after the hooks.
+    # Not strict: torch checks lengths after the hooks.
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         options = {**group, **saved}
         for key, owner in zip(saved["params"], group["params"], strict=False):
@@ -270,7 +265,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             step = as_step(state["step"], step_device(owner, options))
             state["step"] = step.clone() if step is state["step"] else step
             for k in MOMENTS:
-                state[k] = placed_as(state[k], owner, k, f"param {key}")
+                state[k] = redistributed(state[k], owner, k, f"param {key}")
             dtype = moment_dtype(owner, options.get("state_dtype"))
             if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
                 converted.append((owner, dtype, state))
@@ -298,12 +293,12 @@ def _refuse_other_optimizers(states: dict[Any, Any]) -> None:
             )
 
 
-def placed_as(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
-    """A loaded moment of the parameter's global shape, placed as the parameter is."""
+def redistributed(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
+    """A loaded moment, which has the parameter's global shape, placed as the parameter is."""
     sharded, loaded_sharded = hasattr(owner, "to_local"), hasattr(moment, "to_local")
     if not sharded:
         return moment.full_tensor() if loaded_sharded else moment
-    if not loaded_sharded:  # every rank has all of it
+    if not loaded_sharded:  # each rank has the full tensor
         from torch.distributed.tensor import Replicate
 
         everywhere = [Replicate()] * owner.device_mesh.ndim
@@ -317,6 +312,6 @@ def placed_as(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
         )
     if moment.placements != owner.placements:
         moment = moment.redistribute(placements=owner.placements)
-    if not placed_alike(moment, owner):
+    if not same_placement(moment, owner):
         raise ValueError(f"{key} of {name}: its shards are in another order than its parameter's")
-    return place(moment.to_local(), owner)
+    return wrap_local(moment.to_local(), owner)

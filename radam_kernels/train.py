@@ -25,11 +25,11 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what and how."""
+    """An error that the user can fix; the message says how."""
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to its input: (batch, time, width) to the same."""
+    """A transformer block: pre-norm attention and MLP with residual connections."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class ByteModel(nn.Module):
-    """Decoder-only transformer over bytes: int64 (batch, time) to logits (batch, time, 256)."""
+    """A decoder-only transformer over bytes: int64 (batch, time) to logits (batch, time, 256)."""
 
     def __init__(self, layers: int, width: int, context: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class ByteModel(nn.Module):
 
 
 def load_text(path: Path | None, context: int) -> tuple[Tensor, Tensor]:
-    """Bytes to train on and the held-out last tenth, both int64 of shape (bytes,)."""
+    """The bytes to train on and the held-out last tenth, both int64 of shape (bytes,)."""
     if path is not None:
         try:
             text = path.read_bytes()
@@ -94,7 +94,7 @@ def load_text(path: Path | None, context: int) -> tuple[Tensor, Tensor]:
 
 
 def windows(data: Tensor, starts: Tensor, context: int, device: torch.device) -> Tensor:
-    """Runs of `context + 1` bytes from `data` at `starts`: int64 (len(starts), context + 1)."""
+    """`context + 1` bytes of `data` from each of `starts`: int64 (len(starts), context + 1)."""
     return data[starts[:, None] + torch.arange(context + 1)].to(device)
 
 
@@ -110,7 +110,7 @@ def held_out_loss(model: ByteModel, batch: Tensor) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a steady clock, once `device` has done all that was asked of it."""
+    """Seconds on a monotonic clock, after synchronizing `device`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -123,10 +123,10 @@ def train_one(
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Trains a fresh model for `args.steps` steps and fills `run` as it goes."""
+    """Trains a new model for `args.steps` steps and records losses and times in `run`."""
     from tqdm import tqdm
 
-    # Initial values and batches come from the seed alone, so that every run sees the same.
+    # Initial values and batches depend on the seed only, so they are the same in every run.
     torch.manual_seed(args.seed)
     draws = torch.Generator().manual_seed(args.seed)
     model = ByteModel(args.layers, args.width, args.context).to(device)
@@ -163,15 +163,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m radam_kernels train` to `parser`."""
     add = parser.add_argument
     add("--steps", type=positive, default=600, help="training steps of each run (%(default)s)")
-    add("--seed", type=int, default=0, help="of initial values and batches (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of initial values and batches (%(default)s)")
     add("--lr", type=float, default=3e-3, help="learning rate of each optimizer (%(default)s)")
-    add("--backend", default="auto", help="given to radam_kernels.RAdam (%(default)s)")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--backend", default="auto", help="backend of radam_kernels.RAdam (%(default)s)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     add("--text", type=Path, help="file to train on (default: the help texts of Python)")
     add("--out", type=Path, default=Path("radam_train"), help="folder for results (%(default)s)")
     add("--layers", type=positive, default=4, help="layers of the model (%(default)s)")
-    add("--width", type=positive, default=96, help="a multiple of 32 (%(default)s)")
-    add("--context", type=positive, default=64, help="bytes the model sees (%(default)s)")
+    add("--width", type=positive, default=96, help="model width, a multiple of 32 (%(default)s)")
+    add("--context", type=positive, default=64, help="context length in bytes (%(default)s)")
     add("--batch", type=positive, default=16, help="windows in a batch (%(default)s)")
 
 
@@ -184,7 +184,7 @@ def positive(text: str) -> int:
 
 
 def require(args: argparse.Namespace) -> None:
-    """Raises UserError for what would otherwise fail only after minutes of training."""
+    """Raises UserError for errors that would otherwise show only after minutes of training."""
     try:
         import matplotlib  # noqa: F401
         import tqdm  # noqa: F401
@@ -200,7 +200,7 @@ def require(args: argparse.Namespace) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, tried out; by default cuda where there is one, else cpu."""
+    """The device `name`, if it works; by default cuda if available, otherwise cpu."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
@@ -214,7 +214,7 @@ def pick_device(name: str | None) -> torch.device:
 def optimizer_factories(
     args: argparse.Namespace, device: torch.device
 ) -> dict[str, OptimizerFactory]:
-    """The optimizers under comparison, all at torch's defaults but for the learning rate."""
+    """The optimizers to compare, all with torch's defaults except for the learning rate."""
     from . import RAdam
 
     ours = partial(RAdam, lr=args.lr, backend=args.backend)
@@ -261,7 +261,7 @@ def compare(args: argparse.Namespace, runs: dict[str, Run]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the comparison; the exit status is 0, 2 for a mistake in use, 130 for Ctrl-C."""
+    """Runs the comparison; returns 0, 2 for a UserError, or 130 for Ctrl-C."""
     runs: dict[str, Run] = {}
     try:
         compare(args, runs)

@@ -1,4 +1,4 @@
-"""What `python -m radam_kernels train` tells of its runs: a table, a picture, and the numbers."""
+"""The results of `python -m radam_kernels train`: a table, a plot, and JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import torch
 
 OURS, TORCH_RADAM, TORCH_ADAM = "radam_kernels.RAdam", "torch.optim.RAdam", "torch.optim.Adam"
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
+# From Okabe and Ito's palette, which is safe for colour-blind readers.
 COLOURS = {OURS: "#E69F00", TORCH_RADAM: "#000000", TORCH_ADAM: "#0072B2"}
 
 
 @dataclass
 class Run:
-    """What one optimizer's training left behind: losses in nats per byte, times in seconds."""
+    """The results of training under one optimizer: losses in nats per byte, times in seconds."""
 
     name: str
     parameters: int = 0
@@ -31,12 +31,12 @@ class Run:
         return 1e3 * low.item(), 1e3 * mid.item(), 1e3 * high.item()
 
     def share(self) -> float:
-        """The optimizer's part of a whole training step, between 0 and 1 (ratio of medians)."""
+        """The optimizer's share of a training step, from 0 to 1 (ratio of medians)."""
         return self.optimizer_ms()[1] / (1e3 * torch.tensor(self.step_s).quantile(0.5).item())
 
 
 def radam_difference(runs: dict[str, Run]) -> float:
-    """The greatest distance between the two RAdams' held-out losses, in nats per byte."""
+    """The greatest difference of the two RAdams' held-out losses, in nats per byte."""
     pairs = zip(runs[OURS].held_out, runs[TORCH_RADAM].held_out, strict=True)
     return max(abs(ours - theirs) for ours, theirs in pairs)
 
@@ -85,7 +85,7 @@ def draw(runs: dict[str, Run], caption: str) -> bytes:
 
     figure = Figure(figsize=(8, 3.8), dpi=200, facecolor="white", layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
-    # The two RAdams coincide: a wide light line below a thin dashed one keeps both in sight.
+    # The curves of the two RAdams coincide: a thin dashed line on a wide light one shows both.
     strokes = {OURS: {"lw": 6, "alpha": 0.75}, TORCH_RADAM: {"lw": 1.6, "ls": (0, (4, 2))}}
     for name, run in runs.items():
         stroke = strokes.get(name, {"lw": 1.8})

@@ -1,4 +1,4 @@
-// The module _cpu: the plan of a step, and the CPU kernel. It links to Python and to nothing else.
+// The module _cpu: the plan of a step, and the CPU kernel. Links to nothing but Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,7 +19,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Python has checked the tensors; counts, pointers and alignment are cheap to check once more.
+// The caller has validated the tensors; counts, pointers and alignment are cheap to check again.
 void check(const Segments& segments, const DTypeSet& dtypes, const StepScalars* rows,
            int64_t scalars) {
   if (segments.count < 0 || (segments.count > 0 && (!segments.rows || !segments.grads || !rows))) {
@@ -66,8 +66,8 @@ py::object object(const Ref& ref) { return py::reinterpret_borrow<py::object>(re
 py::list tensors(const Bucket& bucket) {
   py::list rows;
   for (const Tensors& t : bucket.tensors) {
-    rows.append(
-        py::make_tuple(object(t.param), object(t.grad), object(t.exp_avg), object(t.exp_avg_sq)));
+    rows.append(py::make_tuple(object(t[kParam]), object(t[kGrad]), object(t[kExpAvg]),
+                               object(t[kExpAvgSq])));
   }
   return rows;
 }
@@ -75,7 +75,7 @@ py::list tensors(const Bucket& bucket) {
 py::list steps(const Bucket& bucket) {
   py::list rows;
   for (size_t i = 0; bucket.capturable && i < bucket.tensors.size(); ++i) {
-    rows.append(py::make_tuple(object(bucket.tensors[i].step), bucket.counters[i].group));
+    rows.append(py::make_tuple(object(bucket.tensors[i][kStep]), bucket.counters[i].group));
   }
   return rows;
 }
@@ -143,7 +143,7 @@ PYBIND11_MODULE(_cpu, m) {
       "Tensors that can't be stepped together: a message with {0} and {1} for "
       "the names of owners, and the owners' indices in Plan.owners.";
   py::exception<InvalidGroup>(m, "InvalidGroup", PyExc_ValueError).attr("__doc__") =
-      "Options that no step can be made of: the group's index, and the step.";
+      "Invalid options of a parameter group: the group's index, and the step.";
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
       std::rethrow_exception(thrown);
@@ -167,7 +167,7 @@ PYBIND11_MODULE(_cpu, m) {
           },
           "Codes of the dtypes of parameters, gradients and moments.")
       .def_readonly("capturable", &Bucket::capturable,
-                    "Whether the step counts lie on the bucket's device, and advance there.")
+                    "Whether the step counts are stored and advanced on the bucket's device.")
       .def_property_readonly("count", [](const Bucket& b) { return b.segments.size(); })
       .def_property_readonly(
           "segment_rows", [](const Bucket& b) { return as_bytes(b.segments); },
@@ -177,7 +177,7 @@ PYBIND11_MODULE(_cpu, m) {
           "The address of each segment's gradient, as bytes.")
       .def_property_readonly(
           "scalar_rows", [](const Bucket& b) { return as_bytes(b.scalars); },
-          "The rows of StepScalars that the segments obey, as bytes; empty where capturable.")
+          "The rows of StepScalars that the segments use, as bytes; empty if capturable.")
       .def_property_readonly(
           "scalars",
           [](const Bucket& b) {
@@ -191,11 +191,11 @@ PYBIND11_MODULE(_cpu, m) {
             for (const Segment& segment : b.segments) rows.append(segment.scalars);
             return rows;
           },
-          "The row of StepScalars that each segment obeys.")
+          "The index of each segment's row of StepScalars.")
       .def_property_readonly("counts", &counts, "(group index, step count) of each of these rows.")
       .def_property_readonly(
           "counter_rows", [](const Bucket& b) { return as_bytes(b.counters); },
-          "Where the step counts are, as bytes.")
+          "Addresses, dtypes and groups of the step counts, as bytes.")
       .def_property_readonly(
           "hyperparameter_rows", [](const Bucket& b) { return as_bytes(b.hyperparameters); },
           "The options of the counters' groups, as bytes; capturable only.")
@@ -208,7 +208,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property(
           "cache", [](const Bucket& b) { return b.cache.get() ? object(b.cache) : py::none(); },
           [](Bucket& b, const py::object& cache) { b.cache = Ref::borrow(cache.ptr()); },
-          "What the backend keeps from step to step, as long as the plan lives; None at first.")
+          "The backend's cache, kept between steps as long as the plan lives; None at first.")
       .def("run", &Plan::run_bucket, py::arg("threads"), "Steps the segments, on the CPU.");
 
   py::class_<Plan>(m, "Plan", "The plan of one step; see csrc/host/plan.h.")
@@ -235,8 +235,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def("begin", &Plan::begin, "Bumps the version of every tensor that is written.")
       .def("commit", &Plan::commit, "Writes the step counts that the host keeps.")
       .def("run_cpu", &Plan::run_cpu, py::arg("threads"),
-           "begin(), every bucket, commit(): in one call, so that no signal comes between.")
-      .def("release", &Plan::release, "Lets go of every tensor.")
+           "begin(), every bucket and commit() in one call: no signal handler runs between them.")
+      .def("release", &Plan::release, "Drops all references to tensors.")
       .def_property_readonly("begun", &Plan::begun, "Whether memory may have been written.")
       .def_property_readonly("buckets", &Plan::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("groups", [](const Plan& plan) { return object(plan.groups()); })

@@ -7,18 +7,18 @@
 
 namespace radam {
 
-// Where a step count is, and whose hyperparameters go with it.
+// A step count in memory, and the group whose hyperparameters apply to it.
 struct Counter {
   void* step;
   int32_t dtype;  // kFloat32 or kFloat64
   int32_t group;  // a row of Hyperparameters
 };
-static_assert(sizeof(Counter) == 16, "these tables travel as bytes");
+static_assert(sizeof(Counter) == 16, "these tables are passed as bytes");
 
-// What GradScaler leaves on an optimizer: one float each where the counters are, or null.
+// GradScaler's attributes on an optimizer: one float each on the device of the counters, or null.
 struct Scaling {
   const float* grad_scale;  // the gradients are divided by it
-  const float* found_inf;   // not zero (it may be 2): no step, and no count
+  const float* found_inf;   // nonzero (it may be 2): skip the step, don't count it
 };
 
 RADAM_INLINE double read_number(const void* data, int dtype) {
@@ -32,7 +32,7 @@ RADAM_INLINE double read_number(const void* data, int dtype) {
   return 0.0;
 }
 
-// A count and one, in the type of the count: a float32 stays at 2^24, as torch's does.
+// The count plus one, in the count's own dtype: a float32 count stops at 2^24, as torch's does.
 RADAM_INLINE double next_count(const void* step, int dtype) {
   if (dtype == kFloat64) return *static_cast<const double*>(step) + 1.0;
   return *static_cast<const float*>(step) + 1.0f;
@@ -46,9 +46,8 @@ RADAM_INLINE void write_count(void* step, int dtype, double count) {
   }
 }
 
-// Moves one count on and returns what its parameter's step needs. A step that must not be
-// (found_inf) or can't be (a count that is none; a device can't raise) is skipped and not
-// counted.
+// Increments one step count and returns the scalars of that step. The step is skipped and not
+// counted if found_inf is set, or if the count or the options are invalid: a device can't raise.
 RADAM_INLINE StepScalars advance(const Counter& counter, const Hyperparameters* groups,
                                  const Scaling& scaling) {
   const StepScalars skip = {};

@@ -1,5 +1,5 @@
-// The element types, and the codec of one element: bf16/fp16 <-> float, to nearest even. The CPU
-// kernel has the same conversions on vectors, in cpu/lanes.h.
+// The element types, and the conversion of one element: bf16/fp16 <-> float, to nearest even.
+// cpu/lanes.h has the same conversions on vectors.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,9 @@ struct float16 {
   uint16_t bits;
 };
 
-// Every element type: X(enumerator, torch's name, storage type). A new one is a row here, its
-// widen() and narrow() below, and its load() and store() in cpu/lanes.h: without them nothing
-// compiles.
+// Every element type: X(enumerator, torch's name, storage type). A new one needs a row here,
+// widen() and narrow() below, and load() and store() in cpu/lanes.h; without these it doesn't
+// compile.
 #define RADAM_DTYPES(X)            \
   X(kFloat32, float32, float)      \
   X(kBFloat16, bfloat16, bfloat16) \
@@ -44,7 +44,7 @@ constexpr int kDTypes = sizeof(kDTypeSizes) / sizeof(kDTypeSizes[0]);
 #undef RADAM_STRING
 #undef RADAM_SIZE
 
-// A DType as a type, and what its elements are stored as and computed in.
+// A DType as a type, with its storage type and its compute type.
 template <DType kDType>
 struct Element;
 #define RADAM_ELEMENT(dtype, name, type)                                  \
@@ -57,7 +57,7 @@ struct Element;
 RADAM_DTYPES(RADAM_ELEMENT)
 #undef RADAM_ELEMENT
 
-// The types of one launch: parameters, gradients, both moments.
+// The dtypes of one launch: parameters, gradients, both moments.
 struct DTypeSet {
   DType param, grad, state;
 };
@@ -66,18 +66,19 @@ constexpr bool operator==(const DTypeSet& a, const DTypeSet& b) {
   return a.param == b.param && a.grad == b.grad && a.state == b.state;
 }
 
-// float64 goes with float64 only; float32, bfloat16 and float16 mix freely (and compute in float).
+// float64 mixes with float64 only. float32, bfloat16 and float16 mix freely and compute in float.
 constexpr bool supported(const DTypeSet& d) {
   return (d.param == kFloat64) == (d.grad == kFloat64) &&
          (d.param == kFloat64) == (d.state == kFloat64);
 }
 
-// The moments' type for a parameter's: float64 for float64, else `requested`, or float32 if none.
+// The dtype of a parameter's moments: float64 for float64, otherwise `requested`, or float32 if
+// that is negative.
 constexpr DType state_dtype(DType param, int requested) {
   return param == kFloat64 ? kFloat64 : requested < 0 ? kFloat32 : static_cast<DType>(requested);
 }
 
-// Calls visit(Element<dtype>{}) with the type that goes with a value.
+// Dispatches on a dtype: calls visit(Element<dtype>{}).
 template <typename Visit>
 auto visit_dtype(DType dtype, const Visit& visit) {
   switch (dtype) {
@@ -90,7 +91,7 @@ auto visit_dtype(DType dtype, const Visit& visit) {
   throw std::invalid_argument("not a DType");
 }
 
-// Calls visit(Element<param>{}, Element<grad>{}, Element<state>{}) for a supported set.
+// Dispatches on a supported set: calls visit(Element<param>{}, Element<grad>{}, Element<state>{}).
 template <typename Visit>
 auto visit_dtypes(const DTypeSet& dtypes, const Visit& visit) {
   using Result = decltype(visit(Element<kFloat32>{}, Element<kFloat32>{}, Element<kFloat32>{}));
@@ -109,7 +110,7 @@ auto visit_dtypes(const DTypeSet& dtypes, const Visit& visit) {
 
 template <typename To, typename From>
 RADAM_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast wants equal sizes");
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;

@@ -1,4 +1,4 @@
-// The scalars of a step: one list of them, from which every width and order is taken.
+// The scalars of a step: one list, which defines their order and the width of every table.
 #pragma once
 
 #ifdef __CUDACC__
@@ -15,7 +15,7 @@
 
 namespace radam {
 
-// What a step does; radam_kernels.schedule.Action explains the values.
+// What a step does to a parameter; see radam_kernels.schedule.Action.
 enum Action : int { kSkip = 0, kHold = 1, kMomentum = 2, kRectified = 3 };
 
 struct StepScalars {

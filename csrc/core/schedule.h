@@ -1,6 +1,6 @@
-// From a step count and hyperparameters to StepScalars, in float64, for the host and the device.
-// radam_kernels/schedule.py says the same with its reasons; both do the same operations in the same
-// order, so that on the host they give the same bits.
+// Computes StepScalars from a step count and hyperparameters, in float64, on the host and on the
+// device. radam_kernels/schedule.py is the same in Python and explains the formulas. Both do the
+// same operations in the same order, so on the host they give the same bits.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,8 @@
 
 namespace radam {
 
-// The options of a parameter group that are read under their own names: numbers, and flags. Not in
-// here: lr (a number, or a tensor that the device reads), betas, rectification and grad_scale.
+// The options of a parameter group that are plain numbers or flags. lr (a number, or a tensor that
+// the device reads), betas, rectification and grad_scale are read separately.
 #define RADAM_HYPERPARAMETERS(NUMBER, FLAG) \
   NUMBER(eps)                               \
   NUMBER(weight_decay)                      \
@@ -25,8 +25,8 @@ struct Hyperparameters {
   bool exact;
 #undef RADAM_NUMBER
 #undef RADAM_FLAG
-  int32_t lr_dtype;     // a DType, of
-  const void* lr_data;  // where lr lies on the device; null if it is `lr`
+  int32_t lr_dtype;     // the DType of *lr_data
+  const void* lr_data;  // the address of lr on the device; null if `lr` has the value
 };
 static_assert(sizeof(Hyperparameters) == 7 * sizeof(double) + 4 + sizeof(int32_t) + sizeof(void*),
               "no padding: rows are compared by their bytes");
@@ -58,7 +58,8 @@ RADAM_INLINE double rho(double t, double beta2) {
   return t + langevin(0.5 * h) - t * langevin(0.5 * th);
 }
 
-// The variance of the adaptive learning rate; only called above the least threshold.
+// The variance of the adaptive learning rate. Only called above the smallest threshold that valid()
+// accepts, where it is finite.
 RADAM_INLINE double adaptive_variance_first_order(double rho) {
   return rho / (2.0 * (rho - 2.0) * (rho - 4.0));
 }

@@ -1,4 +1,5 @@
-// The table that a launch reads: what seldom changes of each tensor, and a column of gradients.
+// The tables that a launch reads: a row for each tensor, which seldom changes, and the address of
+// each gradient.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@
 
 namespace radam {
 
-// One contiguous run of elements: where its streams are, and which row of StepScalars it obeys.
+// One contiguous run of elements: its addresses, its length, and the index of its StepScalars.
 struct Segment {
   void* param;
   void* exp_avg;
@@ -24,15 +25,15 @@ struct Segment {
 static_assert(sizeof(Segment) == 8 * (0 RADAM_SEGMENT(RADAM_COUNT)), "a field of 8 bytes each");
 #undef RADAM_COUNT
 
-// The segments of one launch. Gradients mostly move from step to step, so
-// they are a column of their own.
+// The segments of one launch. Gradients are a separate column because most of them move at every
+// step.
 struct Segments {
   const Segment* rows;
   const void* const* grads;
   int64_t count;
 };
 
-// A dtype set from codes that come from outside; throws std::invalid_argument.
+// Validates dtype codes; throws std::invalid_argument.
 inline DTypeSet dtype_set(int param, int grad, int state) {
   for (int code : {param, grad, state}) {
     if (code < 0 || code >= kDTypes) {

@@ -1,5 +1,4 @@
-// The RAdam update of one element, for the host and for the device: the only statement of it in
-// C++.
+// The RAdam update of one element, shared by the CPU and CUDA kernels.
 #pragma once
 
 #include <cmath>
@@ -8,8 +7,7 @@
 
 namespace radam {
 
-// StepScalars narrowed, once, to the type T the update computes in; Factor is for those that are
-// often 1.
+// StepScalars, narrowed once to the compute type T. Factor is the type of those that are often 1.
 template <typename T, typename Factor = T>
 struct Scalars {
   Factor grad_scale;
@@ -28,9 +26,9 @@ struct Scalars {
         step_size(static_cast<T>(s.step_size)) {}
 };
 
-// p, m, v <- one RAdam step with gradient g. Every operation rounds once (build with no fused
-// multiply-add), so that every backend gives the same bits. `l2` says whether weight_decay is not
-// zero: adding 0 * p would turn an infinite p into NaN.
+// Updates p, m and v in place with gradient g. Every operation rounds once (build without fused
+// multiply-add), so every backend gives the same bits. `l2` is whether weight_decay is nonzero:
+// adding 0 * p would turn an infinite p into NaN.
 template <typename T, typename Factor>
 RADAM_INLINE void radam_update(T& p, T g, T& m, T& v, const Scalars<T, Factor>& s, bool l2,
                                Action action) {

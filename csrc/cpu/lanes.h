@@ -1,6 +1,6 @@
-// What the CPU kernel computes with: two vectors of elements, as long as the instruction set has
-// them, and their ways from and to memory in every dtype. Arithmetic is GCC's vector extension,
-// which clang knows too; conversions name instructions where a compiler does not find them.
+// The SIMD vectors of the CPU kernel, as wide as the instruction set allows, and their loads and
+// stores in every dtype. Arithmetic uses GCC's vector extension, which clang supports too.
+// Conversions use intrinsics where compilers do not generate the best instruction.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,8 @@
 #define RADAM_VECTOR_BYTES 16
 #endif
 
-// Each object that includes this is compiled for an instruction set of its own and shares nothing.
+// Every object file that includes this is compiled for a different instruction set. Internal
+// linkage keeps the linker from sharing code between them.
 namespace radam {
 namespace {
 
@@ -36,10 +37,10 @@ struct Vector {
 };
 using Floats = Vector<float>::type;
 using Words = Vector<uint32_t>::type;
-using Halves = Vector<uint16_t>::type;                          // of two vectors of float
-using NarrowHalves = Vector<uint16_t, kVectorBytes / 2>::type;  // of one
+using Halves = Vector<uint16_t>::type;  // as many elements as two vectors of float
+using NarrowHalves = Vector<uint16_t, kVectorBytes / 2>::type;  // as many as one
 
-// Vector number `index` of those that begin at an address of any alignment.
+// Loads vector number `index` of an array that need not be aligned.
 template <typename V>
 RADAM_INLINE V read(const void* from, int index = 0) {
   V vector;
@@ -58,8 +59,8 @@ struct Lanes {
   V v;
 
   RADAM_INLINE Lanes(V vector) : v(vector) {}
-  // In every lane (x - 0 and not 0 + x, which would lose the sign of -0.0); any NaN as one that
-  // round_bfloat16 leaves a NaN.
+  // Broadcasts x: x - 0, because 0 + x would lose the sign of -0.0. Any NaN becomes one that
+  // round_bfloat16() keeps a NaN.
   RADAM_INLINE explicit Lanes(double x)
       : v((x == x ? static_cast<T>(x) : std::numeric_limits<T>::quiet_NaN()) - V{}) {}
 };
@@ -82,11 +83,11 @@ RADAM_INLINE Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
 }
 template <typename T>
 RADAM_INLINE Lanes<T> sqrt(Lanes<T> x) {
-  for (int k = 0; k < kWidth<T>; ++k) x.v[k] = std::sqrt(x.v[k]);  // becomes one instruction
+  for (int k = 0; k < kWidth<T>; ++k) x.v[k] = std::sqrt(x.v[k]);  // compiles to one instruction
   return x;
 }
 
-// A factor that is one most of the time: then nothing is multiplied, which gives the same bits.
+// A factor that is usually 1. The multiplication is skipped then, which gives the same bits.
 template <typename T>
 struct Factor {
   Lanes<T> x;
@@ -100,18 +101,18 @@ RADAM_INLINE Lanes<T> operator*(Lanes<T> a, const Factor<T>& factor) {
   return factor.one ? a : a * factor.x;
 }
 
-// Elements that are stepped together.
+// Two vectors of elements that are updated together.
 template <typename T>
 struct Pair {
   Lanes<T> a, b;
 };
 
-// Which 16-bit elements are in a and which in b: the first half and the second, or those at even
-// and those at odd places. Zipped ones come out of memory and go back without a change of lanes,
-// which pays where all streams are that narrow.
+// How a and b of a pair divide 16-bit elements: the first half and the second, or even and odd
+// positions. Zipped elements are loaded and stored without a permutation of lanes, which is faster
+// if all streams are 16-bit.
 enum Order { kInOrder, kZipped };
 
-// The 16-bit halves at even places from one, and at odd places from the other.
+// Interleaves 16-bit halves: even positions from `even`, odd positions from `odd`.
 RADAM_INLINE Halves zip(Words even, Words odd) {
 #if RADAM_VECTOR_BYTES == 32
   return (Halves)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
@@ -120,7 +121,7 @@ RADAM_INLINE Halves zip(Words even, Words odd) {
 #endif
 }
 
-// 16-bit elements, each in the low half of a word.
+// Loads 16-bit elements, each zero-extended to 32 bits.
 RADAM_INLINE Words read_extended(const void* from, int index) {
 #if RADAM_VECTOR_BYTES == 32
   return (Words)_mm256_cvtepu16_epi32(read<__m128i>(from, index));
@@ -139,9 +140,9 @@ RADAM_INLINE Pair<float> load_bfloat16(const void* from) {
   }
 }
 
-// Rounds both to nearest even, and zips them: up from the middle on, and then the last bit is
-// cleared where it was the middle, which makes that even. This takes fewer operations than to round
-// each alone as narrow() does, but some NaN run over into numbers: not those whose low bits are 0.
+// Rounds both to nearest even and zips them: rounds ties up, then clears the last bit of ties. This
+// takes fewer operations than narrow() on each, but some NaNs overflow into numbers. Those whose
+// low 16 bits are 0 do not.
 RADAM_INLINE Halves round_bfloat16(const Pair<float>& x) {
   const Words a = (Words)x.a.v + 0x8000u, b = (Words)x.b.v + 0x8000u;
   const Halves rounded = zip(a >> 16, b), rest = zip(a, b << 16);
@@ -165,7 +166,7 @@ RADAM_INLINE void store_each(const Pair<float>& x, void* to) {
 template <Order kOrder>
 RADAM_INLINE void store_bfloat16(const Pair<float>& x, void* to) {
   if constexpr (kOrder == kZipped) {
-    // All that went in was bfloat16, so the low bits of a NaN are 0.
+    // All inputs were bfloat16, so the low bits of a NaN are 0.
     write(round_bfloat16(x), to);
   } else {
 #if RADAM_VECTOR_BYTES == 32

@@ -1,4 +1,4 @@
-// Picks the instruction set and divides a step's elements over threads.
+// Selects the instruction set and divides the elements of a step among threads.
 #include <algorithm>
 
 #include "cpu/step_cpu.h"
@@ -36,7 +36,7 @@ const std::vector<InstructionSet>& instruction_sets() {
 
 namespace {
 
-// Fewer elements than this are not worth waking another thread for.
+// One thread for every so many elements: for fewer, waking another costs more than it saves.
 constexpr int64_t kGrain = 8192;
 // Ranges start on a multiple of this, so that two threads seldom share a cache line.
 constexpr int64_t kLine = 64;

@@ -1,6 +1,5 @@
-// The CPU kernel: one thread's range of elements. Compiled once for each instruction set, under the
-// name in RADAM_ISA; nothing here may be shared between those objects, so all of it has internal
-// linkage.
+// The CPU kernel: one thread's range of elements. Compiled once for each instruction set, which
+// RADAM_ISA names. The objects must not share code, so everything else here has internal linkage.
 #include "cpu/step_cpu.h"
 
 #include <cstdint>
@@ -16,29 +15,29 @@ namespace radam {
 namespace {
 
 constexpr int kLine = 64;    // bytes of a cache line
-constexpr int kAhead = 512;  // bytes: the processor's prefetchers stop at the end of each page
+constexpr int kAhead = 512;  // bytes to prefetch ahead: hardware prefetch stops at each page's end
 
-// What all elements of a segment have in common.
+// What is the same for all elements of a segment.
 template <typename T>
-struct Rule {
+struct UpdateArgs {
   Scalars<Lanes<T>, Factor<T>> scalars;
   bool l2;
   Action action;
 
-  explicit Rule(const StepScalars& s)
+  explicit UpdateArgs(const StepScalars& s)
       : scalars(s), l2(static_cast<T>(s.weight_decay) != 0), action(action_of(s)) {}
 };
 
-// A place in each of the four streams. Their elements need not be aligned.
-struct Place {
+// The current position in each of the four streams, which need not be aligned.
+struct Cursor {
   char* p;
   const char* g;
   char* m;
   char* v;
 };
 
-// The loop over elements of one set of dtypes. It branches on the action at every stride: a branch
-// that always goes the same way costs next to nothing.
+// The loop over elements of one set of dtypes. It branches on the action in every iteration: a
+// branch that never changes direction is predicted, and costs almost nothing.
 template <typename T, DType kParam, DType kGrad, DType kState>
 struct Loop {
   static constexpr int64_t kStride = 2 * kWidth<T>;  // elements at once
@@ -49,48 +48,48 @@ struct Loop {
 
   // Steps elements [begin, end) of a segment.
   static void run(const Segment& segment, const void* grad, int64_t begin, int64_t end,
-                  const Rule<T>& given) {
-    const Rule<T> rule = given;  // where no store can reach it, for all the compiler knows
-    Place at = {static_cast<char*>(segment.param) + begin * kParamSize,
-                static_cast<const char*>(grad) + begin * kGradSize,
-                static_cast<char*>(segment.exp_avg) + begin * kStateSize,
-                static_cast<char*>(segment.exp_avg_sq) + begin * kStateSize};
+                  const UpdateArgs<T>& given) {
+    const UpdateArgs<T> args = given;  // a local copy, which no store can alias
+    Cursor at = {static_cast<char*>(segment.param) + begin * kParamSize,
+                 static_cast<const char*>(grad) + begin * kGradSize,
+                 static_cast<char*>(segment.exp_avg) + begin * kStateSize,
+                 static_cast<char*>(segment.exp_avg_sq) + begin * kStateSize};
     int64_t left = end - begin;
     for (; left >= kStride; left -= kStride) {
       prefetch<kStride * kParamSize>(at.p);
       prefetch<kStride * kGradSize>(at.g);
       prefetch<kStride * kStateSize>(at.m);
       prefetch<kStride * kStateSize>(at.v);
-      step(at, rule);
+      step(at, args);
       at.p += kStride * kParamSize;
       at.g += kStride * kGradSize;
       at.m += kStride * kStateSize;
       at.v += kStride * kStateSize;
     }
-    if (left) step_rest(at, left, rule);
+    if (left) step_rest(at, left, args);
   }
 
-  static RADAM_INLINE void step(const Place& at, const Rule<T>& rule) {
-    // All are loaded before the first is stored: g may be p itself, and nothing else overlaps.
+  static RADAM_INLINE void step(const Cursor& at, const UpdateArgs<T>& args) {
+    // Load everything before the first store: g may alias p. Nothing else overlaps.
     Pair<T> p = load<T, kParam, kOrder>(at.p), m = load<T, kState, kOrder>(at.m),
             v = load<T, kState, kOrder>(at.v);
     const Pair<T> g = load<T, kGrad, kOrder>(at.g);
-    radam_update(p.a, g.a, m.a, v.a, rule.scalars, rule.l2, rule.action);
-    radam_update(p.b, g.b, m.b, v.b, rule.scalars, rule.l2, rule.action);
+    radam_update(p.a, g.a, m.a, v.a, args.scalars, args.l2, args.action);
+    radam_update(p.b, g.b, m.b, v.b, args.scalars, args.l2, args.action);
     store<kState, kOrder>(m, at.m);
     store<kState, kOrder>(v, at.v);
-    if (rule.action != kHold) store<kParam, kOrder>(p, at.p);
+    if (args.action != kHold) store<kParam, kOrder>(p, at.p);
   }
 
-  // Fewer elements than a stride: in copies that have room for one.
-  static void step_rest(const Place& at, int64_t n, const Rule<T>& rule) {
+  // Steps the tail, which is shorter than a stride, in buffers of one stride.
+  static void step_rest(const Cursor& at, int64_t n, const UpdateArgs<T>& args) {
     char p[kStride * kParamSize] = {}, g[kStride * kGradSize] = {}, m[kStride * kStateSize] = {},
                      v[kStride * kStateSize] = {};
     memcpy(p, at.p, n * kParamSize);
     memcpy(g, at.g, n * kGradSize);
     memcpy(m, at.m, n * kStateSize);
     memcpy(v, at.v, n * kStateSize);
-    step({p, g, m, v}, rule);
+    step({p, g, m, v}, args);
     memcpy(at.p, p, n * kParamSize);
     memcpy(at.m, m, n * kStateSize);
     memcpy(at.v, v, n * kStateSize);
@@ -102,8 +101,8 @@ struct Loop {
   }
 };
 
-// Asks for the start of a segment while the one before it is stepped: a short segment is over
-// before the processor's own prefetchers see it coming.
+// Prefetches the start of a segment while the previous one is stepped: a short segment ends before
+// the hardware prefetchers recognize it.
 void prefetch(const Segment& segment, const void* grad) {
   const void* const streams[] = {segment.param, grad, segment.exp_avg, segment.exp_avg_sq};
   for (const void* stream : streams) {
@@ -117,17 +116,17 @@ template <typename P, typename G, typename S>
 void step_segments(const Segments& segments, const StepScalars* scalars, int64_t first,
                    int64_t last) {
   using T = typename P::Compute;
-  int64_t row = 0, offset = 0;  // the segment's elements begin at this one of all
-  Rule<T> rule(scalars[row]);
+  int64_t row = 0, offset = 0;  // offset: the elements of all segments before this one
+  UpdateArgs<T> args(scalars[row]);
   for (int64_t i = 0; i < segments.count && offset < last; offset += segments.rows[i++].numel) {
     const Segment& segment = segments.rows[i];
     const int64_t begin = first > offset ? first - offset : 0;
     const int64_t end = last - offset < segment.numel ? last - offset : segment.numel;
     if (begin >= end) continue;
     if (i + 1 < segments.count) prefetch(segments.rows[i + 1], segments.grads[i + 1]);
-    if (segment.scalars != row) rule = Rule<T>(scalars[row = segment.scalars]);
-    if (rule.action == kSkip) continue;
-    Loop<T, P::kDType, G::kDType, S::kDType>::run(segment, segments.grads[i], begin, end, rule);
+    if (segment.scalars != row) args = UpdateArgs<T>(scalars[row = segment.scalars]);
+    if (args.action == kSkip) continue;
+    Loop<T, P::kDType, G::kDType, S::kDType>::run(segment, segments.grads[i], begin, end, args);
   }
 }
 

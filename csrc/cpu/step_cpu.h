@@ -1,4 +1,4 @@
-// The CPU kernel's interface: one function per instruction set, and the launcher that picks one.
+// The interface of the CPU kernel: one function for each instruction set, and the launcher.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace radam {
 
-// Steps elements [first, last) of all the elements of the segments, counted one after another.
+// Steps elements [first, last), counted through all segments.
 using StepRange = void (*)(const Segments& segments, const DTypeSet& dtypes,
                            const StepScalars* scalars, int64_t first, int64_t last);
 
@@ -16,10 +16,10 @@ struct InstructionSet {
   StepRange step_range;
 };
 
-// The instruction sets that this processor runs, best first.
+// The instruction sets that this processor supports, best first.
 const std::vector<InstructionSet>& instruction_sets();
 
-// Steps every segment on at most `threads` threads, divided by elements and not by segment.
+// Steps every segment on at most `threads` threads, which share the elements evenly.
 void step_cpu(const Segments& segments, const DTypeSet& dtypes, const StepScalars* scalars,
               int threads, const InstructionSet& isa);
 

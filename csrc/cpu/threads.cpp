@@ -1,6 +1,6 @@
-// A pool of our own beside torch's would fight it for the cores, and which file holds torch's pool
-// differs from wheel to wheel. So link none: torch loads its OpenMP runtime for everyone to see,
-// and both GNU's and LLVM's export these three symbols.
+// Uses torch's thread pool: a second pool would compete with it for the cores. Nothing is linked,
+// because the file with torch's OpenMP runtime differs from wheel to wheel. torch loads it with
+// global symbols, and both GNU's and LLVM's runtime export the three that are needed here.
 #include "cpu/threads.h"
 
 #include <dlfcn.h>
@@ -22,7 +22,7 @@ struct OpenMP {
         thread_num(reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"))),
         num_threads(reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"))) {}
 
-  // All three from one library: another's thread_num would call every thread the first.
+  // All three must come from one library: in another one, each thread would have number 0.
   bool found() const {
     return parallel && thread_num && num_threads && home(parallel) == home(thread_num) &&
            home(parallel) == home(num_threads);
@@ -37,7 +37,7 @@ struct OpenMP {
   }
 };
 
-// Null where there is none.
+// Null if no OpenMP runtime is loaded.
 const OpenMP* openmp() {
   static const OpenMP all;
   static const OpenMP* const found = all.found() ? &all : nullptr;
@@ -51,7 +51,7 @@ using Body = std::function<void(int, int)>;
 void parallel(int threads, const Body& body) {
   if (threads <= 1) return body(0, 1);
   if (const OpenMP* omp = openmp()) {
-    // The team can be smaller than asked for: the body is told how large it is.
+    // The team can be smaller than requested, so the body gets its actual size.
     const auto run = [](void* data) {
       (*static_cast<const Body*>(data))(openmp()->thread_num(), openmp()->num_threads());
     };
@@ -61,7 +61,7 @@ void parallel(int threads, const Body& body) {
   for (int t = 1; t < threads; ++t) {
     try {
       others.emplace_back(body, t, threads);
-    } catch (const std::system_error&) {  // no more threads to be had
+    } catch (const std::system_error&) {  // the system has no more threads
       body(t, threads);
     }
   }

@@ -1,4 +1,4 @@
-// Threads for the CPU kernel, borrowed from the OpenMP runtime that torch has already loaded.
+// Threads for the CPU kernel, from the OpenMP runtime that torch has already loaded.
 #pragma once
 
 #include <functional>

@@ -1,6 +1,7 @@
-// The segments that one launch steps, and all that the launch needs.
+// The segments that one launch steps, and everything else that the launch needs.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "core/advance.h"
@@ -9,20 +10,21 @@
 
 namespace radam {
 
-// Held until release(): no memory of a segment can go away meanwhile. `step` is empty where the
-// caller counts.
-struct Tensors {
-  Ref param, grad, exp_avg, exp_avg_sq, step;
-};
+// The tensors that a step of one parameter uses: four of the same shape, and the step count.
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kStreams };
 
-// A step count that occurs in a group. Every distinct one has StepScalars of its own.
+// References that keep the memory of a segment alive until release(). The step is empty if the
+// caller counts the steps.
+using Tensors = std::array<Ref, kStreams>;
+
+// A step count that occurs in a group. Each distinct one has one row of StepScalars.
 struct Count {
   int64_t group;
   double step;  // including this step
 };
 
-// The segments of one device and dtype set: what one launch steps. A bucket lives as long as its
-// plan, so that `cache` does.
+// The segments of one device and dtype set. A bucket lives as long as its plan, so `cache` is kept
+// between steps.
 struct Bucket {
   Bucket(const Device& device, const DTypeSet& dtypes, bool capturable)
       : device(device), dtypes(dtypes), capturable(capturable) {}
@@ -30,28 +32,28 @@ struct Bucket {
 
   const Device device;
   const DTypeSet dtypes;
-  const bool capturable;  // whether the step counts are on the device too, and advance there
+  const bool capturable;  // whether the step counts are stored and advanced on the device
   std::vector<Segment> segments;
 
-  // Of each segment:
+  // One entry for each segment:
   std::vector<const void*> grads;
-  std::vector<int64_t> owners;  // where in Plan::owners()
+  std::vector<int64_t> owners;  // indices in Plan::owners()
   std::vector<Tensors> tensors;
-  std::vector<Counter> counters;  // where its step count is; null where the caller counts
+  std::vector<Counter> counters;  // with a null address if the caller counts the steps
 
-  // Of each row that segments point to: where the host counts, of each count; where the device
-  // does, of each segment, and made by the device (or by the host, for a device that is the CPU).
+  // The rows that Segment::scalars indexes. The host makes one for each count. If capturable, the
+  // device makes one for each segment, and they are here only if that device is the CPU.
   std::vector<Count> counts;
   std::vector<StepScalars> scalars;
 
-  // Only where capturable.
-  std::vector<Hyperparameters> hyperparameters;  // by index of the group; zeros for other groups
-  std::vector<Ref> learning_rates;               // tensors that these point into
-  float grad_scale = 1, found_inf = 0;           // GradScaler's, read where the device is the CPU
+  // Capturable only:
+  std::vector<Hyperparameters> hyperparameters;  // by group index; zeros for groups not in here
+  std::vector<Ref> learning_rates;               // the tensors that lr_data points into
+  float grad_scale = 1, found_inf = 0;           // GradScaler's values, if the device is the CPU
 
-  Ref groups;   // the parameter groups that were planned, a sequence of dicts
+  Ref groups;   // the parameter groups of the plan, a sequence of dicts
   Ref scaling;  // radam_kernels.scaling.Scaling
-  Ref cache;    // what the backend keeps from step to step: tables on a device
+  Ref cache;    // of the backend, kept between steps: tables on a device
 
   Segments table() const {
     return {segments.data(), grads.data(), static_cast<int64_t>(segments.size())};

@@ -1,4 +1,4 @@
-// Whether the tensors of a parameter can be stepped together, and why not.
+// Validates the tensors of a parameter.
 #include "host/dtensor.h"
 #include "host/plan.h"
 
@@ -7,19 +7,19 @@ namespace {
 
 constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "step"};
 
-// No tensor is below this address, unless its storage was freed; or it is looked at more closely.
+// Nearly all memory is allocated above this address. Gradients below it are checked in full.
 constexpr uintptr_t kLowest = uintptr_t{1} << 40;
 
 }  // namespace
 
-// Adds row_ to its bucket, unless there is a reason why it can't be stepped.
-Plan::Reason Plan::take(const Ref& owner, int64_t group, Entry& entry) {
+// Adds row_ to its bucket, or returns why it can't be stepped.
+Plan::Reason Plan::add_row(const Ref& owner, int64_t group, Entry& entry) {
   const Group& options = groups_[static_cast<size_t>(group)];
-  if (is_dtensor(row_.param.get())) {
+  if (is_dtensor(row_[kParam].get())) {
     if (const Reason reason = use_local_tensors()) return reason;
   }
   if (const Reason reason = check(entry)) return reason;
-  if (!options.counted) {
+  if (!options.caller_counts) {
     const DType param = static_cast<DType>(infos_[kParam].dtype);
     // There is no complex bfloat16.
     const bool none = infos_[kParam].complex && options.state_dtype == kBFloat16;
@@ -32,35 +32,32 @@ Plan::Reason Plan::take(const Ref& owner, int64_t group, Entry& entry) {
   return {};
 }
 
-// Replaces DTensors that are placed alike by this rank's parts of them.
+// Replaces the DTensors in row_ by their local tensors, if all are placed in the same way.
 Plan::Reason Plan::use_local_tensors() {
-  Ref* const streams[] = {&row_.param, &row_.grad, &row_.exp_avg, &row_.exp_avg_sq};
-  Ref locals[4];
-  for (int i = 0; i < 4; ++i) {
-    PyObject* tensor = streams[i]->get();
+  Ref locals[kStep];
+  for (int i = 0; i < kStep; ++i) {
+    PyObject* tensor = row_[i].get();
     if (!is_dtensor(tensor)) return {" is not a DTensor as param is", kStreamNames[i]};
-    if (i > 0 && !same_placement(row_.param.get(), tensor)) {
+    if (i > 0 && !same_placement(row_[kParam].get(), tensor)) {
       return {" is placed in another way than param", kStreamNames[i]};
     }
     locals[i] = local_tensor(tensor);
     if (!locals[i].get()) return {" has no plain local tensor", kStreamNames[i]};
   }
-  for (int i = 0; i < 4; ++i) *streams[i] = std::move(locals[i]);
+  for (int i = 0; i < kStep; ++i) row_[i] = std::move(locals[i]);
   return {};
 }
 
-// Describes the four tensors of row_ in infos_; why they can't be stepped together.
+// Describes the four tensors of row_ in infos_, and returns why they can't be stepped together.
 Plan::Reason Plan::check(Entry& entry) {
-  PyObject* const all[] = {row_.param.get(), row_.grad.get(), row_.exp_avg.get(),
-                           row_.exp_avg_sq.get()};
-  for (int i = 0; i < 4; ++i) {
-    if (!describe(all[i], infos_[i])) {
+  for (int i = 0; i < kStep; ++i) {
+    if (!describe(row_[i].get(), infos_[i])) {
       return {" has no memory that a kernel can use", kStreamNames[i]};
     }
   }
   const TensorInfo& param = infos_[kParam];
   if (param.dtype < 0) return {"param must be float32, bfloat16, float16, float64 or complex"};
-  for (int i = 1; i < 4; ++i) {
+  for (int i = 1; i < kStep; ++i) {
     const TensorInfo& other = infos_[i];
     if (!(other.device == param.device)) return {"param, grad and moments are on several devices"};
     if (!same_shape(param, other)) return {"param, grad and moments differ in shape"};
@@ -75,33 +72,32 @@ Plan::Reason Plan::check(Entry& entry) {
     return {"float64 goes with float64 only, for param, grad and moments alike"};
   }
   if (!is_dense(param)) return {"param is not dense: it has gaps or elements that share memory"};
-  for (int i = 1; i < 4; ++i) {
+  for (int i = 1; i < kStep; ++i) {
     if (!same_layout(param, infos_[i])) return {"param, grad and moments differ in strides"};
   }
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kStep; ++i) {
     if (const Reason reason = check_memory(i, entry.seen[i])) return reason;
   }
   return {};
 }
 
-// What describe() does not tell takes longer than all that it does. So it is asked for once, and
-// again when the tensor's object or memory is another one than at the last step.
+// Checks what describe() does not report. This takes longer than describe(), so the result is
+// cached until the tensor's object or its address changes.
 Plan::Reason Plan::check_memory(int stream, Seen& seen) const {
-  const Ref* const tensors[] = {&row_.param, &row_.grad, &row_.exp_avg, &row_.exp_avg_sq,
-                                &row_.step};
-  PyObject* const tensor = tensors[stream]->get();
+  PyObject* const tensor = row_[stream].get();
   const TensorInfo& info = infos_[stream];
   const bool same = seen.object == tensor && seen.impl == info.sizes && seen.data == info.data;
-  // Gradients come from anywhere, at every step; and p.data = p.data.conj() stays on its memory.
+  // Gradients come from anywhere, and p.data = p.data.conj() changes neither object nor address.
   if (!same || stream == kGrad || info.complex) {
     if (const char* reason = find_lazy(tensor, info)) return {reason, kStreamNames[stream]};
   }
   if (same) return {};
-  // Most gradients are new at each step, and only read. Where a storage was freed, the address is
-  // the offset into it: far below all that is ever allocated.
+  // Most gradients are new at each step, so this check must be cheap for them. In a freed storage
+  // the address is the offset, far below any allocation.
   if (stream != kGrad || reinterpret_cast<uintptr_t>(info.data) < kLowest) {
-    if (const char* reason = find_short_storage(tensor, info))
+    if (const char* reason = find_short_storage(tensor, info)) {
       return {reason, kStreamNames[stream]};
+    }
   }
   seen = {tensor, info.sizes, info.data};
   return {};
@@ -109,7 +105,7 @@ Plan::Reason Plan::check_memory(int stream, Seen& seen) const {
 
 Plan::Reason Plan::check_step(const Group& group, Seen& seen) {
   TensorInfo& info = infos_[kStep];
-  const bool good = describe(row_.step.get(), info) && info.numel == 1 && !info.complex &&
+  const bool good = describe(row_[kStep].get(), info) && info.numel == 1 && !info.complex &&
                     (info.dtype == kFloat32 || info.dtype == kFloat64);
   if (group.capturable) {
     if (!good || !(info.device == infos_[kParam].device)) {

@@ -1,22 +1,21 @@
-// Classes of torch that the walk knows by name. DTensor is torch.distributed's: a local tensor, and
-// a spec that says how it is placed.
+// DTensor, the sharded tensor of torch.distributed: a local tensor, and a spec of its placement.
 #pragma once
 
 #include "host/python.h"
 
 namespace radam {
 
-// Looks for the class, which few programs import; before a walk.
+// Looks the class up, if the program has imported it. To be called before a walk.
 void find_dtensor();
 
 // Whether `object` is a DTensor (a Parameter of one has exactly that type).
 bool is_dtensor(PyObject* object);
 
-// This rank's part of a DTensor; empty if it is not a plain tensor, such as one that a collective
-// is still writing.
+// The local tensor of a DTensor; empty if it is not a plain tensor (a collective may be pending).
 Ref local_tensor(PyObject* dtensor);
 
-// Whether two DTensors are placed alike. May run Python code where their specs are two objects.
+// Whether two DTensors have the same mesh, placements, global shape and shard order. Can run Python
+// code, unless they share one spec object.
 bool same_placement(PyObject* a, PyObject* b);
 
 }  // namespace radam

@@ -1,4 +1,4 @@
-// The hyperparameters of a parameter group, for the schedule.
+// Reads the hyperparameters of a parameter group.
 #pragma once
 
 #include "core/schedule.h"
@@ -7,10 +7,10 @@
 
 namespace radam {
 
-// Fills `h` from a parameter group; false where a value is not even of the right kind; range checks
-// are in valid(). An lr in a tensor on `device`, where one is given, is left there for the device
-// to read, so that the host does not wait for it; `lr_tensor` owns it then, and is left as it is
-// otherwise. Raises ValueError where it is on a third device.
+// Fills `h` from a parameter group; false if a value has the wrong kind. Range checks are in
+// valid(). With `device`, only the address of an lr tensor on that device is stored, so that the
+// host does not synchronize; `lr_tensor` then owns it, and is unchanged otherwise. An lr tensor
+// that is neither there nor on the CPU raises ValueError.
 bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device = nullptr,
                           Ref* lr_tensor = nullptr);
 

@@ -1,6 +1,6 @@
-// Sorts what a step writes and looks for neighbours that overlap. Sorting takes longer than the
-// rest of a step, so it is done again only if something has moved; a gradient that has moved is
-// compared with the neighbours of its predecessor first.
+// Sorts the intervals that a step writes and compares neighbours. Sorting takes longer than the
+// rest of a step, so the sorted intervals are cached until one of them changes. A gradient that has
+// moved is compared with the neighbours of its last address first.
 #include "host/overlap.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ bool OverlapCheck::same_writes(const std::deque<Bucket>& buckets) const {
   return i == verified_.size();
 }
 
-// Makes written_ and verified_, with no gradients yet.
+// Rebuilds written_ and verified_, without gradients.
 std::optional<Overlap> OverlapCheck::sort_writes(const std::deque<Bucket>& buckets) {
   verified_.clear();
   written_.clear();
@@ -69,7 +69,7 @@ std::optional<Overlap> OverlapCheck::find(const std::deque<Bucket>& buckets) {
       if (grad == verified.grad) continue;
       const char* begin = static_cast<const char*>(grad);
       const char* end = begin + s.numel * kDTypeSizes[bucket.dtypes.grad];
-      // A gradient that is its own parameter is read before that element is written.
+      // A gradient may alias its own parameter: every element is read before it is written.
       const bool own = grad == s.param && bucket.dtypes.grad == bucket.dtypes.param;
       if (s.numel != 0 && !own) {
         const auto fits = [&](size_t after) {

@@ -1,4 +1,4 @@
-// Refuses steps that would write to memory which another segment uses.
+// Detects memory that a step writes and that another segment uses.
 #pragma once
 
 #include <deque>
@@ -11,13 +11,13 @@
 namespace radam {
 
 struct Overlap {
-  int64_t owner, other;              // where in Plan::owners()
+  int64_t owner, other;              // indices in Plan::owners()
   std::string stream, other_stream;  // "param", "grad", "exp_avg", "exp_avg_sq" or "step"
 };
 
 class OverlapCheck {
  public:
-  // The first pair of segments found where memory that a step writes is written or read by another.
+  // A pair of segments of which one writes memory that the other reads or writes, if there is one.
   std::optional<Overlap> find(const std::deque<Bucket>& buckets);
 
  private:
@@ -26,7 +26,7 @@ class OverlapCheck {
     Segment segment;
     const void* step;
     const void* grad;
-    size_t after;  // the first interval in written_ behind the gradient
+    size_t after;  // index of the first interval in written_ after the gradient
   };
   struct Interval {
     const char *begin, *end;
@@ -37,7 +37,7 @@ class OverlapCheck {
   bool same_writes(const std::deque<Bucket>& buckets) const;
   std::optional<Overlap> sort_writes(const std::deque<Bucket>& buckets);
 
-  std::vector<Verified> verified_;  // the segments last found good; written_ was made from them
+  std::vector<Verified> verified_;  // the segments that passed last; written_ is made from them
   std::vector<Interval> written_;   // sorted, disjoint
 };
 

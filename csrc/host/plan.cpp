@@ -8,20 +8,7 @@
 namespace radam {
 namespace {
 
-// Names that a step looks up, interned once and never released.
-struct Names {
-#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
-  RADAM_NAME(found_inf);
-  RADAM_NAME(grad_scale);
-#undef RADAM_NAME
-};
-
-const Names& names() {
-  static const Names interned;
-  return interned;
-}
-
-// Other threads run while one of these lives.
+// Releases the GIL while it exists.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
@@ -33,23 +20,18 @@ class GilReleased {
 };
 
 float number(PyObject* scaling, PyObject* name, float otherwise) {
-  const Ref value = Ref::steal(PyObject_GetAttr(scaling, name));
-  if (value.get() == Py_None) return otherwise;
-  const double x = PyFloat_AsDouble(value.get());
-  if (x == -1.0 && PyErr_Occurred()) throw PythonError();
-  return static_cast<float>(x);
+  const Ref value = attribute(scaling, name);
+  return value.get() == Py_None ? otherwise : static_cast<float>(to_double(value.get()));
 }
 
 }  // namespace
-
-// Buckets
 
 void Plan::append(const Ref& owner, int64_t group) {
   const Group& options = groups_[static_cast<size_t>(group)];
   Bucket& bucket = bucket_of(options.capturable);
   Counter counter = {nullptr, kFloat32, static_cast<int32_t>(group)};
   double next = count_;
-  if (!options.counted) {
+  if (!options.caller_counts) {
     counter.step = infos_[kStep].data;
     counter.dtype = infos_[kStep].dtype;
     if (!options.capturable) next = next_count(counter.step, counter.dtype);
@@ -65,7 +47,7 @@ void Plan::append(const Ref& owner, int64_t group) {
   owners_.push_back(Ref::borrow(owner.get()));
 }
 
-// The bucket for the tensors last described.
+// Finds or makes the bucket for the tensors in infos_.
 Bucket& Plan::bucket_of(bool capturable) {
   const DTypeSet dtypes = {static_cast<DType>(infos_[kParam].dtype),
                            static_cast<DType>(infos_[kGrad].dtype),
@@ -80,7 +62,7 @@ Bucket& Plan::bucket_of(bool capturable) {
 }
 
 int64_t Plan::scalars_index(Bucket& bucket, int64_t group, double step) const {
-  // Nearly always the count of the parameter before.
+  // Nearly always the count of the previous parameter.
   for (size_t i = bucket.counts.size(); i-- > 0;) {
     if (bucket.counts[i].group == group && bucket.counts[i].step == step) {
       return static_cast<int64_t>(i);
@@ -90,7 +72,7 @@ int64_t Plan::scalars_index(Bucket& bucket, int64_t group, double step) const {
   return static_cast<int64_t>(bucket.counts.size()) - 1;
 }
 
-// Makes the buckets whole, and looks for memory that is used twice.
+// Makes the scalars of each bucket, and refuses segments that share memory.
 void Plan::complete(PyObject* groups, PyObject* scaling) {
   for (Bucket& bucket : buckets_) {
     if (bucket.segments.empty()) continue;
@@ -129,7 +111,7 @@ void Plan::make_scalars(Bucket& bucket) {
 
 void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
   bucket.hyperparameters.assign(groups_.size(), {});
-  int64_t last = -1;  // the parameters of a group come in a row
+  int64_t last = -1;  // the parameters of a group are consecutive
   for (const Counter& counter : bucket.counters) {
     if (counter.group == last) continue;
     last = counter.group;
@@ -142,8 +124,8 @@ void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
     if (lr.get()) bucket.learning_rates.push_back(std::move(lr));
   }
   if (bucket.device.type == kCPU) {
-    bucket.grad_scale = number(scaling, names().grad_scale, 1.0f);
-    bucket.found_inf = number(scaling, names().found_inf, 0.0f);
+    bucket.grad_scale = number(scaling, RADAM_STR(grad_scale), 1.0f);
+    bucket.found_inf = number(scaling, RADAM_STR(found_inf), 0.0f);
   }
 }
 
@@ -164,8 +146,6 @@ Ref Plan::groups() const {
   return all;
 }
 
-// The step
-
 void Plan::begin() {
   static PyObject* const increment_version = [] {
     const Ref graph = Ref::steal(PyImport_ImportModule("torch.autograd.graph"));
@@ -177,7 +157,7 @@ void Plan::begin() {
     const Ref& one = i < owners_.size() ? owners_[i] : written_[i - owners_.size()];
     PyTuple_SET_ITEM(all.get(), static_cast<Py_ssize_t>(i), Ref::borrow(one.get()).release());
   }
-  // Raises for tensors that must not be written to, such as those of inference mode.
+  // Raises for tensors that must not be written, such as those made in inference mode.
   if (count > 0) Ref::steal(PyObject_CallOneArg(increment_version, all.get()));
   begun_ = true;
 }
@@ -222,7 +202,7 @@ void Plan::release() {
   groups_.clear();
   owners_.clear();
   written_.clear();
-  row_ = Tensors();
+  row_ = {};
   begun_ = false;
 }
 

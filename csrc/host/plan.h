@@ -13,56 +13,55 @@
 
 namespace radam {
 
-// Thrown for tensors that can't be stepped together. `message` has "{0}" and "{1}" for the names of
-// these owners, which Python knows.
+// Thrown for tensors that can't be stepped together. Python replaces "{0}" and "{1}" in `message`
+// by the names of these owners.
 struct Refusal {
   std::string message;
   std::vector<int64_t> owners;
 };
 
-// Thrown for a group whose options no step can be made of; radam_kernels.schedule says why.
+// Thrown for a group with invalid options. explain() in radam_kernels/launch.py finds the reason.
 struct InvalidGroup {
   int64_t group;
   double step;
 };
 
-// What a parameter is stepped with, in the order of a plan's tables.
-enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kStreams };
-
-// Implemented in walk.cpp (refresh), check.cpp (take) and plan.cpp (buckets and the step).
+// Implemented in walk.cpp (refresh), check.cpp (add_row) and plan.cpp (buckets and the step).
 class Plan {
  public:
   // Plans the step of every parameter of `groups` that has a gradient. `state` is the optimizer's,
-  // `scaling` a radam_kernels.scaling.Scaling. `repaired` is a dict from ids of parameters to what
-  // is stepped in their place: tuples (owner, param, grad, exp_avg, exp_avg_sq, step).
+  // `scaling` a radam_kernels.scaling.Scaling. `repaired` maps ids of parameters to replacements:
+  // tuples (owner, param, grad, exp_avg, exp_avg_sq, step).
   //
-  // Returns [(group, parameter, gradient, reason)] of those that can't be stepped as they are,
-  // among them those without state. Unless that is empty there is no plan yet: Python makes state
-  // or replacements for these, and calls again. Throws Refusal or InvalidGroup.
+  // Returns [(group, parameter, gradient, reason)] for parameters that can't be stepped as they
+  // are, including those without state. Unless this list is empty there is no plan yet: Python
+  // makes state or replacements for them, and calls again. Throws Refusal or InvalidGroup.
   //
-  // Other threads, and code that torch calls, may edit all of this meanwhile. So the lists of
-  // parameters and the state's items are taken once, at the beginning, and all that is read is
-  // owned.
+  // Other threads, and Python code that torch calls, can change all of this during the walk. So the
+  // lists of parameters and the items of the state are copied at the beginning, and the walk owns
+  // a reference to everything that it reads.
   Ref refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling);
 
-  // As refresh(), of tensors whose steps the caller counts; any supported dtype of the moments.
+  // Like refresh(), for tensors whose steps the caller counts. The moments may have any supported
+  // dtype.
   Ref refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs, PyObject* exp_avg_sqs,
                       double step, PyObject* group);
 
-  // Tells autograd of the write, so that a stale graph raises instead of giving wrong gradients;
-  // from here on memory is written.
+  // Bumps the version counters of the tensors, so that backward through a stale graph raises
+  // instead of giving wrong gradients. From here on memory is written.
   void begin();
 
-  // Steps one bucket, which must be on the CPU; advances its counts if it is capturable.
+  // Steps one bucket, which must be on the CPU. Advances its step counts if it is capturable.
   static void run_bucket(Bucket& bucket, int threads);
 
-  // Writes the step counts that the host keeps. begin(), the buckets and this are the whole step.
+  // Writes the step counts of the buckets that are not capturable.
   void commit();
 
-  // All of that in one call, so that no signal comes between; all buckets must be on the CPU.
+  // begin(), every bucket and commit() in one call, so that no signal handler runs between them.
+  // All buckets must be on the CPU.
   void run_cpu(int threads);
 
-  // Lets go of every tensor.
+  // Drops all references to tensors.
   void release();
 
   bool begun() const { return begun_; }
@@ -71,27 +70,27 @@ class Plan {
   Ref groups() const;  // a list of the groups that refresh() has read
 
  private:
-  // Where a tensor was found at the last step. Only compared and prefetched, never followed.
+  // Addresses of a tensor at the last step. Compared and prefetched, but never dereferenced.
   struct Seen {
     const PyObject* object = nullptr;
-    const void* impl = nullptr;  // in torch's C++ object: where its sizes are
+    const void* impl = nullptr;  // the sizes in torch's C++ object
     const char* data = nullptr;
   };
   struct Entry {
-    size_t item = 0;  // where in items_ its state was
+    size_t item = 0;  // index of its state in items_
     Seen seen[kStreams];
   };
   struct Group {
     Ref options;
     int state_dtype;  // a DType, or -1 for the default
     bool capturable;
-    Ref params = {};       // a tuple
-    bool counted = false;  // by the caller
+    Ref params = {};             // a tuple
+    bool caller_counts = false;  // whether the caller counts the steps
     bool has_host = false;
     Hyperparameters host{};
   };
-  // Why a row can't be stepped: a sentence, after the name of the stream that it is about, if any.
-  // Built of literals, because most rows have none.
+  // Why a row can't be stepped: the name of the tensor concerned, or "", and a message to follow
+  // it. Two literals, so that no string is built for the many rows without a reason.
   struct Reason {
     const char* text = nullptr;
     const char* stream = "";
@@ -104,7 +103,7 @@ class Plan {
   bool find_replacement(PyObject* repaired, PyObject* owner);
   bool find_row(PyObject* state);
   void prefetch(size_t position) const;
-  Reason take(const Ref& owner, int64_t group, Entry& entry);
+  Reason add_row(const Ref& owner, int64_t group, Entry& entry);
   Reason use_local_tensors();
   Reason check(Entry& entry);
   Reason check_memory(int stream, Seen& seen) const;
@@ -116,20 +115,20 @@ class Plan {
   void make_scalars(Bucket& bucket);
   void read_device_groups(Bucket& bucket, PyObject* scaling);
 
-  // The row that is being looked at. Owned: describing tensors can let other threads run.
+  // The row that is being checked. Owned, because describing a tensor can release the GIL.
   Tensors row_;
   TensorInfo infos_[kStreams];
-  std::vector<Entry> entries_;  // one a parameter, in order
-  // The state's items at the beginning of the walk, the keys only to be compared; and where a
-  // parameter is among them if it is not where it was.
+  std::vector<Entry> entries_;  // one for each parameter, in order
+  // The items of the state at the beginning of the walk; the keys are only compared. item_of_ is an
+  // index from key to item, made only if a parameter's item is not where it was at the last step.
   std::vector<std::pair<PyObject*, Ref>> items_;
   std::unordered_map<PyObject*, size_t> item_of_;
   std::vector<Group> groups_;
   std::deque<Bucket> buckets_;
   std::vector<Ref> owners_;
-  std::vector<Ref> written_;  // tensors whose version goes up beside the owners'
+  std::vector<Ref> written_;  // further tensors whose version counters begin() bumps
   OverlapCheck overlap_check_;
-  double count_ = 0;  // of refresh_tensors
+  double count_ = 0;  // the caller's step count, for refresh_tensors()
   bool begun_ = false;
 };
 

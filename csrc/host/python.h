@@ -1,5 +1,5 @@
-// The little of Python's C API that the hot walk needs. pybind11 stays in the bind_*.cpp files: its
-// headers take most of a build's time, and its objects some of a step's.
+// Wrappers of Python's C API for the walk. pybind11 is used in bind/ only: its headers dominate the
+// build time, and its objects add overhead to a step.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -10,7 +10,7 @@
 
 namespace radam {
 
-// Thrown where a Python error is set; the bindings let Python see that error.
+// Thrown when a Python exception is set, which the bindings then raise.
 struct PythonError {};
 
 // An owned reference.
@@ -43,12 +43,23 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// The Python string `name`, interned once and never released.
+#define RADAM_STR(name)                                                  \
+  ([] {                                                                  \
+    static PyObject* const interned = PyUnicode_InternFromString(#name); \
+    return interned;                                                     \
+  }())
+
 inline Ref attribute(PyObject* object, const char* name) {
   return Ref::steal(PyObject_GetAttrString(object, name));
 }
 
-// An item of a dict; empty if there is none. Owned, because whatever is called next may be Python
-// code, and may let other threads run: either can take it out of the dict.
+inline Ref attribute(PyObject* object, PyObject* name) {
+  return Ref::steal(PyObject_GetAttr(object, name));
+}
+
+// An item of a dict; empty if there is none. Owned, because Python code or other threads that run
+// later can remove it from the dict.
 inline Ref item(PyObject* dict, PyObject* key) {
   PyObject* found = PyDict_GetItemWithError(dict, key);
   if (!found && PyErr_Occurred()) throw PythonError();
@@ -61,12 +72,26 @@ inline int64_t to_int(PyObject* number) {
   return value;
 }
 
-// The class `name` of `module`, or null as long as that is not imported. Never released.
+// The value of a number or of a tensor of one element.
+inline double to_double(PyObject* number) {
+  if (PyFloat_CheckExact(number)) return PyFloat_AS_DOUBLE(number);
+  const double value = PyFloat_AsDouble(number);
+  if (value == -1.0 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+inline bool to_bool(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw PythonError();
+  return truth == 1;
+}
+
+// The class `name` of `module`, or null until that is imported. Never released.
 inline PyObject* find_class(const char* module, const char* name) {
   const Ref loaded = Ref::borrow(PyDict_GetItemString(PyImport_GetModuleDict(), module));
   if (!loaded.get()) return nullptr;
   PyObject* found = PyObject_GetAttrString(loaded.get(), name);
-  if (!found) PyErr_Clear();  // the import is not over yet
+  if (!found) PyErr_Clear();  // the import has not finished
   return found;
 }
 

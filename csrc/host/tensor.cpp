@@ -1,6 +1,6 @@
-// Recent versions of torch offer DLPack's C exchange API: a table of C functions, one of which
-// describes a tensor in some 50 ns. The structures below are that standard's binary interface
-// (DLPack 1.3). Older versions are asked through their Python attributes.
+// Recent versions of torch have DLPack's C exchange API: a table of C functions, one of which
+// describes a tensor in some 50 ns. The structures below are its binary interface (DLPack 1.3). In
+// older versions, Python attributes of the tensor are read.
 #include "host/tensor.h"
 
 #include <algorithm>
@@ -127,7 +127,8 @@ bool describe_by_attributes(PyObject* tensor, TensorInfo& info) try {
   return false;
 }
 
-// A method of torch's without arguments, called as C: a lookup by name would cost as much again.
+// A method of a torch class, without arguments. Calls its C function directly, because a lookup by
+// name would double the cost.
 class Method {
  public:
   Method(const char* module, const char* type, const char* name)
@@ -138,10 +139,10 @@ class Method {
     const auto* descriptor = reinterpret_cast<PyMethodDescrObject*>(found.get());
     if (descriptor->d_method->ml_flags != METH_NOARGS) return;
     function_ = descriptor->d_method->ml_meth;
-    type_ = descriptor->d_common.d_type;  // kept by torch
+    type_ = descriptor->d_common.d_type;  // torch keeps it alive
   }
   Ref operator()(PyObject* self) const {
-    // A TorchFunctionMode can answer with anything, also where a method of torch's is called next.
+    // The type is checked because a TorchFunctionMode can return any object from the call before.
     return Ref::steal(function_ && PyObject_TypeCheck(self, type_)
                           ? function_(self, nullptr)
                           : PyObject_CallMethodNoArgs(self, name_));
@@ -153,20 +154,18 @@ class Method {
   PyTypeObject* type_ = nullptr;
 };
 
-// Whether a class defines what operations do to its tensors: their own memory, if they have any,
-// need not hold their values.
+// Whether the tensor's class has a __torch_dispatch__ of its own. Its memory, if it has any, need
+// not hold its values then.
 bool overrides_dispatch(PyObject* tensor) {
   static PyObject* const plain = find_class("torch", "Tensor");
   static PyObject* const parameter = find_class("torch.nn", "Parameter");
-  static PyObject* const name = PyUnicode_InternFromString("__torch_dispatch__");
-  static PyObject* const disabled = PyObject_GetAttr(plain, name);
+  static PyObject* const disabled = PyObject_GetAttr(plain, RADAM_STR(__torch_dispatch__));
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
   if (type == plain || type == parameter) return false;
-  PyObject* const found = PyObject_GetAttr(type, name);
-  if (!found) PyErr_Clear();  // no tensor
-  const Ref own = Ref::borrow(found);
-  Py_XDECREF(found);
-  return own.get() != disabled;
+  PyObject* const found = PyObject_GetAttr(type, RADAM_STR(__torch_dispatch__));
+  if (!found) PyErr_Clear();  // not a tensor
+  Py_XDECREF(found);          // only compared from here on
+  return found != disabled;
 }
 
 }  // namespace
@@ -222,7 +221,8 @@ bool is_dense(const TensorInfo& info) {
     expected *= info.sizes[i];
   }
   if (contiguous || info.numel <= 1) return true;
-  // A permutation: from the innermost, every stride is the product of the sizes within.
+  // Permuted: from the innermost dimension outwards, each stride is the product of the sizes so
+  // far.
   bool used[kMaxDims] = {};
   for (expected = 1; expected < info.numel;) {
     int next = -1;

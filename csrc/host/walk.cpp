@@ -1,9 +1,9 @@
 // The walk over an optimizer's parameters.
 //
-// All that a step depends on is read at every step, in one pass, so that an edit between steps
-// (gradients, pointers, state, step counts) can't be missed. What the last step saw serves as a
-// hint: where a parameter's state is, which addresses to prefetch, and which tensors are the same
-// ones, so that check_memory() need not look at them again.
+// Everything that a step depends on is read at every step, in one pass, so no edit between steps
+// (gradients, pointers, state, step counts) is missed. The last step leaves hints: where a
+// parameter's state is, which addresses to prefetch, and for which tensors check_memory() can be
+// skipped because nothing has changed.
 #include <stdexcept>
 
 #include "host/dtensor.h"
@@ -12,29 +12,11 @@
 namespace radam {
 namespace {
 
-// Parameters that are prefetched ahead of the walk.
+// How many parameters ahead of the walk to prefetch.
 constexpr size_t kAhead = 4;
 
-// Names that a step looks up, interned once and never released.
-struct Names {
-#define RADAM_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
-  RADAM_NAME(capturable);
-  RADAM_NAME(exp_avg);
-  RADAM_NAME(exp_avg_sq);
-  RADAM_NAME(grad);
-  RADAM_NAME(params);
-  RADAM_NAME(state_dtype);
-  RADAM_NAME(step);
-#undef RADAM_NAME
-};
-
-const Names& names() {
-  static const Names interned;
-  return interned;
-}
-
-// param.grad. For the plain types and DTensor it calls the getter of the attribute directly instead
-// of looking for it in every class of the type.
+// param.grad. For plain types and DTensor this calls the attribute's getter directly, which avoids
+// a lookup in every base class.
 Ref gradient(PyObject* param) {
   struct Plain {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
@@ -55,10 +37,10 @@ Ref gradient(PyObject* param) {
   if (plain.grad && (type == plain.parameter || type == plain.tensor || is_dtensor(param))) {
     return Ref::steal(plain.grad->get(param, plain.grad->closure));
   }
-  return Ref::steal(PyObject_GetAttr(param, names().grad));
+  return attribute(param, RADAM_STR(grad));
 }
 
-// What a list, or any other iterable, holds now.
+// A copy of a list, or of any other iterable.
 Ref tuple(PyObject* object, const char* message) {
   const Ref sequence = Ref::steal(PySequence_Fast(object, message));
   return Ref::steal(PySequence_Tuple(sequence.get()));
@@ -92,13 +74,14 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       throw std::invalid_argument("param_groups[" + std::to_string(g) + "]: expected a dict");
     }
     add_group(options);
-    const Ref found = item(options, names().params);
-    if (!found.get())
+    const Ref found = item(options, RADAM_STR(params));
+    if (!found.get()) {
       throw std::invalid_argument("param_groups[" + std::to_string(g) + "] has no \"params\"");
+    }
     groups_.back().params =
         tuple(found.get(), "\"params\" of a parameter group: expected a list of tensors");
   }
-  // After the parameters: none that is made later, at the address of a key that is gone, is found.
+  // Copied after the parameters: one created later, at the address of a deleted key, can't match.
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     items_.emplace_back(key, Ref::borrow(value));
@@ -116,11 +99,11 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       Reason reason = {"it has no state"};
       const int64_t group = static_cast<int64_t>(g);
       if (find_replacement(repaired, owner.get())) {
-        reason = take(owner, group, entry);
+        reason = add_row(owner, group, entry);
       } else if (find_row(find_state(owner.get(), entry))) {
-        row_.param = Ref::borrow(owner.get());
-        row_.grad = Ref::borrow(grad.get());
-        reason = take(owner, group, entry);
+        row_[kParam] = Ref::borrow(owner.get());
+        row_[kGrad] = Ref::borrow(grad.get());
+        reason = add_row(owner, group, entry);
       }
       if (!reason) continue;
       const Ref left =
@@ -138,7 +121,7 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
   find_dtensor();
   const Ref pending = Ref::steal(PyList_New(0));
   add_group(group);
-  groups_.back().counted = true;
+  groups_.back().caller_counts = true;
   count_ = step;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     const auto part = [&](PyObject* list) { return Ref::borrow(PyList_GetItem(list, i)); };
@@ -147,7 +130,7 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
     written_.push_back(part(exp_avgs));
     written_.push_back(part(exp_avg_sqs));
     Entry entry;
-    if (const Reason reason = take(owner, 0, entry)) {
+    if (const Reason reason = add_row(owner, 0, entry)) {
       const Ref left =
           Ref::steal(Py_BuildValue("(nN)", i, text(reason.stream, reason.text).release()));
       append_to(pending.get(), left.get());
@@ -161,8 +144,8 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
 }
 
 void Plan::add_group(PyObject* options) {
-  const Ref dtype = item(options, names().state_dtype);
-  const Ref capturable = item(options, names().capturable);
+  const Ref dtype = item(options, RADAM_STR(state_dtype));
+  const Ref capturable = item(options, RADAM_STR(capturable));
   groups_.push_back({Ref::borrow(options), -1, false});
   Group& group = groups_.back();
   if (dtype.get() && dtype.get() != Py_None) {
@@ -171,13 +154,11 @@ void Plan::add_group(PyObject* options) {
       throw InvalidGroup{static_cast<int64_t>(groups_.size()) - 1, 1.0};
     }
   }
-  const int truth = capturable.get() ? PyObject_IsTrue(capturable.get()) : 0;
-  if (truth < 0) throw PythonError();
-  group.capturable = truth == 1;
+  group.capturable = capturable.get() && to_bool(capturable.get());
 }
 
-// The value of `param` in the optimizer's state; null if it has none. A dict lookup would hash the
-// parameter, which runs Python code; most parameters are where they were at the last step.
+// The value of `param` in the optimizer's state; null if it has none. Most items are where they
+// were at the last step; a dict lookup would hash the parameter, which runs Python code.
 PyObject* Plan::find_state(PyObject* param, Entry& entry) {
   if (entry.item >= items_.size() || items_[entry.item].first != param) {
     if (item_of_.empty()) {
@@ -190,14 +171,15 @@ PyObject* Plan::find_state(PyObject* param, Entry& entry) {
   return items_[entry.item].second.get();
 }
 
-// Fills row_ with what is stepped in the place of a parameter, if anything is.
+// Fills row_ with the replacements for a parameter; false if it has none.
 bool Plan::find_replacement(PyObject* repaired, PyObject* owner) {
   if (PyDict_GET_SIZE(repaired) == 0) return false;
   const Ref key = Ref::steal(PyLong_FromVoidPtr(owner));
   const Ref found = item(repaired, key.get());
   if (!found.get()) return false;
-  const auto part = [&](int i) { return Ref::borrow(PyTuple_GET_ITEM(found.get(), i)); };
-  row_ = {part(1), part(2), part(3), part(4), part(5)};
+  for (int i = 0; i < kStreams; ++i) {
+    row_[i] = Ref::borrow(PyTuple_GET_ITEM(found.get(), i + 1));  // after the owner
+  }
   return true;
 }
 
@@ -208,22 +190,22 @@ bool Plan::find_row(PyObject* state) {
   Py_ssize_t position = 0;
   int n = 0;
   while (n < 3 && PyDict_Next(state, &position, &keys[n], &values[n])) ++n;
-  // Nearly always in the order in which they were put there, under interned names.
-  if (n == 3 && keys[0] == names().step && keys[1] == names().exp_avg &&
-      keys[2] == names().exp_avg_sq) {
-    row_.step = Ref::borrow(values[0]);
-    row_.exp_avg = Ref::borrow(values[1]);
-    row_.exp_avg_sq = Ref::borrow(values[2]);
+  // Nearly always in the order of insertion, and with interned names as keys.
+  if (n == 3 && keys[0] == RADAM_STR(step) && keys[1] == RADAM_STR(exp_avg) &&
+      keys[2] == RADAM_STR(exp_avg_sq)) {
+    row_[kStep] = Ref::borrow(values[0]);
+    row_[kExpAvg] = Ref::borrow(values[1]);
+    row_[kExpAvgSq] = Ref::borrow(values[2]);
   } else {
-    row_.step = item(state, names().step);
-    row_.exp_avg = item(state, names().exp_avg);
-    row_.exp_avg_sq = item(state, names().exp_avg_sq);
+    row_[kStep] = item(state, RADAM_STR(step));
+    row_[kExpAvg] = item(state, RADAM_STR(exp_avg));
+    row_[kExpAvgSq] = item(state, RADAM_STR(exp_avg_sq));
   }
-  return row_.step.get() && row_.exp_avg.get() && row_.exp_avg_sq.get();
+  return row_[kStep].get() && row_[kExpAvg].get() && row_[kExpAvgSq].get();
 }
 
-// In training the caches are cold: asks for what the walk will read a few parameters from now. A
-// stale address does no harm.
+// Prefetches what the walk will read for a later parameter, because in training the caches are
+// cold. Prefetching a stale address is harmless.
 void Plan::prefetch(size_t position) const {
   const auto state_of = [&](size_t at) -> PyObject* {
     if (at >= entries_.size() || entries_[at].item >= items_.size()) return nullptr;

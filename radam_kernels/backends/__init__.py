@@ -1,4 +1,4 @@
-"""The registry of backends: which there are, which work here and why not, and which one to take."""
+"""The registry of backends: availability, with reasons, and dispatch by device type."""
 
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,7 @@ NAMES = tuple(_MODULES)
 
 
 class Backend(Protocol):
-    """What every module in this folder offers."""
+    """The interface of a backend module in this folder."""
 
     def why_not(self, device_type: str) -> str | None:
         """Why the backend can't step tensors on this type of device here; None if it can."""
@@ -22,8 +22,8 @@ class Backend(Protocol):
         """Steps a bucket's segments in place; advances its step counts if it is capturable.
 
         Args:
-            bucket: a Bucket of the module _cpu, which has checked the tensors in it: dense, of
-                one layout, on one device, of one supported dtype set, sharing no memory.
+            bucket: a Bucket of the module _cpu. Its tensors are validated: dense, with one layout,
+                one device and a supported dtype set, and without shared memory.
         """
 
 
@@ -34,9 +34,9 @@ def why_not(name: str, device_type: str) -> str | None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name: None if it works here, else the reason why it does not.
+    """Maps each backend's name to None if it works here, or to the reason why it does not.
 
-    A backend works if it can step tensors of some type of device that is there.
+    A backend works if it can step tensors on some type of device that is available.
     """
     reasons = {}
     for name in NAMES:
@@ -46,7 +46,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a name that is none, RuntimeError for one that can't work here."""
+    """Raises ValueError for an unknown backend, RuntimeError for one that does not work here."""
     if name == "auto":
         return
     if name not in NAMES:
@@ -57,9 +57,9 @@ def check_name(name: str) -> None:
 
 @cache
 def resolve(name: str, device_type: str) -> Callable:
-    """The `run` function of backend `name`, or of the best one, for tensors on `device_type`.
+    """The `run` function of a backend for tensors on `device_type`; the best one for "auto".
 
-    Raises RuntimeError where there is none. One named explicitly never gives way to another.
+    Raises RuntimeError if there is none. A backend named explicitly never falls back to another.
     """
     row = devices.BY_NAME.get(device_type)
     candidates = (name,) if name != "auto" else row.backends if row else ()

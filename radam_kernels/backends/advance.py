@@ -1,6 +1,6 @@
-"""The advance of step counts on their device, in float64 torch operations: nothing waits.
+"""Advances step counts on their device in float64 torch operations, without synchronizing.
 
-For backends without a kernel for it; schedule.py says the same with its reasons, for one count.
+For backends without a kernel for it. schedule.py is the same for one count, with explanations.
 """
 
 import math
@@ -17,8 +17,8 @@ from ..schedule import rho_inf as rho_inf_of
 def advance(bucket) -> Tensor:
     """Advances the counts of a capturable bucket; returns float64 [segments, StepScalars].
 
-    Rows agree with schedule.group_scalars to 1e-10. A count that is no whole number >= 0, or a
-    found_inf that is not 0, makes a row of zeros (Action.SKIP) and stays.
+    Rows agree with schedule.group_scalars to 1e-10. If a count is not a whole number >= 0, or
+    found_inf is nonzero, the row is zeros (Action.SKIP) and the count is unchanged.
     """
     device = bucket.steps[0][0].device
     grad_scale, found_inf = bucket.scaling.on(device)
@@ -39,7 +39,7 @@ def advance(bucket) -> Tensor:
         made = torch.where(good[:, None], made, 0.0)
         if len(members) == 1:
             rows = made
-        else:  # by slices: an index would have to be uploaded
+        else:  # by slices, because an index would have to be uploaded
             for i, row in zip(indices, made, strict=True):
                 rows[i].copy_(row)
         torch._foreach_copy_(counts, list(torch.where(good, after, before).unbind()))
@@ -47,7 +47,7 @@ def advance(bucket) -> Tensor:
 
 
 def _columns(group: dict[str, Any], t: Tensor, grad_scale: Tensor | None) -> StepScalars:
-    """StepScalars of all counts `t`: numbers, or float64 tensors on their device."""
+    """StepScalars for all counts `t`: numbers, or float64 tensors on the counts' device."""
     lr = group["lr"]
     lr = lr.double() if isinstance(lr, Tensor) and lr.device == t.device else float(lr)
     lr = lr.view(()) if isinstance(lr, Tensor) else lr
@@ -86,7 +86,7 @@ def _columns(group: dict[str, Any], t: Tensor, grad_scale: Tensor | None) -> Ste
 
 
 def _column(x: float | Tensor, t: Tensor) -> Tensor:
-    # Not torch.as_tensor, which copies from the host.
+    # torch.as_tensor would copy from the host.
     return x.expand_as(t) if isinstance(x, Tensor) else torch.full_like(t, x)
 
 
@@ -99,7 +99,7 @@ def _rho(t: Tensor, beta2: float) -> Tensor:
         return torch.ones_like(t)
     h = -math.log(beta2)
     th = t * h
-    far = rho_inf_of(beta2) - 2.0 * t / torch.expm1(th)  # 2t/inf is 0, where the correction is gone
+    far = rho_inf_of(beta2) - 2.0 * t / torch.expm1(th)  # 2t/inf is 0
     near = t + _langevin(0.5 * h) - t * _langevin(0.5 * th.clamp(max=1.0))
     return torch.where(th > 1.0, far, near)
 
@@ -112,7 +112,7 @@ def _langevin(y):
 def _adaptive_variance(rho: Tensor) -> Tensor:
     x = 0.5 * rho
     up, shift = x, torch.ones_like(x)
-    for _ in range(10):  # from 1, where the variance is infinite, to 11
+    for _ in range(10):  # from 1, below which the variance is infinite, to 11
         factor = torch.where(up < 11.0, up / (up - 0.5), 1.0)
         shift = shift * factor * factor
         up = torch.where(up < 11.0, up + 1.0, up)

@@ -1,4 +1,4 @@
-"""The C++ kernel for the CPU: vectorised, on the threads that torch has already."""
+"""The C++ kernel for the CPU: vectorized, on torch's thread pool."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The step in readable torch operations: the truth that every kernel is held to."""
+"""The step in readable torch operations: the reference that every kernel must match bit for bit."""
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ def run(bucket) -> None:
 
 
 def _advance(bucket) -> list[StepScalars]:
-    """Advances step counts that are on the device, and waits for them; csrc/core/advance.h does
-    not."""
+    """Advances step counts on the device. Synchronizes, unlike csrc/core/advance.h."""
     loss_scale, found_inf = bucket.scaling.numbers()
     rows = []
     for step, group in bucket.steps:
@@ -39,7 +38,7 @@ def _advance(bucket) -> list[StepScalars]:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, on the same memory; any other as it is."""
+    """A view of a complex tensor as pairs of reals; any other tensor unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -51,14 +50,14 @@ def radam_update_(
     scalars: StepScalars,
     compute: torch.dtype,
 ) -> None:
-    """One RAdam step on tensors of one shape, in place; csrc/core/update.h says the same in C++.
+    """One RAdam step in place, on tensors of one shape; csrc/core/update.h is the same in C++.
 
-    Every operation rounds once to `compute` (float32, or float64 for float64 parameters); what is
-    stored in 16 bits is rounded to nearest even at the end.
+    Every operation rounds once to `compute` (float32, or float64 for float64 parameters). 16-bit
+    results are rounded to nearest even at the end.
     """
     if scalars.action == Action.SKIP:
         return
-    # 0-dim tensors of the computing dtype: narrowed once, as the kernels do.
+    # 0-dim tensors of the compute dtype: narrowed once, as in the kernels.
     s = StepScalars(*(torch.tensor(x, dtype=compute, device=param.device) for x in scalars))
     p, g, m, v = (t.to(compute) for t in (param, grad, exp_avg, exp_avg_sq))
 
@@ -80,7 +79,7 @@ def radam_update_(
 
 
 def _sqrt(v: Tensor) -> Tensor:
-    """The correctly rounded square root: torch.sqrt on the CPU is off by one ulp on some values."""
+    """The correctly rounded square root; on the CPU torch.sqrt is off by an ulp for some values."""
     if v.dtype == torch.float32:
         return v.double().sqrt().float()
     if v.device.type == "cpu":
