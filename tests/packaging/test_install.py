@@ -13,7 +13,7 @@ import torch
 from radam_kernels import modules
 from radam_kernels.fingerprint import fingerprint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "radam_kernels"
 in_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not run from a source tree")
 

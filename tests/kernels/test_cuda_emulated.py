@@ -31,7 +31,7 @@ from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.scaling import Scaling
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 SOURCE = CSRC / "cuda" / "step_cuda.cu"
 DTYPE_SETS = [
     codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
