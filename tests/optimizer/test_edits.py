@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from radam_kernels import RAdam, radam_
+from tests.helpers import same_bits
 
 SHAPE = (16, 16)
 
@@ -79,7 +80,7 @@ def stream(optimizer: RAdam, name: str) -> Tensor:
     return {"param": p, "grad": p.grad}.get(name, optimizer.state[p].get(name))
 
 
-def check_step(optimizer: RAdam, same_bits) -> None:
+def check_step(optimizer: RAdam) -> None:
     """A step is what a function without memory makes of the tensors as they are now."""
     params = optimizer.param_groups[0]["params"]
     for p in params:
@@ -109,18 +110,18 @@ def check_step(optimizer: RAdam, same_bits) -> None:
 
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_between_steps_is_seen(edit, name, same_bits):
+def test_an_edit_between_steps_is_seen(edit, name):
     optimizer = make()
-    check_step(optimizer, same_bits)
+    check_step(optimizer)
     t = stream(optimizer, name)
     EDITS[edit](t)
     del t
     for _ in range(3):
-        check_step(optimizer, same_bits)
+        check_step(optimizer)
 
 
 @pytest.mark.parametrize("name", ["param", "grad"])  # those that torch can clone so
-def test_a_lazy_clone_keeps_its_values(name, same_bits):
+def test_a_lazy_clone_keeps_its_values(name):
     if not hasattr(torch, "_lazy_clone"):
         pytest.skip("this torch has no lazy clones")
     optimizer = make()
@@ -128,35 +129,35 @@ def test_a_lazy_clone_keeps_its_values(name, same_bits):
         clone = torch._lazy_clone(stream(optimizer, name))
     kept = clone.detach().tolist()  # reading it copies nothing
     for _ in range(2):
-        check_step(optimizer, same_bits)
+        check_step(optimizer)
     assert clone.tolist() == kept
 
 
-def test_gradients_made_anew_are_seen_wherever_they_are(same_bits):
+def test_gradients_made_anew_are_seen_wherever_they_are():
     optimizer = make()
     for i in range(10):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = None
             p.grad = torch.full_like(p, float(i))  # mostly where the last one was
-        check_step(optimizer, same_bits)
+        check_step(optimizer)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (1, 4, 1, 4, 4, 4, 1)], ids=["2-D", "7-D"])
 @pytest.mark.parametrize("edit", ["moved", "transposed", "both"])
 @pytest.mark.parametrize("name", STREAMS[:-1])
-def test_an_edit_that_keeps_the_storage_is_seen(name, edit, shape, same_bits):
+def test_an_edit_that_keeps_the_storage_is_seen(name, edit, shape):
     optimizer = make(shape)
     t = stream(optimizer, name)
     room = torch.cat([t.detach().flatten(), other(t).flatten()])
     t.data = room[: t.numel()].view(shape)
-    check_step(optimizer, same_bits)
+    check_step(optimizer)
     if edit != "transposed":
         t.data = room[t.numel() :].view(shape)
     if edit in ("transposed", "both"):
         t.data = t.data.transpose(*((0, 1) if len(shape) == 2 else (3, 4)))
     del t
     for _ in range(2):
-        check_step(optimizer, same_bits)
+        check_step(optimizer)
 
 
 def test_a_first_step_within_a_mode_of_torch_does_no_harm():

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from radam_kernels import RAdam, available_backends
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def randn(*shape, seed=0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from radam_kernels import RAdam
+from tests.helpers import MOMENTS, params_of, randn
 
 
 def give_gradients(optimizer, seed=0):
@@ -63,7 +58,6 @@ def assert_refused(call, optimizer, error, *words):
 
 
 def assert_step_refused(optimizer, error, *words):
-    """As above; and the step works again once the gradients that are to blame are gone."""
     assert_refused(optimizer.step, optimizer, error, *words)
 
 
@@ -77,10 +71,6 @@ def optimizer(request):
             optimizer.step()
     give_gradients(optimizer, 7)
     return optimizer
-
-
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
 
 
 # Hyperparameters.
@@ -192,27 +182,6 @@ def test_a_bad_edit_of_one_group_leaves_the_others_alone():
     optimizer.step()
     optimizer.param_groups[1]["betas"] = (0.9, 1.0)
     assert_step_refused(optimizer, ValueError, "beta2", "1.0")
-
-
-# Backends.
-
-
-def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected 'auto' or one of \('cuda', .*, got 'gpu'"):
-        RAdam([Parameter(torch.ones(1))], backend="gpu")
-
-
-def test_an_unavailable_backend_is_refused_with_the_reason_and_the_others():
-    backends = available_backends()
-    missing = {name: reason for name, reason in backends.items() if reason}
-    if not missing:
-        pytest.skip("every backend works here")
-    working = [name for name, reason in backends.items() if not reason]
-    for name, reason in missing.items():
-        with pytest.raises(RuntimeError) as raised:
-            RAdam([Parameter(torch.ones(1))], backend=name)
-        assert f"backend {name!r} does not work here: {reason}" in str(raised.value)
-        assert str(working) in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["backend", "lr"])

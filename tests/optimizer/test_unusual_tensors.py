@@ -10,8 +10,7 @@ from torch.nn import Parameter
 from torch.optim import RAdam as TorchRAdam
 
 from radam_kernels import RAdam, radam_
-
-KEYS = ("step", "exp_avg", "exp_avg_sq")
+from tests.helpers import STATE, USUAL
 
 
 def assert_as_torch(start: list[Tensor], grads, steps: int = 8) -> None:
@@ -88,18 +87,19 @@ def test_negated_parameters_and_moments_hold_their_own_values(where):
                 state[where] = torch._neg_view(-state[where])
             p.grad = torch.ones(8) * (i + 1)
             optimizer.step()
-        results.append((p.detach().clone(), *(optimizer.state[p][k].clone() for k in KEYS)))
+        results.append((p.detach().clone(), *(optimizer.state[p][k].clone() for k in STATE)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("negative", [negated(8), imaginary(1)], ids=["8", "1"])
 @pytest.mark.parametrize("index", range(4))
-def test_the_function_refuses_negated_tensors(index):
-    tensors = [torch.ones(8), torch.ones(8), torch.zeros(8), torch.zeros(8)]
-    tensors[index] = torch._neg_view(tensors[index])
+def test_the_function_refuses_negated_tensors(index, negative):
+    tensors = [torch.ones_like(negative) for _ in range(4)]
+    tensors[index] = negative
     before = [t.clone() for t in tensors]
     with pytest.raises(ValueError, match=r"negated view .*call resolve_neg\(\)"):
-        radam_(*tensors, step=1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+        radam_(*tensors, step=1, **USUAL)
     assert all(map(torch.equal, tensors, before))
 
 
@@ -278,7 +278,7 @@ def test_a_weight_without_memory_of_its_own_is_stepped_and_written_back():
         theirs.step()
         torch.testing.assert_close(p.data_ * p.scale, plain.detach(), atol=0.1, rtol=0)
         plain.data.copy_(p.data_ * p.scale)
-    for key in KEYS:
+    for key in STATE:
         torch.testing.assert_close(optimizer.state[p][key], theirs.state[plain][key])
 
 
