@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 import radam_kernels
+from tests.helpers import USUAL
 
-USUAL = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 FORMS = {
     "plain": {},
     "L2": dict(weight_decay=0.1),
     "decoupled": dict(weight_decay=0.1, decoupled_weight_decay=True),
     "maximize": dict(maximize=True),
     "exact": dict(rectification="exact"),
+    "exact, from step 3": dict(rectification="exact", rho_threshold=2.0),
     "paper": dict(rho_threshold=4.0, degenerated_to_sgd=False),
 }
 by_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)

@@ -103,31 +103,47 @@ def compile_(*arguments: str) -> None:
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(source: Path, folder: Path, bindings: Path) -> str:
-    """The module of one step_cuda.cu, in a folder of its own."""
-    library = folder / "_cuda.so"
+def compile_kernels(source: Path, folder: Path) -> Path:
+    """The object file of one step_cuda.cu."""
+    compiled = folder / "step_cuda.o"
     # In this order: the includes of emulation.cpp look for step_cuda.cu beside `source` first.
     compile_(
-        "-shared", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZE,
-        f"-I{source.parent}", str(FOLDER / "emulation.cpp"), str(bindings), "-o", str(library),
+        "-c", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZE,
+        f"-I{source.parent}", str(FOLDER / "emulation.cpp"), "-o", str(compiled),
     )  # fmt: skip
+    return compiled
+
+
+def compile_bindings(folder: Path) -> Path:
+    compiled = folder / "bind_cuda.o"
+    define = ['-DRADAM_FINGERPRINT=""', '-DRADAM_ARCHITECTURES="emulated"']
+    source = CSRC / "bind" / "bind_cuda.cpp"
+    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(source), "-o", str(compiled))
+    return compiled
+
+
+def link(kernels: Path, bindings: Path) -> str:
+    """The module of both, in the folder of the kernels."""
+    library = kernels.with_name("_cuda.so")
+    compile_("-shared", *SANITIZE, str(kernels), str(bindings), "-o", str(library))
     return str(library)
 
 
 @pytest.fixture(scope="module")
-def bindings(tmp_path_factory) -> Path:
+def compiled(tmp_path_factory) -> tuple[Path, Path]:
+    """The object files of the kernels and of the bindings."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulated kernels with")
-    path = tmp_path_factory.mktemp("bindings") / "bind_cuda.o"
-    define = ['-DRADAM_FINGERPRINT=""', '-DRADAM_ARCHITECTURES="emulated"']
-    source = CSRC / "bind" / "bind_cuda.cpp"
-    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(source), "-o", path)
-    return path
+    folder = tmp_path_factory.mktemp("emulation")
+    with ThreadPoolExecutor(2) as pool:
+        kernels = pool.submit(compile_kernels, SOURCE, folder)
+        bindings = pool.submit(compile_bindings, folder)
+        return kernels.result(), bindings.result()
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, bindings) -> str:
-    return build(SOURCE, tmp_path_factory.mktemp("emulation"), bindings)
+def library(compiled) -> str:
+    return link(*compiled)
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +237,18 @@ def check_far(worker, library, codes=(0, 0, 0)) -> None:
         launch(make_plan([before], [8.0], [group()], [0]), "reference")
         for ours, truth in zip(after, before, strict=True):
             assert same_bits(ours, truth), f"from element {first}"
-    assert grown < 2**27, "memory has been touched all over the place"
+    assert grown < 2**27, "memory far from these blocks was touched"
 
 
-every_dtype_set = pytest.mark.parametrize("codes", DTYPE_SETS, ids=dtypes_id)
+# Each dtype in each place; the rest of the products is slow.
+SOME = {(0, 0, 0), (1, 1, 0), (1, 1, 1), (2, 2, 2), (0, 1, 2), (1, 2, 0), (2, 0, 1), (3, 3, 3)}
+every_dtype_set = pytest.mark.parametrize(
+    "codes",
+    [
+        pytest.param(codes, id=dtypes_id(codes), marks=[] if codes in SOME else pytest.mark.slow)
+        for codes in DTYPE_SETS
+    ],
+)
 
 
 @every_dtype_set
@@ -267,13 +291,13 @@ def test_an_upload_arrives_whole(worker, library, size):
     assert worker("upload", library, rows) == rows
 
 
-def test_a_launch_is_on_its_device_and_leaves_the_caller_on_his(worker, library):
+def test_a_launch_restores_the_current_device(worker, library):
     assert worker("on_device", library, 1) == (1, 0, "")
     _, current, error = worker("on_device", library, 5)
     assert (current, error) == (0, "cudaSetDevice: invalid device")
 
 
-# What a step costs that is like the one before
+# What a step uploads and launches if little has changed since the last one
 
 
 def steps_of_a_thousand(worker, library, moved: bool) -> list[tuple[int, int]]:
@@ -382,16 +406,17 @@ CHECKS: tuple[Callable, ...] = (
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory, bindings) -> dict[str, str]:
+def faulty(tmp_path_factory, compiled) -> dict[str, str]:
     """The module of each fault, and of none."""
 
     def make(change: tuple[str, str], folder: Path) -> str:
+        _, bindings = compiled
         source = SOURCE.read_text()
         for old, new in (change, SMALLER):
-            assert source.count(old) == 1, f"{old!r} is not in the kernel any more: mend this test"
+            assert source.count(old) == 1, f"{old!r} is not in the kernel: update this test"
             source = source.replace(old, new)
         (folder / "step_cuda.cu").write_text(source)
-        return build(folder / "step_cuda.cu", folder, bindings)
+        return link(compile_kernels(folder / "step_cuda.cu", folder), bindings)
 
     changes = {"none": ("namespace radam {", "namespace radam {"), **WRONG}
     folders = [tmp_path_factory.mktemp("faulty") for _ in changes]
@@ -408,10 +433,12 @@ def caught(worker, library) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_fault_in_the_kernel_is_caught(worker, faulty, fault):
     assert caught(worker, faulty[fault])
 
 
+@pytest.mark.slow
 def test_without_a_fault_nothing_is_caught(worker, faulty):
     assert not caught(worker, faulty["none"])

@@ -102,7 +102,7 @@ def test_the_state_is_torchs_and_goes_there_and_back(device):
 
 
 @every_device
-def test_counts_move_when_the_group_changes_its_mind(device):
+def test_counts_move_when_capturable_is_edited(device):
     a, b = make(device), make(device)
     ours, host = RAdam(a), RAdam(b)
     for i in range(9):
@@ -115,7 +115,7 @@ def test_counts_move_when_the_group_changes_its_mind(device):
     assert same(a, b)
 
 
-def test_a_count_that_is_none_is_left_and_its_parameter_too():
+def test_an_invalid_count_is_left_and_its_parameter_too():
     params = make()
     for backend in ("cpu", "reference"):
         ours = RAdam(params, capturable=True, backend=backend)
@@ -256,7 +256,7 @@ def test_a_scaler_takes_its_default_path_if_a_group_counts_on_the_host():
     assert ours.state[params[0]]["step"] == ours.state[params[3]]["step"] == 1
 
 
-def test_a_verdict_that_would_not_be_heeded_is_refused():
+def test_a_found_inf_that_would_be_ignored_is_refused():
     params = make()
     ours = RAdam(params)
     set_grads(params, 0)
@@ -267,7 +267,7 @@ def test_a_verdict_that_would_not_be_heeded_is_refused():
     assert all(map(torch.equal, params, before))
 
 
-def test_a_refused_step_leaves_no_verdict_behind():
+def test_a_refused_step_leaves_no_found_inf_behind():
     params = make()
     ours = RAdam(params, capturable=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -281,7 +281,7 @@ def test_a_refused_step_leaves_no_verdict_behind():
 
 
 @every_backend
-def test_a_verdict_of_another_dtype_is_read_as_it_is(backend, device):
+def test_a_found_inf_of_another_dtype_is_read_as_it_is(backend, device):
     params = make(device)
     ours = RAdam(params, capturable=True, backend=backend)
     set_grads(params, 0)
@@ -333,7 +333,7 @@ def test_what_a_replay_would_not_do_is_refused(step, reason):
 
 # Counts that torch's operations advance, for Triton
 
-COUNTS = [*range(21), 100, 1000, 10**5, 2**24]
+COUNTS = [*range(9), 20, 1000, 10**5, 2**24]
 FORMS = [*(("first_order", x) for x in (4.0, 4.5, 5.0)), *(("exact", x) for x in (2, 3, 4, 5.0))]
 
 
@@ -362,8 +362,9 @@ def capturable_group(device: str, **options) -> dict:
 
 
 @every_device
-@pytest.mark.parametrize("scale", [None, 1024.0])
-@pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize(
+    ("beta2", "scale"), [(0.0, None), (0.9, None), (0.999, None), (0.999, 1024.0), (0.999999, None)]
+)
 @pytest.mark.parametrize(("rectification", "rho_threshold"), FORMS)
 def test_torchs_operations_make_the_scalars_of_the_schedule(
     device, rectification, rho_threshold, beta2, scale
@@ -417,7 +418,7 @@ def test_torchs_operations_skip_and_do_not_count_where_a_gradient_is_infinite(
 
 
 @every_device
-def test_torchs_operations_skip_counts_that_are_none_and_no_other(device):
+def test_torchs_operations_skip_invalid_counts_and_no_other(device):
     none = [-5.0, -1.0, 0.5, float("inf"), float("nan")]
     steps = [torch.tensor(n, dtype=torch.float64, device=device) for n in (7.0, *none, 8.0)]
     plan = plan_of([capturable_group(device)], steps, UNSCALED)

@@ -10,13 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from radam_kernels import RAdam
-from tests.helpers import MOMENTS, params_of, randn
-
-
-def give_gradients(optimizer, seed=0):
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            p.grad = randn(*p.shape, seed=100 * seed + i).to(p.dtype)
+from tests.helpers import MOMENTS, give_gradients, params_of, randn
 
 
 def snapshot(optimizer):

@@ -568,3 +568,89 @@ opt.step()
 assert opt.state[params[1]]["step"] <= 2
 """
     )
+
+
+# Each of these runs in a process of its own, where freed memory is overwritten: a fault here is a
+# crash, or a use of memory that was freed.
+HOSTILE = {
+    "a gradient that clears the state": """
+class Hostile(torch.nn.Parameter):
+    @property
+    def grad(self):
+        if armed and not done:
+            done.append(True)
+            optimizer.state.clear()
+        return torch.ones(10)
+
+armed, done = False, []
+optimizer = RAdam([Hostile(torch.zeros(10)) for _ in range(3)])
+optimizer.step()
+armed = True
+optimizer.step()
+assert all(s["step"] == 1 for s in optimizer.state.values())
+""",
+    "a learning rate that removes its group": """
+class Hostile:
+    def __float__(self):
+        if len(optimizer.param_groups) > 1:
+            optimizer.param_groups.pop()
+        return 0.01
+
+params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(2)]
+for p in params:
+    p.grad = torch.ones(10)
+optimizer = RAdam([{"params": params[:1]}, {"params": params[1:]}])
+optimizer.step()
+optimizer.param_groups[1]["lr"] = Hostile()
+optimizer.step()
+assert len(optimizer.param_groups) == 1
+assert optimizer.state[params[1]]["step"] == 2
+""",
+    "a hook that steps the optimizer that is stepping": """
+class Hostile(torch.nn.Parameter):
+    def __hash__(self):
+        if armed and not done:
+            done.append(True)
+            optimizer.step()
+        return id(self)
+
+armed, done = False, []
+params = [Hostile(torch.zeros(10)), torch.nn.Parameter(torch.zeros(10))]
+for p in params:
+    p.grad = torch.ones(10)
+optimizer = RAdam(params)
+optimizer.step()
+optimizer.state[object()] = {}
+armed = True
+optimizer.step()
+assert torch.isfinite(params[0]).all()
+""",
+    "threads that step one optimizer": """
+import sys, threading
+sys.setswitchinterval(1e-6)
+params = [torch.nn.Parameter(torch.zeros(20_000)) for _ in range(20)]
+for p in params:
+    p.grad = torch.ones(20_000)
+optimizer = RAdam(params)
+
+def work():
+    for i in range(30):
+        try:
+            optimizer.step()
+        except (KeyError, ValueError):  # a state that another thread cleared half-way
+            pass
+        if i % 3 == 0:
+            optimizer.state.clear()
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+""",
+}
+
+
+@pytest.mark.parametrize("script", HOSTILE.values(), ids=HOSTILE)
+def test_no_code_that_runs_within_a_step_can_crash_it(script, succeeds):
+    succeeds("import torch\nfrom radam_kernels import RAdam\n" + script)

@@ -1,16 +1,17 @@
-"""`python -m radam_kernels`: the demo and the doctor, as a user meets them."""
+"""`python -m radam_kernels train`, the demo."""
 
 import argparse
 import builtins
+import contextlib
+import io
 import json
-import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-import torch
 
-from radam_kernels import doctor, train
-from radam_kernels.backends.cuda import NOT_BUILT
+from radam_kernels import train
 
 pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install 'radam_kernels[demo]'")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
@@ -38,35 +39,53 @@ def hide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(builtins, "__import__", importing)
 
 
-def test_training_prints_a_table_and_writes_a_picture_and_numbers(tmp_path, capsys):
-    assert train.main(arguments("--out", tmp_path / "new" / "folder")) == 0
-    printed = capsys.readouterr().out
-    png = (tmp_path / "new" / "folder" / "train.png").read_bytes()
-    numbers = json.loads((tmp_path / "new" / "folder" / "train.json").read_text())
+@dataclass
+class Trained:
+    """One run of the demo."""
+
+    folder: Path
+    printed: str
+    numbers: dict
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        runs = self.numbers["optimizers"].items()
+        return {name: found["held_out_nats_per_byte"] for name, found in runs}
+
+
+def run(folder: Path, *words: object) -> Trained:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train.main(arguments("--out", folder, *words)) == 0
+    return Trained(folder, printed.getvalue(), json.loads((folder / "train.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    return run(tmp_path_factory.mktemp("demo") / "new" / "folder")
+
+
+def test_training_prints_a_table_and_writes_a_picture_and_numbers(trained):
+    png = (trained.folder / "train.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
-    assert list(numbers["optimizers"]) == [train.OURS, train.TORCH_RADAM, train.TORCH_ADAM]
-    for name, found in numbers["optimizers"].items():
-        assert name in printed
-        assert found["held_out_nats_per_byte"][-1] < found["held_out_nats_per_byte"][0]
-        assert 0 < found["optimizer_share_of_step"] < 1
+    assert list(trained.losses) == [train.OURS, train.TORCH_RADAM, train.TORCH_ADAM]
+    for name, losses in trained.losses.items():
+        assert name in trained.printed
+        assert losses[-1] < losses[0]
+        assert 0 < trained.numbers["optimizers"][name]["optimizer_share_of_step"] < 1
 
 
-def test_both_radams_train_alike_and_adam_does_not(tmp_path):
-    train.main(arguments("--out", tmp_path))
-    found = json.loads((tmp_path / "train.json").read_text())["optimizers"]
-    ours, theirs, adam = (found[name]["held_out_nats_per_byte"] for name in found)
+def test_both_radams_train_alike_and_adam_does_not(trained):
+    ours, theirs, adam = trained.losses.values()
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert abs(ours[-1] - adam[-1]) > 1e-3
 
 
-def test_the_same_seed_gives_the_same_losses(tmp_path):
-    losses = []
-    for seed in (0, 0, 1):
-        train.main(arguments("--out", tmp_path, "--seed", seed, "--steps", 3))
-        found = json.loads((tmp_path / "train.json").read_text())["optimizers"]
-        losses.append(found[train.OURS]["held_out_nats_per_byte"])
-    assert losses[0] == losses[1] != losses[2]
+def test_the_same_seed_gives_the_same_losses(tmp_path, trained):
+    assert run(tmp_path, "--seed", 0).losses == trained.losses
+    other = run(tmp_path, "--seed", 1, "--steps", 1)
+    assert other.losses[train.OURS][0] != trained.losses[train.OURS][0], "the initial values"
 
 
 def test_control_c_leaves_one_line_and_no_files(tmp_path, capsys, monkeypatch):
@@ -114,54 +133,3 @@ def test_a_python_without_the_text_asks_for_another(tmp_path, capsys, monkeypatc
 def test_mistakes_are_named(tmp_path, capsys, words, said):
     assert train.main(arguments("--out", tmp_path / "out", *words)) == 2
     assert said in capsys.readouterr().err
-
-
-def test_the_doctor_finds_the_backends_that_work(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_SIZES", {"cpu": 1 << 16, "gpu": 1 << 16})
-    assert doctor.main(argparse.Namespace()) == 0
-    printed = capsys.readouterr().out
-    for words in ("cpu           works on cpu", "reference     works on cpu", "same bits", "GB/s"):
-        assert words in printed
-    assert "All is well: RAdam takes the " in printed
-    assert "cpu backend on cpu" in printed
-
-
-@pytest.mark.parametrize(
-    ("torchs_cuda", "built", "words", "no_words"),
-    [
-        (None, "no nvcc", "this torch has no CUDA to run it", "nvcc"),
-        (None, "off", "this torch has no CUDA to run it", "RADAM_CUDA"),
-        ("13.0", "no nvcc", "put CUDA's compiler on the PATH", "RADAM_CUDA"),
-        ("13.0", "off", "RADAM_CUDA=0 was set", "nvcc"),
-    ],
-)
-def test_the_doctor_says_why_the_cuda_kernel_is_missing(
-    monkeypatch, torchs_cuda, built, words, no_words
-):
-    monkeypatch.setattr(torch.version, "cuda", torchs_cuda)
-    monkeypatch.setattr(doctor, "load_optional", lambda name: None)
-    monkeypatch.setattr(doctor, "NOT_BUILT", {doctor.cpu.cuda_built: NOT_BUILT[built]})
-    said = doctor._facts()["cuda"]
-    assert words in said
-    assert no_words not in said
-
-
-def test_the_doctor_tells_of_wrong_bits(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_SIZES", {"cpu": 1 << 16, "gpu": 1 << 16})
-    right = doctor._step
-    monkeypatch.setattr(
-        doctor,
-        "_step",
-        lambda tensors, step, backend: right(tensors, step + (backend == "cpu"), backend),
-    )
-    assert doctor.main(argparse.Namespace()) == 1
-    assert "WRONG" in capsys.readouterr().out
-
-
-def test_the_command_line_has_both():
-    run = subprocess.run(
-        [sys.executable, "-m", "radam_kernels", "--help"], capture_output=True, text=True
-    )
-    assert run.returncode == 0
-    assert "train" in run.stdout
-    assert "doctor" in run.stdout

@@ -61,7 +61,7 @@ def test_modules_of_other_sources_say_so(tmp_path, change):
     tree = copy(tmp_path)
     if change == "edit":
         header = tree / "csrc" / "core" / "update.h"
-        header.write_text(header.read_text() + "\n")
+        header.write_text(header.read_text() + "int more;\n")
     else:
         (tree / "csrc" / "core" / "more.h").touch()
     message = refusal(tree)
@@ -108,8 +108,6 @@ def test_every_folder_of_the_package_is_packaged_and_no_other():
     assert sorted(packages) == sorted(
         str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders
     )
-    requirements = [re.split("[<>=; ]", r)[0] for r in project["build-system"]["requires"]]
-    assert sorted(requirements) == ["cmake", "ninja", "pybind11", "setuptools"]
 
 
 @in_tree
@@ -123,10 +121,3 @@ def test_setup_declares_both_modules(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     names = [extension.name for extension in told["ext_modules"]]
     assert names == ["radam_kernels._cpu", "radam_kernels._cuda"]
-
-
-@in_tree
-def test_a_source_distribution_holds_what_a_build_needs():
-    manifest = (ROOT / "MANIFEST.in").read_text()
-    for needed in ("csrc", "CMakeLists.txt"):
-        assert needed in manifest
