@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,7 +67,7 @@ def wait(child, timeout):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
+        time.sleep(0.001)
     os.kill(child, 9)
     os.waitpid(child, 0)
     return f"more than {timeout} s"
@@ -106,6 +107,15 @@ class Processes:
         print(json.dumps([script, timeout]), file=self.process.stdin, flush=True)
         code, output = json.loads(self.process.stdout.readline())
         return code, output
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -102,8 +102,12 @@ def cpu_kernels() -> list[Kernel]:
 
 MAKE = {"cpu": cpu_kernels, "triton": lambda: [triton_kernel()], "cuda": lambda: [cuda_kernel()]}
 CUDA, TRITON = (pytest.param(name, marks=GPU, id=f"{name} on a GPU") for name in ("cuda", "triton"))
-# Of inf - inf and the like, where Triton is interpreted.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    # The kernels are told their threads; torch would wake its own for each small comparison.
+    pytest.mark.usefixtures("one_thread"),
+    # Of inf - inf and the like, where Triton is interpreted.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 
 def make_kernels(name: str) -> list[Kernel]:
@@ -131,15 +135,6 @@ def kernels(request) -> list[Kernel]:
 
 
 Streams = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread_for_torch():
-    """The kernels are told their threads; torch would wake its own for each small comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Arena:

@@ -301,6 +301,7 @@ def test_hyperparameters_out_of_range_are_refused_and_nothing_changed(bad, backe
     assert all(map(torch.equal, tensors, before))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "eps", "grad_scale"])
 @pytest.mark.parametrize(
     "backend", [n for n, why in radam_kernels.available_backends().items() if not why]
