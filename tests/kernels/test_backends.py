@@ -284,7 +284,7 @@ def test_threads_divide_elements_wherever_segments_end(fast_kernels, dtypes):
     check(fast_kernels, [ordinary(n, dtypes, n) for n in sizes], SCALARS)
 
 
-# Argument: the file of _cpu, where torch and its OpenMP shall stay out.
+# Argument: the file of _cpu, to load it without torch and its OpenMP.
 STEP_ON_MANY_THREADS = """
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -565,7 +565,7 @@ def test_twelve_steps_of_an_optimizer(backend, options):
 
 @dataclass
 class Table:
-    """Two segments and what _cpu.step wants to know of them."""
+    """Two segments, and the arguments of _cpu.step for them."""
 
     arena: Arena
     rows: np.ndarray
@@ -617,7 +617,7 @@ def test_the_kernel_refuses_a_negative_count(table):
 
 
 def test_the_kernel_refuses_null_tables():
-    # In a process of its own, which a kernel that did not look would bring down.
+    # In a process of its own, which a kernel without these checks would crash.
     script = """
 import numpy as np
 from radam_kernels.modules import cpu

@@ -273,7 +273,7 @@ def test_few_segments_and_more_than_there_are_rows_of_work(worker, library, coun
     check_many(worker, library, (0, 0, 0), count)
 
 
-def test_more_scalars_than_travel_with_a_launch(worker, library):
+def test_more_scalars_than_fit_into_a_launch(worker, library):
     generator = torch.Generator().manual_seed(3)
     groups = [group(lr=0.01 * (i + 1)) for i in range(20)]
     segments = [segment(300, (1, 1, 0), generator, 1.0 + i % 8, i % 20) for i in range(160)]
@@ -387,7 +387,7 @@ WRONG = {
     "one moment is not stored": ("store(exp_avg_sqs + i, v);", ""),
     "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
 }
-# Only float32, for the compiler's sake.
+# Only float32, which compiles faster.
 SMALLER = (
     "visit_dtypes(step.dtypes, [&]",
     """\

@@ -44,7 +44,7 @@ def set_grads(params: list[Parameter], seed: int, scale: float = 1.0) -> None:
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """The same bits; on a GPU, whose logarithm is another, scalars may be off by one ulp."""
+    """The same bits; on a GPU, whose logarithm differs, scalars may be off by one ulp."""
     if ours[0].device.type == "cpu":
         return all(map(same_bits, ours, theirs))
     return all(

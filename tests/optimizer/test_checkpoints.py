@@ -233,7 +233,7 @@ def test_a_checkpoint_made_to_be_differentiable_goes_on_without():
     assert a.state[params_of(a)[0]]["step"] == 3
 
 
-def test_a_state_dict_without_state_begins_anew():
+def test_a_state_dict_without_state_starts_from_zero():
     a = RAdam([Parameter(torch.ones(5))])
     checkpoint = copy.deepcopy(a.state_dict())
     take_steps(a, 3)

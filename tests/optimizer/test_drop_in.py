@@ -661,7 +661,7 @@ VALUES = torch.tensor([0.0, -0.0, 1e-45, -1e-38, 1e-8, 3e38, math.inf, -math.inf
 
 
 def odd_tensor(shape, dtype, layout, seed) -> Tensor:
-    """Normal values with odd ones strewn in, in some layout."""
+    """Normal values with special ones among them, in some layout."""
     numel = math.prod(shape)
     flat = randn(numel, dtype=dtype, seed=seed)
     odd = torch.arange(numel) % 7 == seed % 7

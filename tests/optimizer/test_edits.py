@@ -92,14 +92,14 @@ def stream(optimizer: RAdam, name: str) -> Tensor:
 
 
 def check_step(optimizer: RAdam) -> None:
-    """A step is what a function without memory makes of the tensors as they are now."""
+    """A step equals that of radam_, which keeps nothing, on the tensors as they are now."""
     params = optimizer.param_groups[0]["params"]
     for p in params:
         state = optimizer.state[p]
         state["expected"] = [
             t.detach().clone() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
         ]
-        # The function wants one layout; values are what counts.
+        # radam_ takes one layout; only the values matter.
         state["expected"] = [t.contiguous() for t in state["expected"]]
         step = int(state["step"]) + 1
         radam_(
@@ -272,7 +272,7 @@ def double_step(optimizer, params):
 
 
 def to_other_memory(optimizer, params):
-    """The `optimizer_to` snippet that is passed around, as it goes when the device changes."""
+    """As the widespread `optimizer_to` snippet does when the device changes."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What training loops put around an optimizer works: AMP, torch.compile, autograd, hooks."""
+"""What training loops put around an optimizer: AMP, torch.compile, autograd, modules, threads."""
 
 import copy
 import math
@@ -203,7 +203,7 @@ def test_autograd_notices_every_kind_of_write(make):
         assert untouched._version == versions[1]
 
 
-def test_a_refused_step_is_no_write():
+def test_a_refused_step_bumps_no_version():
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = RAdam([p])
@@ -314,7 +314,7 @@ def test_parametrized_modules():
 
 
 def test_stepping_within_backward():
-    """One optimizer a parameter, stepped as soon as its gradient is there, which then goes."""
+    """One optimizer a parameter, stepped as soon as its gradient is there, which is then freed."""
     model, expected = network(dtype=torch.float64), network(dtype=torch.float64)
     optimizers = {p: RAdam([p], lr=0.1) for p in model.parameters()}
 

@@ -413,7 +413,7 @@ def test_a_gradient_that_touches_what_is_written_is_refused(offset):
     second.data = base[20:40]
     give_gradients(optimizer)
     optimizer.step()
-    for start in (15, 40):  # right before it and right after it is nothing that matters
+    for start in (15, 40):  # right before and right after it
         first.grad = base[start : start + 5]
         optimizer.step()
     first.grad = base[20 + offset : 25 + offset]
@@ -484,7 +484,7 @@ def test_a_state_that_cannot_be_the_parameters(bad):
 
 @pytest.mark.parametrize("count", [-1.0, -2.5, 1.5, math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["filled", "replaced", "a number"])
-def test_a_step_count_that_is_none(count, kind):
+def test_an_invalid_step_count(count, kind):
     def edit(state):
         if kind == "filled":
             state["step"].fill_(count)

@@ -271,7 +271,7 @@ def test_steps_that_need_python_leave_no_reference_behind():
         tensors = [x for p in params for x in (p, p.grad, *optimizer.state[p].values())]
         return [sys.getrefcount(x) for x in tensors], len(gc.get_objects())
 
-    references()  # what caches it fills is there from here on
+    references()  # fills caches
     before, objects = references()
     for _ in range(50):
         optimizer.step()
@@ -324,7 +324,7 @@ def test_a_parameter_can_die():
     assert optimizer.state[p]["step"] == 3
 
 
-# State of others
+# Entries of other owners.
 
 
 def test_keys_of_a_wrapper_stay_and_do_not_make_a_state():
@@ -353,7 +353,7 @@ def test_a_refused_first_step_leaves_the_keys_of_a_wrapper():
 
 
 @pytest.mark.parametrize("bad", [None, 3, [], "state"])
-def test_a_state_that_is_no_dict_is_named(bad):
+def test_a_state_that_is_not_a_dict_is_named(bad):
     optimizer = RAdam([Parameter(torch.ones(3))])
     optimizer.state[params_of(optimizer)[0]] = bad
     with pytest.raises(ValueError, match="state of param 0 of group 0: expected a dict, got"):
@@ -370,14 +370,14 @@ def test_params_and_groups_may_be_tuples():
 
 
 @pytest.mark.parametrize("bad", [None, 3, [3], [{}], [{"params": 3}]])
-def test_groups_that_are_none_are_named(bad):
+def test_invalid_groups_are_named(bad):
     optimizer = RAdam([Parameter(torch.ones(3))])
     optimizer.param_groups = bad
     with pytest.raises((TypeError, ValueError), match=r"param_groups|\"params\""):
         optimizer.step()
 
 
-def test_state_that_is_no_parameters_is_loaded_again():
+def test_state_of_other_keys_is_loaded_again():
     optimizer = RAdam([Parameter(torch.ones(3))])
     optimizer.state["of a wrapper"] = {"epoch": 1}
     optimizer.state[params_of(optimizer)[0]]["ema"] = 2.0
@@ -388,7 +388,7 @@ def test_state_that_is_no_parameters_is_loaded_again():
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
-def test_a_step_may_be_a_number_of_numpys(kind):
+def test_a_step_may_be_a_numpy_number(kind):
     optimizer = RAdam([Parameter(torch.ones(3))])
     take_steps(optimizer)
     loaded = copy.deepcopy(optimizer.state_dict())
@@ -399,7 +399,7 @@ def test_a_step_may_be_a_number_of_numpys(kind):
 
 
 @pytest.mark.parametrize("bad", ["bfloat16", torch.int8, torch.float64, 3])
-def test_a_state_dtype_that_is_none_is_refused_at_the_step_too(bad):
+def test_an_invalid_state_dtype_is_refused_at_the_step_too(bad):
     optimizer = RAdam([Parameter(torch.ones(3))])
     optimizer.param_groups[0]["state_dtype"] = bad
     with pytest.raises(ValueError, match="Invalid state_dtype"):

@@ -1,12 +1,12 @@
-"""Other code that runs within a step, in a thread or in a hook of torch's, can edit what it likes:
-no crash, no error that is not true, and no wrong value of a parameter that it left alone."""
+"""Code that runs during a step, in another thread or in a hook, may edit anything: no crash, no
+false error, and no wrong value of a parameter that it left alone."""
 
 import textwrap
 from itertools import product
 
 import pytest
 
-# Gradients are the same at every step, so the number of its steps says all of a parameter.
+# Gradients are the same at every step, so a parameter's step count determines its values.
 PRELUDE = """
 import sys
 import threading
@@ -87,7 +87,7 @@ def check(opt, params, expected, counts=False):
 
 
 def step_while(edit, opt, steps):
-    \"\"\"Steps so often; after the first, a thread calls `edit` meanwhile.\"\"\"
+    \"\"\"Takes so many steps; after the first, a thread calls `edit` meanwhile.\"\"\"
     opt.step()
     over, errors = threading.Event(), []
 
@@ -128,7 +128,7 @@ class Within(TorchFunctionMode):
 
 KINDS = ("one of one element", "many of one element", "not on 16 bytes", "mixed")
 
-# What a thread does again and again; all of it keeps every value.
+# What a thread does in a loop; all of it keeps every value.
 KEEPING = {
     "replaces dicts of the state": """
     for p in params:
@@ -180,7 +180,7 @@ KEEPING = {
 }
 
 
-# The same, of what changes the parameters with an even index.
+# The same, for edits that change the parameters with an even index.
 CHANGING = {
     "deletes state and puts it back": """
     for p in even:
@@ -217,7 +217,7 @@ CHANGING = {
         opt.state[p] = {"step": torch.tensor(3.0), **moments}
 """,
 }
-# And of what keeps parameters from a step: they are right for the steps that they have taken.
+# And for edits that keep parameters from a step: they are right for the steps that they took.
 SKIPPING = {
     "takes gradients away": """
     for p, grad in zip(params, grads):
@@ -243,7 +243,7 @@ SKIPPING = {
 """,
 }
 # Not in a thread: torch 2.13 itself crashes where one thread reads p.grad and another sets it to
-# None and so frees it, without a line of ours.
+# None and so frees it, without radam_kernels.
 DROPPING = {
     "drops gradients": """
     for p, grad in zip(params, grads):
@@ -381,8 +381,8 @@ def test_code_within_a_step_that_keeps_parameters_from_it_leaves_them_whole(
     succeeds(script(edit, kind, 4, run, COUNTED))
 
 
-# All that an optimizer holds goes away while it steps, and other tensors take the memory. What the
-# step misses it may say.
+# All that an optimizer holds is deleted while it steps, and other tensors take the memory. The step
+# may raise an error for what it misses.
 DESTRUCTION = {
     "state": "opt.state.clear()",
     "dicts of the state": "[s.clear() for s in list(opt.state.values())]",
@@ -402,7 +402,7 @@ DESTRUCTION = {
 @WITHIN
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("edit", DESTRUCTION.values(), ids=DESTRUCTION)
-def test_a_step_survives_the_end_of_all_that_it_uses(edit, kind, run, succeeds):
+def test_a_step_survives_the_deletion_of_all_that_it_uses(edit, kind, run, succeeds):
     edit = edit.strip() + "\n    junk.extend(torch.full((n,), nan) for n in (1, 3, 70))"
     run = "try:\n" + textwrap.indent(run, "    ") + "\nexcept (KeyError, ValueError):\n    pass"
     succeeds(script(edit, kind, 2, run, ""))
@@ -418,7 +418,7 @@ for p, want in zip(params, expected[-1], strict=True):
     )
 
 
-def test_a_mode_that_answers_nonsense_is_no_crash(succeeds):
+def test_a_mode_that_answers_nonsense_does_not_crash_a_step(succeeds):
     succeeds(
         PRELUDE
         + """
@@ -478,7 +478,7 @@ for _ in range(8):
     )
 
 
-def test_a_truth_that_deletes_itself_from_its_group_is_kept_for_the_step(succeeds):
+def test_a_flag_that_deletes_itself_from_its_group_is_kept_for_the_step(succeeds):
     succeeds(
         PRELUDE
         + """
