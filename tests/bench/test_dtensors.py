@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from bench import dtensors
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture
 def process_group() -> Iterator[None]:

@@ -6,7 +6,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from bench import step_profile
+
+pytestmark = pytest.mark.bench
 
 
 def test_the_profile_names_all_stages_and_leaves_a_trace(tmp_path, capsys):
