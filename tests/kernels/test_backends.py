@@ -200,15 +200,19 @@ def check(kernels, segments, scalars, which=None, offsets=None) -> list[Streams]
     which = which or [i % len(scalars) for i in range(len(segments))]
     expected = stepped_by_reference(segments, scalars, which)
     param, grad, state, _ = (DTYPES.index(t.dtype) for t in segments[0])
+    right = None  # the memory after a kernel that gave the bits of the reference
     for kernel in kernels:
         arena = Arena(segments, kernel.device, offsets)
         kernel.launch(*arena.tables(which), (param, grad, state), np.array(scalars))
+        if right is not None and torch.equal(arena.memory, right):
+            continue
         for i, (got, want) in enumerate(zip(arena.read(), expected, strict=True)):
             for name, a, b in zip(STREAMS, got, want, strict=True):
                 assert same_bits(a, b), (
                     f"{kernel.name}: {name} of segment {i} with {len(a)} elements and "
                     f"{scalars[which[i]]} differs: {a[a != b][:4]} against {b[a != b][:4]}"
                 )
+        right = arena.memory
     return expected
 
 
