@@ -180,7 +180,7 @@ def interrupted(kind: str, steps: str) -> str:
         PRELUDE
         + f"""
 tensors, options = {KINDS[kind]}
-wanted = {5 if "triton" in kind else 15}
+wanted = {5 if "triton" in kind else 10}
 {steps}
 print(f"{{tries}} signals: {{within}} ended a step, {{inside}} after it wrote")
 assert inside >= 3, "too few signals came within the writes to say anything"

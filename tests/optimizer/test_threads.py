@@ -343,6 +343,7 @@ for _ in range(steps - 1):
     opt.step()
 armed.clear()
 """
+WITHIN_KINDS = ("many of one element", "mixed")
 WITHIN = pytest.mark.parametrize(
     "run",
     [STEP_UNDER_A_MODE, STEP_WITH_A_PROPERTY],
@@ -351,7 +352,7 @@ WITHIN = pytest.mark.parametrize(
 
 
 @WITHIN
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", WITHIN_KINDS)
 @pytest.mark.parametrize("edit", KEEPING.values(), ids=KEEPING)
 def test_edits_within_a_step_that_keep_all_values_change_nothing(edit, kind, run, succeeds):
     succeeds(script(edit, kind, 4, run, ALL))
@@ -364,14 +365,14 @@ def test_edits_within_a_step_change_nothing_under_the_reference_either(edit, run
 
 
 @WITHIN
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", WITHIN_KINDS)
 @pytest.mark.parametrize("edit", CHANGING.values(), ids=CHANGING)
 def test_edits_within_a_step_change_no_other_parameter(edit, kind, run, succeeds):
     succeeds(script(edit, kind, 4, run, ODD))
 
 
 @WITHIN
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", WITHIN_KINDS)
 @pytest.mark.parametrize(
     "edit", [*SKIPPING.values(), *DROPPING.values()], ids=[*SKIPPING, *DROPPING]
 )
@@ -400,7 +401,7 @@ DESTRUCTION = {
 
 
 @WITHIN
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", WITHIN_KINDS)
 @pytest.mark.parametrize("edit", DESTRUCTION.values(), ids=DESTRUCTION)
 def test_a_step_survives_the_deletion_of_all_that_it_uses(edit, kind, run, succeeds):
     edit = edit.strip() + "\n    junk.extend(torch.full((n,), nan) for n in (1, 3, 70))"
