@@ -91,12 +91,12 @@ def take_steps(optimizer: Optimizer, count: int = 1, first: int = 1) -> None:
         optimizer.step()
 
 
-def saved(state_dict: dict, weights_only: bool = True) -> dict:
+def saved(state_dict: dict) -> dict:
     """The state after torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
-    return torch.load(file, weights_only=weights_only)
+    return torch.load(file, weights_only=True)
 
 
 def twin(optimizer: Optimizer, cls: type = RAdam, **options) -> Optimizer:
