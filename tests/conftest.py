@@ -1,44 +1,47 @@
-"""Lets the Triton backend run on a machine without a GPU, says what "the same bits" means, and runs
-scripts that may crash."""
+"""The devices that a run of tests sees, and processes for scripts that may crash."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton
-    os.environ["TRITON_INTERPRET"] = "1"
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides all GPUs, unless the run asks for GPU tests: then others pass on every machine.
+
+    Runs before any test file is imported, so before triton and the CUDA driver read these.
+    Processes that tests start inherit them.
+    """
+    if asks_for_gpu_tests(config.option.markexpr):
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of every element, with one pattern for all NaNs."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    tensor = torch.where(tensor.isnan(), torch.nan, tensor).contiguous()
-    return tensor.view(_BITS[tensor.element_size()])
+def asks_for_gpu_tests(expression: str) -> bool:
+    """Whether a marker expression (`-m`) selects tests of a GPU, and no others."""
 
+    def selects(*marks: str) -> bool:
+        # The syntax is Python's, with markers as names.
+        return bool(eval(expression or "True", {}, defaultdict(bool, dict.fromkeys(marks, True))))
 
-@pytest.fixture(scope="session")
-def same_bits():
-    """Whether two tensors hold the same bits: NaN is NaN, -0.0 is not 0.0."""
-
-    def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and torch.equal(_bits(a.detach().cpu()), _bits(b.detach().cpu()))
-        )
-
-    return same_bits
+    others = [(), ("slow",), ("bench",), ("paper",)]
+    try:
+        asks = selects("gpu") or selects("gpu", "sanitize")
+        return asks and not any(selects(*marks) for marks in others)
+    except SyntaxError:  # which pytest is about to report
+        return False
 
 
 # Imports all once, then runs each script that it reads in a fork of itself.
-_FORKING = """
+_FORK_SERVER = """
 import json, os, sys, tempfile, time, traceback
 import torch
 import radam_kernels
@@ -68,7 +71,7 @@ def wait(child, timeout):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
+        time.sleep(0.001)
     os.kill(child, 9)
     os.waitpid(child, 0)
     return f"more than {timeout} s"
@@ -95,7 +98,7 @@ class Processes:
         root = Path(__file__).parents[1]
         overwrite = {"PYTHONMALLOC": "debug", "MALLOC_PERTURB_": "165"}
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", _FORKING],
+            [sys.executable, "-X", "faulthandler", "-c", _FORK_SERVER],
             cwd=root,
             env={**os.environ, **overwrite},
             stdin=subprocess.PIPE,
@@ -110,8 +113,17 @@ class Processes:
         return code, output
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
-def processes():
+def processes() -> Iterator[Processes]:
     """Processes for scripts that may crash, hang or be killed."""
     made = Processes()
     yield made
@@ -120,8 +132,8 @@ def processes():
 
 
 @pytest.fixture
-def succeeds(processes):
-    """Fails the test unless a script ends well in a process of its own."""
+def succeeds(processes: Processes) -> Callable[..., str]:
+    """Runs a script in a process of its own, and fails the test unless it exits with 0."""
 
     def succeeds(script: str, timeout: float = 60) -> str:
         code, output = processes.run(script, timeout)

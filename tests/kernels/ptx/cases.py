@@ -1,6 +1,5 @@
 """What a launch is given: segments of many sizes and alignments, with scalars of every action."""
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -214,12 +213,3 @@ def tables(
     table = [[segment[name] for name in cpu.segment_fields] for segment in segments]
     grads = [segment["grad"] for segment in segments]
     return np.array(table, np.uint64), np.array(grads, np.uint64)
-
-
-def names(codes: Codes) -> str:
-    return "-".join(cpu.dtypes[code] for code in codes)
-
-
-DTYPE_SETS: list[Codes] = [
-    codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
-]

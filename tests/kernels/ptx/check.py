@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers import DTYPE_SETS, dtypes_id
+
 from .arithmetic import Fault
-from .cases import DTYPE_SETS, names
 from .compilers import Codes, Compiled, nvcc, triton_step, triton_upload
 from .exact import check_arithmetic
 from .faults import FAULTS, Planted
@@ -68,7 +69,8 @@ def checks() -> dict[str, Check]:
         found[name] = lambda s, c=compiled, f=check: check_small(saved(c(s), s), f)
     for backend in ("cuda", "triton"):
         for codes in DTYPE_SETS:
-            found[f"{backend} {names(codes)}"] = lambda s, b=backend, c=codes: check_step(b, c, s)
+            name = f"{backend} {dtypes_id(codes)}"
+            found[name] = lambda s, b=backend, c=codes: check_step(b, c, s)
     for fault in FAULTS:
         found[f"fault: {fault.name}"] = lambda s, f=fault: check_fault(f, s)
     return found

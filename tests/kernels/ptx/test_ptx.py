@@ -1,10 +1,9 @@
 """The PTX that nvcc and Triton make of the kernels, executed on the CPU, gives the right bits.
 
 `pytest -m slow` runs this; check.py says what it compares, and what it can't show. It runs in a
-process of its own, because Triton compiles nothing where conftest.py lets it interpret.
+process of its own, because conftest.py has set Triton to interpret in this one.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -16,16 +15,11 @@ from pathlib import Path
 import pytest
 
 from radam_kernels.backends import triton_
-from radam_kernels.modules import cpu
+from tests.helpers import DTYPE_SETS, dtypes_id
 from tests.kernels.ptx.faults import FAULTS
 
 ROOT = Path(__file__).parents[3]
-DTYPE_SETS = [c for c in itertools.product(range(len(cpu.dtypes)), repeat=3) if cpu.supported(*c)]
-STEPS = [
-    f"{backend} {'-'.join(cpu.dtypes[code] for code in codes)}"
-    for backend in ("cuda", "triton")
-    for codes in DTYPE_SETS
-]
+STEPS = [f"{backend} {dtypes_id(c)}" for backend in ("cuda", "triton") for c in DTYPE_SETS]
 
 pytestmark = [
     pytest.mark.slow,

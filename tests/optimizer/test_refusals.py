@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from radam_kernels import RAdam, available_backends
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def randn(*shape, seed=0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def give_gradients(optimizer, seed=0):
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            p.grad = randn(*p.shape, seed=100 * seed + i).to(p.dtype)
+from radam_kernels import RAdam
+from tests.helpers import MOMENTS, give_gradients, params_of, randn
 
 
 def snapshot(optimizer):
@@ -63,7 +52,6 @@ def assert_refused(call, optimizer, error, *words):
 
 
 def assert_step_refused(optimizer, error, *words):
-    """As above; and the step works again once the gradients that are to blame are gone."""
     assert_refused(optimizer.step, optimizer, error, *words)
 
 
@@ -77,10 +65,6 @@ def optimizer(request):
             optimizer.step()
     give_gradients(optimizer, 7)
     return optimizer
-
-
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
 
 
 # Hyperparameters.
@@ -192,27 +176,6 @@ def test_a_bad_edit_of_one_group_leaves_the_others_alone():
     optimizer.step()
     optimizer.param_groups[1]["betas"] = (0.9, 1.0)
     assert_step_refused(optimizer, ValueError, "beta2", "1.0")
-
-
-# Backends.
-
-
-def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected 'auto' or one of \('cuda', .*, got 'gpu'"):
-        RAdam([Parameter(torch.ones(1))], backend="gpu")
-
-
-def test_an_unavailable_backend_is_refused_with_the_reason_and_the_others():
-    backends = available_backends()
-    missing = {name: reason for name, reason in backends.items() if reason}
-    if not missing:
-        pytest.skip("every backend works here")
-    working = [name for name, reason in backends.items() if not reason]
-    for name, reason in missing.items():
-        with pytest.raises(RuntimeError) as raised:
-            RAdam([Parameter(torch.ones(1))], backend=name)
-        assert f"backend {name!r} does not work here: {reason}" in str(raised.value)
-        assert str(working) in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["backend", "lr"])
@@ -450,7 +413,7 @@ def test_a_gradient_that_touches_what_is_written_is_refused(offset):
     second.data = base[20:40]
     give_gradients(optimizer)
     optimizer.step()
-    for start in (15, 40):  # right before it and right after it is nothing that matters
+    for start in (15, 40):  # right before and right after it
         first.grad = base[start : start + 5]
         optimizer.step()
     first.grad = base[20 + offset : 25 + offset]
@@ -521,7 +484,7 @@ def test_a_state_that_cannot_be_the_parameters(bad):
 
 @pytest.mark.parametrize("count", [-1.0, -2.5, 1.5, math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["filled", "replaced", "a number"])
-def test_a_step_count_that_is_none(count, kind):
+def test_an_invalid_step_count(count, kind):
     def edit(state):
         if kind == "filled":
             state["step"].fill_(count)

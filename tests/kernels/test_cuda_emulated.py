@@ -5,7 +5,6 @@ real Python of the backend; only the CUDA runtime is a stand-in. The last tests 
 kernel and see these checks find them.
 """
 
-import importlib.util
 import itertools
 import os
 import pickle
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pybind11
@@ -29,14 +27,12 @@ from radam_kernels import RAdam
 from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.scaling import Scaling
+from tests.helpers import DTYPE_SETS, SIZES, dtypes_id, same_bits
+from tests.kernels.cuda_emulation.worker import make_plan
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 SOURCE = CSRC / "cuda" / "step_cuda.cu"
-DTYPE_SETS = [
-    codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
-]
-SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 5000)
 FORMS = (
     {},
     {"weight_decay": 0.1},
@@ -44,16 +40,6 @@ FORMS = (
 )
 # Below the threshold, with and without a step; above it.
 SIDES = ((1, {}), (1, {"degenerated_to_sgd": False}), (8, {}))
-
-
-def load_worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_emulation_worker", FOLDER / "worker.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_plan = load_worker().make_plan  # here for the reference, and there for the kernels
 
 
 @dataclass
@@ -84,7 +70,8 @@ class Worker:
                 "UBSAN_OPTIONS": "print_stacktrace=1",
             }
             self.process = subprocess.Popen(
-                [sys.executable, str(FOLDER / "worker.py")],
+                [sys.executable, "-m", "tests.kernels.cuda_emulation.worker"],
+                cwd=CSRC.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.log.open("wb"),
@@ -116,31 +103,47 @@ def compile_(*arguments: str) -> None:
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(source: Path, folder: Path, bindings: Path) -> str:
-    """The module of one step_cuda.cu, in a folder of its own."""
-    library = folder / "_cuda.so"
+def compile_kernels(source: Path, folder: Path) -> Path:
+    """The object file of one step_cuda.cu."""
+    compiled = folder / "step_cuda.o"
     # In this order: the includes of emulation.cpp look for step_cuda.cu beside `source` first.
     compile_(
-        "-shared", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZE,
-        f"-I{source.parent}", str(FOLDER / "emulation.cpp"), str(bindings), "-o", str(library),
+        "-c", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZE,
+        f"-I{source.parent}", str(FOLDER / "emulation.cpp"), "-o", str(compiled),
     )  # fmt: skip
+    return compiled
+
+
+def compile_bindings(folder: Path) -> Path:
+    compiled = folder / "bind_cuda.o"
+    define = ['-DRADAM_FINGERPRINT=""', '-DRADAM_ARCHITECTURES="emulated"']
+    source = CSRC / "bind" / "bind_cuda.cpp"
+    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(source), "-o", str(compiled))
+    return compiled
+
+
+def link(kernels: Path, bindings: Path) -> str:
+    """The module of both, in the folder of the kernels."""
+    library = kernels.with_name("_cuda.so")
+    compile_("-shared", *SANITIZE, str(kernels), str(bindings), "-o", str(library))
     return str(library)
 
 
 @pytest.fixture(scope="module")
-def bindings(tmp_path_factory) -> Path:
+def compiled(tmp_path_factory) -> tuple[Path, Path]:
+    """The object files of the kernels and of the bindings."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulated kernels with")
-    path = tmp_path_factory.mktemp("bindings") / "bind_cuda.o"
-    define = ['-DRADAM_FINGERPRINT=""', '-DRADAM_ARCHITECTURES="emulated"']
-    source = CSRC / "bind" / "bind_cuda.cpp"
-    compile_("-c", "-O0", "-fvisibility=hidden", *define, str(source), "-o", path)
-    return path
+    folder = tmp_path_factory.mktemp("emulation")
+    with ThreadPoolExecutor(2) as pool:
+        kernels = pool.submit(compile_kernels, SOURCE, folder)
+        bindings = pool.submit(compile_bindings, folder)
+        return kernels.result(), bindings.result()
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, bindings) -> str:
-    return build(SOURCE, tmp_path_factory.mktemp("emulation"), bindings)
+def library(compiled) -> str:
+    return link(*compiled)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def group(**changes) -> dict[str, Any]:
     return usual | changes
 
 
-def check(worker, library, same_bits, segments: list[Segment], groups, scaling=None) -> None:
+def check(worker, library, segments: list[Segment], groups, scaling=None) -> None:
     """Steps copies of the segments with the emulated kernel and with the reference."""
     scaling = scaling or Scaling()
     sizes = [len(s.tensors[0]) for s in segments]
@@ -199,7 +202,7 @@ def check(worker, library, same_bits, segments: list[Segment], groups, scaling=N
             assert same_bits(steps[i], s.step), f"step of segment {i}: {s}"
 
 
-def check_product(worker, library, same_bits, codes) -> None:
+def check_product(worker, library, codes) -> None:
     """Sizes x alignments x forms of weight decay x sides of the threshold, in one launch."""
     generator = torch.Generator().manual_seed(0)
     groups = [group(**form, **more) for form in FORMS for _, more in SIDES]
@@ -212,18 +215,18 @@ def check_product(worker, library, same_bits, codes) -> None:
             offsets = tuple(k % units[j] if j in shifted else 0 for j in range(4))
             step = float(SIDES[i % len(SIDES)][0])
             segments.append(segment(size, codes, generator, step, i, offsets))
-    check(worker, library, same_bits, segments, groups)
+    check(worker, library, segments, groups)
 
 
-def check_many(worker, library, same_bits, codes, count=1000) -> None:
+def check_many(worker, library, codes, count=1000) -> None:
     """So many short segments and a longer one, of many step counts."""
     generator = torch.Generator().manual_seed(1)
     segments = [segment(i % 71, codes, generator, float(1 + i % 9), i % 2) for i in range(count)]
     segments.insert(count // 2, segment(20_000, codes, generator, 8.0, 0))
-    check(worker, library, same_bits, segments, [group(), group(weight_decay=0.1)])
+    check(worker, library, segments, [group(), group(weight_decay=0.1)])
 
 
-def check_far(worker, library, same_bits, codes=(0, 0, 0)) -> None:
+def check_far(worker, library, codes=(0, 0, 0)) -> None:
     """The blocks around elements 2^31 and 2^32 of one segment."""
     numel = 2**32 + 5
     chunk = 4096 if codes[0] == 0 else 8192
@@ -234,50 +237,52 @@ def check_far(worker, library, same_bits, codes=(0, 0, 0)) -> None:
         launch(make_plan([before], [8.0], [group()], [0]), "reference")
         for ours, truth in zip(after, before, strict=True):
             assert same_bits(ours, truth), f"from element {first}"
-    assert grown < 2**27, "memory has been touched all over the place"
+    assert grown < 2**27, "memory far from these blocks was touched"
 
 
-def names(codes):
-    return "-".join(str(DTYPES[c]).removeprefix("torch.") for c in codes)
-
-
-every_dtype_set = pytest.mark.parametrize("codes", DTYPE_SETS, ids=names)
-
-
-@every_dtype_set
-def test_every_size_alignment_form_and_side_gives_the_bits_of_the_reference(
-    worker, library, same_bits, codes
-):
-    check_product(worker, library, same_bits, codes)
+# Each dtype in each place; the rest of the products is slow.
+SOME = {(0, 0, 0), (1, 1, 0), (1, 1, 1), (2, 2, 2), (0, 1, 2), (1, 2, 0), (2, 0, 1), (3, 3, 3)}
+every_dtype_set = pytest.mark.parametrize(
+    "codes",
+    [
+        pytest.param(codes, id=dtypes_id(codes), marks=[] if codes in SOME else pytest.mark.slow)
+        for codes in DTYPE_SETS
+    ],
+)
 
 
 @every_dtype_set
-def test_a_thousand_segments_of_many_counts(worker, library, same_bits, codes):
-    check_many(worker, library, same_bits, codes)
+def test_every_size_alignment_form_and_side_gives_the_bits_of_the_reference(worker, library, codes):
+    check_product(worker, library, codes)
 
 
 @every_dtype_set
-def test_a_large_odd_tensor(worker, library, same_bits, codes):
+def test_a_thousand_segments_of_many_counts(worker, library, codes):
+    check_many(worker, library, codes)
+
+
+@every_dtype_set
+def test_a_large_odd_tensor(worker, library, codes):
     generator = torch.Generator().manual_seed(2)
     large = segment(2**20 + 3, codes, generator, 8.0, 0)
-    check(worker, library, same_bits, [large], [group()])
+    check(worker, library, [large], [group()])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5000])
-def test_few_segments_and_more_than_there_are_rows_of_work(worker, library, same_bits, count):
-    check_many(worker, library, same_bits, (0, 0, 0), count)
+def test_few_segments_and_more_than_there_are_rows_of_work(worker, library, count):
+    check_many(worker, library, (0, 0, 0), count)
 
 
-def test_more_scalars_than_travel_with_a_launch(worker, library, same_bits):
+def test_more_scalars_than_fit_into_a_launch(worker, library):
     generator = torch.Generator().manual_seed(3)
     groups = [group(lr=0.01 * (i + 1)) for i in range(20)]
     segments = [segment(300, (1, 1, 0), generator, 1.0 + i % 8, i % 20) for i in range(160)]
-    check(worker, library, same_bits, segments, groups)
+    check(worker, library, segments, groups)
 
 
-@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 1, 1)], ids=names)
-def test_elements_beyond_2_to_the_31_and_32(worker, library, same_bits, codes):
-    check_far(worker, library, same_bits, codes)
+@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 1, 1)], ids=dtypes_id)
+def test_elements_beyond_2_to_the_31_and_32(worker, library, codes):
+    check_far(worker, library, codes)
 
 
 @pytest.mark.parametrize("size", [8, 4000, 4008, 48_000])
@@ -286,16 +291,16 @@ def test_an_upload_arrives_whole(worker, library, size):
     assert worker("upload", library, rows) == rows
 
 
-def test_a_launch_is_on_its_device_and_leaves_the_caller_on_his(worker, library):
+def test_a_launch_restores_the_current_device(worker, library):
     assert worker("on_device", library, 1) == (1, 0, "")
     _, current, error = worker("on_device", library, 5)
     assert (current, error) == (0, "cudaSetDevice: invalid device")
 
 
-# What a step costs that is like the one before
+# What a step uploads and launches if little has changed since the last one
 
 
-def steps_of_a_thousand(worker, library, same_bits, moved: bool) -> list[tuple[int, int]]:
+def steps_of_a_thousand(worker, library, moved: bool) -> list[tuple[int, int]]:
     """Two steps, held to the reference; (launches, bytes uploaded) of each."""
     generator = torch.Generator().manual_seed(6)
     sizes = [i % 71 for i in range(999)] + [20_000]
@@ -314,16 +319,16 @@ def steps_of_a_thousand(worker, library, same_bits, moved: bool) -> list[tuple[i
     return seen
 
 
-def test_gradients_that_moved_are_all_that_is_uploaded(worker, library, same_bits):
-    first, second = steps_of_a_thousand(worker, library, same_bits, moved=True)
+def test_gradients_that_moved_are_all_that_is_uploaded(worker, library):
+    first, second = steps_of_a_thousand(worker, library, moved=True)
     assert first[1] >= 1000 * 8 * (len(cpu.segment_fields) + 1), "the first uploads the rows, too"
     launches, uploaded = second
     assert 8000 <= uploaded <= 8500
     assert launches <= 3
 
 
-def test_where_nothing_moved_a_step_is_one_launch(worker, library, same_bits):
-    _, second = steps_of_a_thousand(worker, library, same_bits, moved=False)
+def test_where_nothing_moved_a_step_is_one_launch(worker, library):
+    _, second = steps_of_a_thousand(worker, library, moved=False)
     assert second == (1, 0)
 
 
@@ -331,8 +336,8 @@ def test_where_nothing_moved_a_step_is_one_launch(worker, library, same_bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 1, 0), (3, 3, 3)], ids=names)
-def test_counts_on_the_device_advance_there(worker, library, same_bits, codes, dtype):
+@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 1, 0), (3, 3, 3)], ids=dtypes_id)
+def test_counts_on_the_device_advance_there(worker, library, codes, dtype):
     generator = torch.Generator().manual_seed(4)
     groups = [
         group(lr=torch.tensor(0.02)),
@@ -346,19 +351,19 @@ def test_counts_on_the_device_advance_there(worker, library, same_bits, codes, d
             segment(300, codes, generator, torch.tensor(float(n), dtype=dtype), i)
             for n, i in itertools.product(counts, range(len(groups)))
         ]
-        check(worker, library, same_bits, segments, groups, scaling)
+        check(worker, library, segments, groups, scaling)
         assert segments[0].step == 1
         stuck = 2**24 if dtype == torch.float32 else 2**24 + 1
         assert segments[-1].step == stuck, "as torch's counts do"
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, float("nan")])
-def test_found_inf_skips_and_does_not_count(worker, library, same_bits, found_inf):
+def test_found_inf_skips_and_does_not_count(worker, library, found_inf):
     generator = torch.Generator().manual_seed(5)
     segments = [segment(300, (0, 0, 0), generator, torch.tensor(7.0), 0) for _ in range(3)]
     before = [[t.clone() for t in s.tensors] for s in segments]
     scaling = Scaling(torch.tensor(2.0), torch.tensor(found_inf))
-    check(worker, library, same_bits, segments, [group()], scaling)
+    check(worker, library, segments, [group()], scaling)
     for s, old in zip(segments, before, strict=True):
         assert s.step == 7
         assert all(same_bits(a, b) for a, b in zip(s.tensors, old, strict=True))
@@ -382,7 +387,7 @@ WRONG = {
     "one moment is not stored": ("store(exp_avg_sqs + i, v[k]);", ""),
     "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
 }
-# Only float32, for the compiler's sake.
+# Only float32, which compiles faster.
 SMALLER = (
     "visit_dtypes(step.dtypes, [&]",
     """\
@@ -401,16 +406,17 @@ CHECKS: tuple[Callable, ...] = (
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory, bindings) -> dict[str, str]:
+def faulty(tmp_path_factory, compiled) -> dict[str, str]:
     """The module of each fault, and of none."""
 
     def make(change: tuple[str, str], folder: Path) -> str:
+        _, bindings = compiled
         source = SOURCE.read_text()
         for old, new in (change, SMALLER):
-            assert source.count(old) == 1, f"{old!r} is not in the kernel any more: mend this test"
+            assert source.count(old) == 1, f"{old!r} is not in the kernel: update this test"
             source = source.replace(old, new)
         (folder / "step_cuda.cu").write_text(source)
-        return build(folder / "step_cuda.cu", folder, bindings)
+        return link(compile_kernels(folder / "step_cuda.cu", folder), bindings)
 
     changes = {"none": ("namespace radam {", "namespace radam {"), **WRONG}
     folders = [tmp_path_factory.mktemp("faulty") for _ in changes]
@@ -418,19 +424,21 @@ def faulty(tmp_path_factory, bindings) -> dict[str, str]:
         return dict(zip(changes, pool.map(make, changes.values(), folders), strict=True))
 
 
-def caught(worker, library, same_bits) -> bool:
+def caught(worker, library) -> bool:
     for check in CHECKS:
         try:
-            check(worker, library, same_bits)
+            check(worker, library)
         except (AssertionError, Crashed):
             return True
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG)
-def test_a_fault_in_the_kernel_is_caught(worker, faulty, same_bits, fault):
-    assert caught(worker, faulty[fault], same_bits)
+def test_a_fault_in_the_kernel_is_caught(worker, faulty, fault):
+    assert caught(worker, faulty[fault])
 
 
-def test_without_a_fault_nothing_is_caught(worker, faulty, same_bits):
-    assert not caught(worker, faulty["none"], same_bits)
+@pytest.mark.slow
+def test_without_a_fault_nothing_is_caught(worker, faulty):
+    assert not caught(worker, faulty["none"])

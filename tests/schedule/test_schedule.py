@@ -1,4 +1,4 @@
-"""Proves the step's scalars against 60-digit arithmetic, torch's formula and the stated rules."""
+"""Holds the scalars of a step to 60-digit arithmetic, to torch's formula and to stated rules."""
 
 from __future__ import annotations
 
@@ -275,22 +275,6 @@ def test_every_scalar_of_a_step_is_right_against_60_digits(step, beta2, beta1, f
     assert got.grad_scale == grad_scale
     assert got.weight_decay == 0.0
     assert got.action == (Action.MOMENTUM if r_t is None else Action.RECTIFIED)
-
-
-def test_the_fields_have_the_order_of_the_kernels_struct():
-    assert schedule.StepScalars._fields == (
-        *("grad_scale", "weight_decay", "decay", "one_minus_beta1", "beta2", "one_minus_beta2"),
-        *("eps", "step_size", "action"),
-    )
-
-
-def test_the_actions_have_the_numbers_of_the_kernels():
-    assert [(a.name, int(a)) for a in Action] == [
-        ("SKIP", 0),
-        ("HOLD", 1),
-        ("MOMENTUM", 2),
-        ("RECTIFIED", 3),
-    ]
 
 
 @pytest.mark.parametrize("step", [1, 100], ids=lambda t: f"step={t}")

@@ -1,47 +1,25 @@
-"""What training loops put around an optimizer goes on working: AMP, compile, DDP, autograd."""
+"""What training loops put around an optimizer: AMP, torch.compile, autograd, modules, threads."""
 
 import copy
 import math
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 
 from radam_kernels import RAdam
-
-TorchRAdam = torch.optim.RAdam
-STEPS = 9  # three beyond the threshold
-
-
-def network(seed=0, dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def batch(step: int, dtype=torch.float32) -> Tensor:
-    return torch.randn(
-        16, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64
-    ).to(dtype)
-
-
-def train(model, optimizer, steps=STEPS, first=0):
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        model(batch(step, next(model.parameters()).dtype)).square().mean().backward()
-        optimizer.step()
-
-
-def assert_same_parameters(a, b, **tolerance):
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), **tolerance)
-
+from tests.helpers import (
+    STEPS,
+    TorchRAdam,
+    assert_same_parameters,
+    batch,
+    network,
+    randn,
+    take_steps,
+    train,
+)
 
 # Mixed precision.
 
@@ -113,8 +91,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("inside", ["whole step", "optimizer.step", "only the model"])
+@pytest.mark.parametrize(
+    ("inside", "backend"),
+    [
+        ("whole step", "eager"),
+        ("whole step", "aot_eager"),
+        ("optimizer.step", "eager"),
+        ("only the model", "aot_eager"),
+    ],
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_training_step_equals_the_eager_one(inside, backend):
     eager, model = network(dtype=torch.float64), network(dtype=torch.float64)
@@ -227,7 +212,7 @@ def test_autograd_notices_every_kind_of_write(make):
         assert untouched._version == versions[1]
 
 
-def test_a_refused_step_is_no_write():
+def test_a_refused_step_bumps_no_version():
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = RAdam([p])
@@ -338,7 +323,7 @@ def test_parametrized_modules():
 
 
 def test_stepping_within_backward():
-    """One optimizer a parameter, stepped as soon as its gradient is there, which then goes."""
+    """One optimizer a parameter, stepped as soon as its gradient is there, which is then freed."""
     model, expected = network(dtype=torch.float64), network(dtype=torch.float64)
     optimizers = {p: RAdam([p], lr=0.1) for p in model.parameters()}
 
@@ -458,224 +443,16 @@ def test_optimizers_step_in_several_threads_at_once():
         assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_the_number_of_threads_does_not_change_a_bit(threads):
-    def run():
-        p = Parameter(torch.randn(100_003, generator=torch.Generator().manual_seed(0)))
-        optimizer = RAdam([p], lr=0.1)
-        for step in range(7):
-            p.grad = torch.randn(100_003, generator=torch.Generator().manual_seed(step))
-            optimizer.step()
+def test_the_number_of_threads_does_not_change_a_bit():
+    def run(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        optimizer = RAdam([p := Parameter(randn(100_003))], lr=0.1)
+        take_steps(optimizer, 7)
         return p.detach()
 
     usual = torch.get_num_threads()
-    expected = run()
     try:
-        torch.set_num_threads(threads)
-        assert torch.equal(run(), expected)
+        one, *more = (run(threads) for threads in (1, 2, 3, 7))
     finally:
         torch.set_num_threads(usual)
-
-
-# Several processes, here one.
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
-@pytest.mark.parametrize("views", [False, True], ids=["", "gradient_as_bucket_view"])
-@pytest.mark.parametrize("order", ["before DDP", "after DDP"])
-def test_distributed_data_parallel(process_group, flatten, views, order):
-    plain, model = network(), network()
-    train(plain, RAdam(plain.parameters(), lr=0.1))
-    if order == "before DDP":
-        optimizer = RAdam(model.parameters(), lr=0.1, flatten=flatten)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=views)
-    if order == "after DDP":
-        optimizer = RAdam(wrapped.parameters(), lr=0.1, flatten=flatten)
-    train(wrapped, optimizer)
-    assert_same_parameters(model, plain, rtol=1e-6, atol=1e-7)
-    assert optimizer.state[model[0].weight]["step"] == STEPS
-
-
-def test_dtensor_parameters(process_group):
-    tensor = pytest.importorskip("torch.distributed.tensor")
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    sharded = Parameter(tensor.distribute_tensor(values.clone(), mesh, [tensor.Shard(0)]))
-    whole = Parameter(values.clone())
-    optimizers = [RAdam([sharded], lr=0.1), RAdam([whole], lr=0.1)]
-    for step in range(STEPS):
-        grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
-        # A gradient may be placed otherwise than its parameter.
-        placement = tensor.Replicate() if step % 2 else tensor.Shard(0)
-        sharded.grad = tensor.distribute_tensor(grad, mesh, [placement])
-        whole.grad = grad
-        if step == 4:
-            checkpoint = optimizers[0].state_dict()
-            optimizers[0] = RAdam([sharded], lr=0.1)
-            optimizers[0].load_state_dict(checkpoint)
-        for optimizer in optimizers:
-            optimizer.step()
-    state = optimizers[0].state[sharded]
-    assert isinstance(state["exp_avg"], tensor.DTensor)
-    assert state["exp_avg"].placements == sharded.placements
-    assert torch.equal(sharded.full_tensor(), whole)
-    assert torch.equal(state["exp_avg"].full_tensor(), optimizers[1].state[whole]["exp_avg"])
-
-
-def test_a_replicated_gradient_of_a_sharded_parameter():
-    """The first of two ranks, without the other one: nothing needs to be sent."""
-    tensor = pytest.importorskip("torch.distributed.tensor")
-    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        p = Parameter(tensor.DTensor.from_local(torch.zeros(3, 4), mesh, [tensor.Shard(0)]))
-        grad = torch.arange(24.0).view(6, 4)
-        p.grad = tensor.DTensor.from_local(grad, mesh, [tensor.Replicate()])
-        optimizer = RAdam([p], lr=1.0)
-        optimizer.step()
-        torch.testing.assert_close(p.to_local(), -grad[:3])
-        assert optimizer.state[p]["exp_avg"].to_local().shape == (3, 4)
-        assert optimizer.state[p]["exp_avg"].shape == (6, 4)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_fully_sharded_parameters(process_group):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
-    if not hasattr(torch.cpu.current_stream(), "record_event"):
-        pytest.skip("fully_shard of this torch does not run on the CPU")
-    plain, model = network(), network()
-    fsdp.fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-    train(plain, RAdam(plain.parameters(), lr=0.1))
-    train(model, RAdam(model.parameters(), lr=0.1))
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-7)
-
-
-def test_zero_redundancy_optimizer(process_group):
-    zero = pytest.importorskip("torch.distributed.optim").ZeroRedundancyOptimizer
-    plain, model = network(), network()
-    train(plain, RAdam(plain.parameters(), lr=0.1))
-    optimizer = zero(model.parameters(), optimizer_class=RAdam, lr=0.1)
-    train(model, optimizer)
-    assert_same_parameters(model, plain, rtol=0, atol=0)
-
-
-def test_distributed_checkpoint_state_dicts(process_group):
-    api = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    model, other = network(), network(seed=1)
-    optimizer, loaded = RAdam(model.parameters(), lr=0.1), RAdam(other.parameters(), lr=0.1)
-    train(model, optimizer, 3)
-    saved = api.get_state_dict(model, optimizer)
-    api.set_state_dict(
-        other, loaded, model_state_dict=saved[0], optim_state_dict=copy.deepcopy(saved[1])
-    )
-    train(model, optimizer, 5, first=3)
-    train(other, loaded, 5, first=3)
-    assert_same_parameters(other, model, rtol=0, atol=0)
-
-
-# Each of these runs in a process of its own, where freed memory is overwritten: what went wrong
-# here was a crash, or the use of memory that was somebody else's by then.
-HOSTILE = {
-    "a gradient that clears the state": """
-class Hostile(torch.nn.Parameter):
-    @property
-    def grad(self):
-        if armed and not done:
-            done.append(True)
-            optimizer.state.clear()
-        return torch.ones(10)
-
-armed, done = False, []
-optimizer = RAdam([Hostile(torch.zeros(10)) for _ in range(3)])
-optimizer.step()
-armed = True
-optimizer.step()
-assert all(s["step"] == 1 for s in optimizer.state.values())
-""",
-    "a learning rate that removes its group": """
-class Hostile:
-    def __float__(self):
-        if len(optimizer.param_groups) > 1:
-            optimizer.param_groups.pop()
-        return 0.01
-
-params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(2)]
-for p in params:
-    p.grad = torch.ones(10)
-optimizer = RAdam([{"params": params[:1]}, {"params": params[1:]}])
-optimizer.step()
-optimizer.param_groups[1]["lr"] = Hostile()
-optimizer.step()
-assert len(optimizer.param_groups) == 1
-assert optimizer.state[params[1]]["step"] == 2
-""",
-    "a hook that steps the optimizer that is stepping": """
-class Hostile(torch.nn.Parameter):
-    def __hash__(self):
-        if armed and not done:
-            done.append(True)
-            optimizer.step()
-        return id(self)
-
-armed, done = False, []
-params = [Hostile(torch.zeros(10)), torch.nn.Parameter(torch.zeros(10))]
-for p in params:
-    p.grad = torch.ones(10)
-optimizer = RAdam(params)
-optimizer.step()
-optimizer.state[object()] = {}
-armed = True
-optimizer.step()
-assert torch.isfinite(params[0]).all()
-""",
-    "threads that step one optimizer": """
-import sys, threading
-sys.setswitchinterval(1e-6)
-params = [torch.nn.Parameter(torch.zeros(20_000)) for _ in range(20)]
-for p in params:
-    p.grad = torch.ones(20_000)
-optimizer = RAdam(params)
-
-def work():
-    for i in range(30):
-        try:
-            optimizer.step()
-        except (KeyError, ValueError):  # a state that another thread cleared half-way
-            pass
-        if i % 3 == 0:
-            optimizer.state.clear()
-
-threads = [threading.Thread(target=work) for _ in range(4)]
-for t in threads:
-    t.start()
-for t in threads:
-    t.join()
-""",
-}
-
-
-@pytest.mark.parametrize("script", HOSTILE.values(), ids=HOSTILE)
-def test_no_code_that_runs_within_a_step_can_crash_it(script):
-    run = subprocess.run(
-        [sys.executable, "-c", "import torch\nfrom radam_kernels import RAdam\n" + script],
-        env={**os.environ, "PYTHONMALLOC": "debug"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert all(torch.equal(other, one) for other in more)

@@ -1,4 +1,4 @@
-"""Flat buffers, and the tables of segments that GPU kernels read from them."""
+"""Flat buffers: zeros_like, flatten_ and RAdam(flatten=True)."""
 
 import copy
 import gc
@@ -307,7 +307,7 @@ def test_the_true_reason_is_given_for_what_has_no_memory_of_its_own():
         radam_kernels.flatten_([torch.nn.Parameter(torch.ones(3, device="meta"))])
 
 
-def test_a_moved_model_is_not_flat_any_more_and_steps_on():
+def test_a_model_that_is_cast_is_not_flat_any_more_and_steps_on():
     model = torch.nn.Linear(5, 3)
     optimizer = radam_kernels.RAdam(model.parameters(), flatten=True)
     step(optimizer, [*model.parameters()])

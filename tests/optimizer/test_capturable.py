@@ -1,4 +1,4 @@
-"""Step counts that live beside the parameters: the same steps, without waiting for the device."""
+"""capturable=True: step counts on the device of the parameters give the same steps."""
 
 import copy
 from itertools import product
@@ -14,20 +14,21 @@ from radam_kernels.backends.advance import advance
 from radam_kernels.hyperparameters import DEFAULTS
 from radam_kernels.modules import cpu
 from radam_kernels.scaling import UNSCALED, Scaling
+from tests.helpers import GPU, same_bits
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-BACKENDS = [
-    (name, device)
-    for device, names in (
-        ("cpu", ("cpu", "reference", "triton")),
-        ("cuda", ("cuda", "triton", "reference")),
-    )
-    for name in names
-    if device in DEVICES and available_backends()[name] is None
-    if (name, device) != ("triton", "cpu") or not torch.cuda.is_available()
-]
-every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=lambda value: value)
-every_device = pytest.mark.parametrize("device", DEVICES)
+needs_triton = pytest.mark.skipif(
+    available_backends()["triton"] is not None, reason="triton does not work here"
+)
+every_backend = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("cpu", "cpu"),
+        ("reference", "cpu"),
+        pytest.param("triton", "cpu", marks=needs_triton),  # interpreted
+        *(pytest.param(name, "cuda", marks=GPU) for name in ("cuda", "triton", "reference")),
+    ],
+)
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 SHAPES = [(5,), (), (0,), (300, 2), (4097,)]
 
 
@@ -42,8 +43,8 @@ def set_grads(params: list[Parameter], seed: int, scale: float = 1.0) -> None:
         p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p)
 
 
-def same(ours: list[Tensor], theirs: list[Tensor], same_bits) -> bool:
-    """The same bits; on a GPU, whose logarithm is another, scalars may be off by one ulp."""
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """The same bits; on a GPU, whose logarithm differs, scalars may be off by one ulp."""
     if ours[0].device.type == "cpu":
         return all(map(same_bits, ours, theirs))
     return all(
@@ -53,7 +54,7 @@ def same(ours: list[Tensor], theirs: list[Tensor], same_bits) -> bool:
 
 @every_backend
 @pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999])
-def test_steps_are_those_of_counts_on_the_host(backend, device, beta2, same_bits):
+def test_steps_are_those_of_counts_on_the_host(backend, device, beta2):
     a, b = make(device), make(device)
     options = dict(betas=(0.9, beta2), weight_decay=0.1, backend=backend)
     ours = RAdam([{"params": a[:2]}, {"params": a[2:], "lr": 0.1}], capturable=True, **options)
@@ -64,13 +65,13 @@ def test_steps_are_those_of_counts_on_the_host(backend, device, beta2, same_bits
             if i % 3 == 1:
                 params[1].grad = None  # falls behind
             stepper.step()
-        assert same(a, b, same_bits)
+        assert same(a, b)
     assert ours.state[a[0]]["step"] == 12
     assert ours.state[a[1]]["step"] == 8
 
 
 @every_device
-def test_a_learning_rate_in_a_tensor_is_read_at_each_step(device, same_bits):
+def test_a_learning_rate_in_a_tensor_is_read_at_each_step(device):
     a, b = make(device), make(device)
     lr = torch.tensor(0.5, device=device)
     ours, host = RAdam(a, lr=lr, capturable=True), RAdam(b, lr=0.5)
@@ -80,7 +81,7 @@ def test_a_learning_rate_in_a_tensor_is_read_at_each_step(device, same_bits):
         for params, stepper in ((a, ours), (b, host)):
             set_grads(params, i)
             stepper.step()
-    assert same(a, b, same_bits)
+    assert same(a, b)
 
 
 @every_device
@@ -101,7 +102,7 @@ def test_the_state_is_torchs_and_goes_there_and_back(device):
 
 
 @every_device
-def test_counts_move_when_the_group_changes_its_mind(device, same_bits):
+def test_counts_move_when_capturable_is_edited(device):
     a, b = make(device), make(device)
     ours, host = RAdam(a), RAdam(b)
     for i in range(9):
@@ -111,10 +112,10 @@ def test_counts_move_when_the_group_changes_its_mind(device, same_bits):
             stepper.step()
         assert ours.state[a[0]]["step"].device.type == (device if 3 <= i < 6 else "cpu")
     assert ours.state[a[0]]["step"] == 9
-    assert same(a, b, same_bits)
+    assert same(a, b)
 
 
-def test_a_count_that_is_none_is_left_and_its_parameter_too():
+def test_an_invalid_count_is_left_and_its_parameter_too():
     params = make()
     for backend in ("cpu", "reference"):
         ours = RAdam(params, capturable=True, backend=backend)
@@ -201,10 +202,10 @@ def amp_steps(device: str, capturable: bool, backend="auto", unscale=False, dtyp
 
 @every_backend
 @pytest.mark.parametrize("unscale", [False, True])
-def test_a_scaler_gets_the_steps_of_its_default_path(backend, device, unscale, same_bits):
+def test_a_scaler_gets_the_steps_of_its_default_path(backend, device, unscale):
     a, ours, scaler = amp_steps(device, True, backend, unscale)
     b, host, other = amp_steps(device, False, backend, unscale)
-    assert same(a, b, same_bits)
+    assert same(a, b)
     assert ours.state[a[0]]["step"] == host.state[b[0]]["step"] == 8
     assert scaler.get_scale() == other.get_scale()
     assert not {"grad_scale", "found_inf"} & set(vars(ours))
@@ -255,7 +256,7 @@ def test_a_scaler_takes_its_default_path_if_a_group_counts_on_the_host():
     assert ours.state[params[0]]["step"] == ours.state[params[3]]["step"] == 1
 
 
-def test_a_verdict_that_would_not_be_heeded_is_refused():
+def test_a_found_inf_that_would_be_ignored_is_refused():
     params = make()
     ours = RAdam(params)
     set_grads(params, 0)
@@ -266,7 +267,7 @@ def test_a_verdict_that_would_not_be_heeded_is_refused():
     assert all(map(torch.equal, params, before))
 
 
-def test_a_refused_step_leaves_no_verdict_behind():
+def test_a_refused_step_leaves_no_found_inf_behind():
     params = make()
     ours = RAdam(params, capturable=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -280,7 +281,7 @@ def test_a_refused_step_leaves_no_verdict_behind():
 
 
 @every_backend
-def test_a_verdict_of_another_dtype_is_read_as_it_is(backend, device):
+def test_a_found_inf_of_another_dtype_is_read_as_it_is(backend, device):
     params = make(device)
     ours = RAdam(params, capturable=True, backend=backend)
     set_grads(params, 0)
@@ -332,7 +333,7 @@ def test_what_a_replay_would_not_do_is_refused(step, reason):
 
 # Counts that torch's operations advance, for Triton
 
-COUNTS = [*range(21), 100, 1000, 10**5, 2**24]
+COUNTS = [*range(9), 20, 1000, 10**5, 2**24]
 FORMS = [*(("first_order", x) for x in (4.0, 4.5, 5.0)), *(("exact", x) for x in (2, 3, 4, 5.0))]
 
 
@@ -361,8 +362,9 @@ def capturable_group(device: str, **options) -> dict:
 
 
 @every_device
-@pytest.mark.parametrize("scale", [None, 1024.0])
-@pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize(
+    ("beta2", "scale"), [(0.0, None), (0.9, None), (0.999, None), (0.999, 1024.0), (0.999999, None)]
+)
 @pytest.mark.parametrize(("rectification", "rho_threshold"), FORMS)
 def test_torchs_operations_make_the_scalars_of_the_schedule(
     device, rectification, rho_threshold, beta2, scale
@@ -416,7 +418,7 @@ def test_torchs_operations_skip_and_do_not_count_where_a_gradient_is_infinite(
 
 
 @every_device
-def test_torchs_operations_skip_counts_that_are_none_and_no_other(device):
+def test_torchs_operations_skip_invalid_counts_and_no_other(device):
     none = [-5.0, -1.0, 0.5, float("inf"), float("nan")]
     steps = [torch.tensor(n, dtype=torch.float64, device=device) for n in (7.0, *none, 8.0)]
     plan = plan_of([capturable_group(device)], steps, UNSCALED)
@@ -429,15 +431,10 @@ def test_torchs_operations_skip_counts_that_are_none_and_no_other(device):
     torch.testing.assert_close(after, expected, rtol=0, atol=0, equal_nan=True)
 
 
-needs_triton = pytest.mark.skipif(
-    available_backends()["triton"] is not None, reason="triton does not work here"
-)
-
-
 @needs_triton
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_triton_follows_the_cpu_kernel(dtype):
-    device = DEVICES[-1]  # interpreted on the CPU, but only where there is no GPU
+def test_triton_follows_the_cpu_kernel(dtype, device):
     results = []
     for backend, where in (("triton", device), ("cpu", "cpu")):
         params = make(where, dtype)
@@ -464,25 +461,27 @@ def test_triton_follows_the_cpu_kernel(dtype):
 
 
 @needs_triton
+@every_device
 @pytest.mark.parametrize("size", [8, 256, 264, 4000])
-def test_bytes_arrive_as_arguments_of_launches(size):
+def test_bytes_arrive_as_arguments_of_launches(size, device):
     rows = torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes()
-    arrived = triton_.upload_by_arguments(torch.device(DEVICES[-1]))(rows)
+    arrived = triton_.upload_by_arguments(torch.device(device))(rows)
     assert arrived.dtype == torch.int64
     assert arrived.cpu().numpy().tobytes() == rows
 
 
 @needs_triton
-def test_what_only_a_capture_launches_is_loaded_by_the_step_before(monkeypatch):
+@every_device
+def test_what_only_a_capture_launches_is_loaded_by_the_step_before(device, monkeypatch):
     loaded = []
     upload = triton_.upload_by_arguments
     monkeypatch.setattr(
         triton_, "upload_by_arguments", lambda device: loaded.append(device) or upload(device)
     )
     triton_._load_upload.cache_clear()
-    params = make(DEVICES[-1])
+    params = make(device)
     ours = RAdam(params, capturable=True, backend="triton")
     for i in range(2):
         set_grads(params, i)
         ours.step()
-    assert [device.type for device in loaded] == [DEVICES[-1]]
+    assert [device.type for device in loaded] == [device]

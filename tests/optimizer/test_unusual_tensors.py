@@ -1,17 +1,15 @@
 """Tensors whose memory does not hold their values, or that have none: stepped as torch does, or
 refused before anything is written."""
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
-from torch.optim import RAdam as TorchRAdam
 
 from radam_kernels import RAdam, radam_
-
-KEYS = ("step", "exp_avg", "exp_avg_sq")
+from tests.helpers import STATE, USUAL, TorchRAdam, randn
 
 
 def assert_as_torch(start: list[Tensor], grads, steps: int = 8) -> None:
@@ -74,6 +72,56 @@ def test_conjugated_gradients_of_complex_parameters(lazy):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=["conjugated", "negated"])
+@pytest.mark.parametrize("size", [9, 1])
+def test_lazily_conjugated_and_negated_gradients(dtype, size):
+    p, q = (Parameter(0.01 * randn(size, dtype=dtype)) for _ in range(2))
+    lazy, resolved = RAdam([p], lr=0.1), RAdam([q], lr=0.1)
+    for step in range(1, 8):
+        # The imaginary part of a conjugate is a real tensor, with the wrong signs in memory.
+        g = randn(size, dtype=torch.complex64, seed=step).conj()
+        p.grad = g if dtype.is_complex else g.imag
+        assert p.grad.is_conj() or p.grad.is_neg()
+        q.grad = p.grad.resolve_conj().resolve_neg()
+        lazy.step()
+        resolved.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=["conjugated", "negated"])
+@pytest.mark.parametrize("size", [9, 1])
+def test_lazily_conjugated_and_negated_parameters(dtype, size):
+    conjugated = randn(size, dtype=torch.complex64).conj()
+    p = Parameter(conjugated if dtype.is_complex else conjugated.imag)
+    q = Parameter(p.detach().resolve_conj().resolve_neg().contiguous())
+    lazy, resolved = RAdam([p], lr=0.1, weight_decay=0.1), RAdam([q], lr=0.1, weight_decay=0.1)
+    for step in range(1, 8):
+        p.grad = q.grad = randn(*q.shape, dtype=q.dtype, seed=step)
+        lazy.step()
+        resolved.step()
+    assert p.is_conj() or p.is_neg()
+    assert torch.equal(p, q)
+
+
+def test_a_negated_gradient_of_one_element_is_read_with_its_sign():
+    # z.conj().imag is lazily negated; on numpy's memory it can start on 16 bytes.
+    room = np.zeros(16, np.float32)
+    skip = (3 - room.ctypes.data // 4) % 4
+    z = torch.view_as_complex(torch.from_numpy(room[skip : skip + 2]).reshape(1, 2))
+    z.fill_(1 + 2j)
+    steps = []
+    for cls in (RAdam, TorchRAdam):
+        p = Parameter(torch.zeros(1))
+        p.grad = z.conj().imag
+        assert p.grad.is_neg()
+        assert p.grad.data_ptr() % 16 == 0
+        optimizer = cls([p], lr=0.1)
+        for _ in range(3):
+            optimizer.step()
+        steps.append(p.item())
+    assert steps[0] == pytest.approx(steps[1])
+
+
 @pytest.mark.parametrize("where", ["param", "exp_avg", "exp_avg_sq"])
 def test_negated_parameters_and_moments_hold_their_own_values(where):
     results = []
@@ -88,18 +136,19 @@ def test_negated_parameters_and_moments_hold_their_own_values(where):
                 state[where] = torch._neg_view(-state[where])
             p.grad = torch.ones(8) * (i + 1)
             optimizer.step()
-        results.append((p.detach().clone(), *(optimizer.state[p][k].clone() for k in KEYS)))
+        results.append((p.detach().clone(), *(optimizer.state[p][k].clone() for k in STATE)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("negative", [negated(8), imaginary(1)], ids=["8", "1"])
 @pytest.mark.parametrize("index", range(4))
-def test_the_function_refuses_negated_tensors(index):
-    tensors = [torch.ones(8), torch.ones(8), torch.zeros(8), torch.zeros(8)]
-    tensors[index] = torch._neg_view(tensors[index])
+def test_the_function_refuses_negated_tensors(index, negative):
+    tensors = [torch.ones_like(negative) for _ in range(4)]
+    tensors[index] = negative
     before = [t.clone() for t in tensors]
     with pytest.raises(ValueError, match=r"negated view .*call resolve_neg\(\)"):
-        radam_(*tensors, step=1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+        radam_(*tensors, step=1, **USUAL)
     assert all(map(torch.equal, tensors, before))
 
 
@@ -192,43 +241,6 @@ def test_zero_tensors_are_gradients_of_zeros():
     assert_as_torch([torch.ones(8), torch.ones(4, 2).t()], grads)
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    if not dist.is_available():
-        pytest.skip("torch was built without torch.distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_gradients_that_a_collective_is_still_writing_are_waited_for(mesh):
-    from torch.distributed import _functional_collectives as collectives
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-
-    def reduced(*shape: int) -> Tensor:
-        return collectives.all_reduce(torch.ones(shape), "sum", mesh)
-
-    results = []
-    for cls in (RAdam, TorchRAdam):
-        params = [
-            Parameter(torch.ones(8)),
-            Parameter(torch.ones(4, 2).t()),
-            Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])),
-        ]
-        optimizer = cls(params, lr=0.1)
-        for _ in range(8):
-            params[0].grad = reduced(8)
-            params[1].grad = reduced(2, 4)
-            params[2].grad = DTensor.from_local(reduced(8), mesh, [Shard(0)])
-            assert type(params[0].grad) is not Tensor
-            optimizer.step()
-        results.append([*(p.detach() for p in params[:2]), params[2].detach().to_local()])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 class Quantized(Tensor):
     """A trainable weight of int8 and a scale, as torchao's: no memory of its own."""
 
@@ -278,7 +290,7 @@ def test_a_weight_without_memory_of_its_own_is_stepped_and_written_back():
         theirs.step()
         torch.testing.assert_close(p.data_ * p.scale, plain.detach(), atol=0.1, rtol=0)
         plain.data.copy_(p.data_ * p.scale)
-    for key in KEYS:
+    for key in STATE:
         torch.testing.assert_close(optimizer.state[p][key], theirs.state[plain][key])
 
 

@@ -1,4 +1,4 @@
-"""What a source tree says that is not built, or built from other sources; and what is packaged."""
+"""Imports of a package that is not built, or built from other sources; and what is packaged."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import torch
 from radam_kernels import modules
 from radam_kernels.fingerprint import fingerprint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "radam_kernels"
 in_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not run from a source tree")
 
@@ -56,14 +56,12 @@ def test_a_source_tree_that_is_not_built_says_so(tmp_path):
 
 
 @in_tree
-@pytest.mark.parametrize("change", ["edit", "add"])
-def test_modules_of_other_sources_say_so(tmp_path, change):
+def test_modules_of_other_sources_say_so(tmp_path):
     tree = copy(tmp_path)
-    if change == "edit":
-        header = tree / "csrc" / "core" / "update.h"
-        header.write_text(header.read_text() + "\n")
-    else:
-        (tree / "csrc" / "core" / "more.h").touch()
+    (tree / "csrc" / "core" / "more.h").touch()
+    assert fingerprint(tree) != modules.cpu.fingerprint
+    header = tree / "csrc" / "core" / "update.h"
+    header.write_text(header.read_text() + "int more;\n")
     message = refusal(tree)
     assert "was built from other sources" in message
     assert modules.cpu.fingerprint in message
@@ -108,8 +106,6 @@ def test_every_folder_of_the_package_is_packaged_and_no_other():
     assert sorted(packages) == sorted(
         str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders
     )
-    requirements = [re.split("[<>=; ]", r)[0] for r in project["build-system"]["requires"]]
-    assert sorted(requirements) == ["cmake", "ninja", "pybind11", "setuptools"]
 
 
 @in_tree
@@ -123,10 +119,3 @@ def test_setup_declares_both_modules(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     names = [extension.name for extension in told["ext_modules"]]
     assert names == ["radam_kernels._cpu", "radam_kernels._cuda"]
-
-
-@in_tree
-def test_a_source_distribution_holds_what_a_build_needs():
-    manifest = (ROOT / "MANIFEST.in").read_text()
-    for needed in ("csrc", "CMakeLists.txt"):
-        assert needed in manifest

@@ -4,7 +4,6 @@ import inspect
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +13,8 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from radam_kernels import RAdam, schedule
+from tests.helpers import TorchRAdam, randn, same_bits
 
-TorchRAdam = torch.optim.RAdam
 STEPS = 12  # with the default betas, torch rectifies from step 6
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.complex64: 1e-5, torch.complex128: 1e-12}
 
@@ -28,13 +27,6 @@ def like(tensor: Tensor) -> Parameter:
         tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.shape, tensor.stride()
     )
     return Parameter(copy)
-
-
-def randn(*shape, dtype=torch.float32, seed=0) -> Tensor:
-    made_in = dtype if dtype.is_complex else torch.float64
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=made_in).to(
-        dtype
-    )
 
 
 def gradient(param: Tensor, index: int, step: int) -> Tensor:
@@ -292,37 +284,6 @@ def test_gradients_laid_out_differently_from_their_parameters(form, layout):
     make = {**LAYOUTS, "contiguous": lambda t: t((6, 7), 1)}[layout]
     tensor = make(lambda shape, seed: 0.01 * randn(*shape, seed=seed))
     assert_same_trajectory([tensor], grad=lambda *a: GRADIENTS[form](gradient(*a)))
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=["conjugated", "negated"])
-@pytest.mark.parametrize("size", [9, 1])
-def test_lazily_conjugated_and_negated_gradients(dtype, size):
-    p, q = (Parameter(0.01 * randn(size, dtype=dtype)) for _ in range(2))
-    lazy, resolved = RAdam([p], lr=0.1), RAdam([q], lr=0.1)
-    for step in range(1, 8):
-        # The imaginary part of a conjugate is a real tensor, with the wrong signs in memory.
-        g = randn(size, dtype=torch.complex64, seed=step).conj()
-        p.grad = g if dtype.is_complex else g.imag
-        assert p.grad.is_conj() or p.grad.is_neg()
-        q.grad = p.grad.resolve_conj().resolve_neg()
-        lazy.step()
-        resolved.step()
-    assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=["conjugated", "negated"])
-@pytest.mark.parametrize("size", [9, 1])
-def test_lazily_conjugated_and_negated_parameters(dtype, size):
-    conjugated = randn(size, dtype=torch.complex64).conj()
-    p = Parameter(conjugated if dtype.is_complex else conjugated.imag)
-    q = Parameter(p.detach().resolve_conj().resolve_neg().contiguous())
-    lazy, resolved = RAdam([p], lr=0.1, weight_decay=0.1), RAdam([q], lr=0.1, weight_decay=0.1)
-    for step in range(1, 8):
-        p.grad = q.grad = gradient(q, 0, step)
-        lazy.step()
-        resolved.step()
-    assert p.is_conj() or p.is_neg()
-    assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -609,41 +570,6 @@ def test_no_parameters_with_a_gradient_is_a_step_that_does_nothing():
 # What torch's class does not have.
 
 
-def follow_the_paper(tensor, grads, *, lr, betas, eps, **form):
-    """Algorithm 2 in plain Python floats, by radam_kernels.schedule."""
-    beta1, beta2 = betas
-    p, m, v = tensor.tolist(), [0.0] * len(tensor), [0.0] * len(tensor)
-    for t, grad in enumerate(grads, 1):
-        r = schedule.rectification(t, beta2, **form)
-        for i, g in enumerate(grad.tolist()):
-            m[i] = beta1 * m[i] + (1 - beta1) * g
-            v[i] = beta2 * v[i] + (1 - beta2) * g * g
-            m_hat = m[i] / (1 - beta1**t)
-            if r is None:
-                p[i] -= lr * m_hat
-            else:
-                p[i] -= lr * r * math.sqrt(1 - beta2**t) * m_hat / (math.sqrt(v[i]) + eps)
-    return torch.tensor(p, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("rectification", "rho_threshold"),
-    [("first_order", 4.0), ("first_order", 5.0), ("exact", 2.0), ("exact", 4.0), ("exact", 5.0)],
-)
-def test_exact_rectification_and_thresholds_are_the_papers(rectification, rho_threshold):
-    betas = (0.9, 0.999)
-    start = randn(20, dtype=torch.float64)
-    grads = [randn(20, dtype=torch.float64, seed=s) for s in range(1, STEPS + 1)]
-    p = Parameter(start.clone())
-    optimizer = RAdam([p], 0.1, betas, rho_threshold=rho_threshold, rectification=rectification)
-    for g in grads:
-        p.grad = g
-        optimizer.step()
-    form = {"form": rectification, "rho_threshold": rho_threshold}
-    expected = follow_the_paper(start, grads, lr=0.1, betas=betas, eps=1e-8, **form)
-    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-13)
-
-
 def first_rectified_step(**options):
     """A rectified step does not grow with the gradient; one along the momentum does."""
 
@@ -735,7 +661,7 @@ VALUES = torch.tensor([0.0, -0.0, 1e-45, -1e-38, 1e-8, 3e38, math.inf, -math.inf
 
 
 def odd_tensor(shape, dtype, layout, seed) -> Tensor:
-    """Normal values with odd ones strewn in, in some layout."""
+    """Normal values with special ones among them, in some layout."""
     numel = math.prod(shape)
     flat = randn(numel, dtype=dtype, seed=seed)
     odd = torch.arange(numel) % 7 == seed % 7
@@ -749,13 +675,6 @@ def odd_tensor(shape, dtype, layout, seed) -> Tensor:
     if layout == "offset":
         return torch.cat([flat.new_zeros(1), flat])[1:].view(shape)
     return tensor
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
-    nan = a.isnan()
-    signs = torch.equal(a.signbit()[~nan], b.signbit()[~nan])  # -0.0 == 0.0
-    return torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan]) and signs
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -787,22 +706,3 @@ def test_the_cpu_kernel_gives_the_bits_of_the_reference(groups):
         assert same_bits(p, q), f"param {i}"
         for key, value in ours.state[p].items():
             assert same_bits(value, reference.state[q][key]), f"{key} of param {i}"
-
-
-def test_a_negated_gradient_of_one_element_is_read_with_its_sign():
-    # z.conj().imag is lazily negated; on numpy's memory it can start on 16 bytes.
-    room = np.zeros(16, np.float32)
-    skip = (3 - room.ctypes.data // 4) % 4
-    z = torch.view_as_complex(torch.from_numpy(room[skip : skip + 2]).reshape(1, 2))
-    z.fill_(1 + 2j)
-    steps = []
-    for cls in (RAdam, torch.optim.RAdam):
-        p = Parameter(torch.zeros(1))
-        p.grad = z.conj().imag
-        assert p.grad.is_neg()
-        assert p.grad.data_ptr() % 16 == 0
-        optimizer = cls([p], lr=0.1)
-        for _ in range(3):
-            optimizer.step()
-        steps.append(p.item())
-    assert steps[0] == pytest.approx(steps[1])

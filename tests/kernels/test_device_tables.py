@@ -103,11 +103,11 @@ def test_nothing_is_uploaded_again_while_nothing_changes():
     source.tables(segments)
     before = len(source.uploads)
     source.tables(segments)
-    source.tables(segments, steps=[2, 2])  # scalars travel apart
+    source.tables(segments, steps=[2, 2])  # scalars are uploaded apart
     assert len(source.uploads) == before
 
 
-def test_gradients_that_move_renew_their_column_and_nothing_else():
+def test_moved_gradients_upload_their_column_and_nothing_else():
     source, segments = Segments(), [streams(5), streams(70)]
     _, rows, first, work = source.tables(segments)
     before = first.clone()
@@ -122,7 +122,7 @@ def test_gradients_that_move_renew_their_column_and_nothing_else():
     assert torch.equal(first, before)
 
 
-def test_new_pointers_or_step_counts_renew_the_segments_and_nothing_else():
+def test_new_pointers_or_step_counts_upload_the_segments_and_nothing_else():
     source, segments = Segments(), [streams(5), streams(70)]
     _, first, grads, work = source.tables(segments)
     rows = first.clone()
@@ -136,7 +136,7 @@ def test_new_pointers_or_step_counts_renew_the_segments_and_nothing_else():
         assert torch.equal(first, rows)
 
 
-def test_other_sizes_renew_the_work():
+def test_other_sizes_upload_the_work():
     source = Segments()
     *_, work = source.tables([streams(5), streams(70)])
     kept = work.clone()
