@@ -1,4 +1,4 @@
-"""The paper's formulas that the optimizer itself has no use for, and the truth behind them."""
+"""The paper's formulas that the optimizer does not need, and the exact values they approximate."""
 
 from __future__ import annotations
 
@@ -10,32 +10,12 @@ from scipy import integrate, special, stats
 from radam_kernels.schedule import adaptive_variance, adaptive_variance_first_order, rho_inf
 
 
-def center_of_mass(step: int, beta2: float) -> float:
-    """How far back the exponential moving average looks: `sum w_i (t + 1 - i)`.
-
-    `w_i = beta2^(t-i) (1 - beta2) / (1 - beta2^t)` is the weight of the i-th of t squares; the
-    newest counts as 1. In closed form `1 / (1 - beta2) - t beta2^t / (1 - beta2^t)`.
-    Domain: step >= 1, 0 <= beta2 < 1. Source: Liu et al., ICLR 2020, section 4.1.
-    """
-    power = beta2**step
-    return 1.0 / (1.0 - beta2) - step * power / (1.0 - power)
-
-
-def sma_length(step: int, beta2: float) -> float:
-    """Length f(t, beta2) of the simple moving average with the same centre of mass.
-
-    An average of the last f squares has its centre at `(f + 1) / 2`, so `f = 2 centre - 1`. This
-    textbook form cancels; `radam_kernels.schedule.rho` is the same with all its digits.
-    Domain and source: as `center_of_mass`.
-    """
-    return 2.0 * center_of_mass(step, beta2) - 1.0
-
-
 def equal_variance_length(step: int, beta2: float) -> float:
     """Length of the simple moving average with the same variance: `1 / sum w_i^2`.
 
-    `rho_inf (1 - beta2^t) / (1 + beta2^t)`: the paper's rho_t at both ends, and above it between.
-    Domain: as `center_of_mass`. Source: ours, for comparison.
+    `w_i = beta2^(t-i) (1 - beta2) / (1 - beta2^t)` is the weight of the i-th of t squares; the
+    length is `rho_inf (1 - beta2^t) / (1 + beta2^t)`. At t = 1 and in the limit it equals the
+    paper's rho_t, and it is larger between. Domain: step >= 1, 0 <= beta2 < 1. Source: ours, for comparison.
     """
     power = beta2**step
     return rho_inf(beta2) * (1.0 - power) / (1.0 + power)
@@ -45,33 +25,23 @@ def scaled_inv_chi2(rho: float, tau: float = 1.0) -> stats.rv_continuous:
     """Distribution of psi^2: Scale-inv-chi^2(rho, tau^2), an inverse gamma distribution.
 
     Density `(tau^2 rho / 2)^(rho/2) / Gamma(rho/2) exp(-rho tau^2 / (2 x)) / x^(1 + rho/2)`, x > 0.
-    With rho gradients from N(0, s^2) it is the law of `rho / sum g_i^2`, for `tau = 1 / s`.
+    It is the distribution of `rho / sum g_i^2` for rho gradients from N(0, s^2) and `tau = 1 / s`.
     Domain: rho > 0, tau > 0. Source: Liu et al., ICLR 2020, section 3.2.
     """
     return stats.invgamma(rho / 2, scale=rho * tau**2 / 2)
 
 
-def psi_mean(rho: float, tau: float = 1.0) -> float:
-    """Mean of the adaptive rate: `tau sqrt(rho/2) Gamma((rho-1)/2) / Gamma(rho/2)`.
-
-    math.inf for rho <= 1. Source: Liu et al., ICLR 2020, the proof of Theorem 1.
-    """
-    if rho <= 1.0:
-        return math.inf
-    return tau * math.sqrt(rho / 2) / special.poch((rho - 1) / 2, 0.5)
-
-
 def psi_variance(rho: float, tau: float = 1.0) -> float:
     """Variance of the adaptive rate: tau^2 times `radam_kernels.schedule.adaptive_variance`.
 
-    `tau^2 (rho/(rho-2) - rho 2^(2 rho - 5)/pi B((rho-1)/2, (rho-1)/2)^2)`, falling in rho;
+    `tau^2 (rho/(rho-2) - rho 2^(2 rho - 5)/pi B((rho-1)/2, (rho-1)/2)^2)`, decreasing in rho;
     math.inf for rho <= 2. Source: Liu et al., ICLR 2020, Theorem 1.
     """
     return tau**2 * adaptive_variance(rho)
 
 
 def psi_variance_first_order(rho: float, s: float = 1.0) -> float:
-    """The same to first order, for gradients from N(0, s^2): `rho / (2 (rho-2) (rho-4) s^2)`.
+    """First-order form, for gradients from N(0, s^2): `rho / (2 (rho-2) (rho-4) s^2)`.
 
     math.inf for rho <= 4. Source: Liu et al., ICLR 2020, section 4.2.
     """
@@ -79,7 +49,7 @@ def psi_variance_first_order(rho: float, s: float = 1.0) -> float:
 
 
 def c_var(beta2: float, tau: float = 1.0) -> float:
-    """C_var, the variance that r_t aims at: the least there is, `psi_variance` at rho_inf.
+    """C_var, the variance that r_t aims at: the minimum, `psi_variance` at rho_inf.
 
     math.inf for beta2 <= 1/3, where rho_inf <= 2. Source: Liu et al., ICLR 2020, section 4.2.
     """
@@ -87,18 +57,18 @@ def c_var(beta2: float, tau: float = 1.0) -> float:
 
 
 def ema_weights(step: int, beta2: float) -> np.ndarray:
-    """Weights of the squares in `1 / psi^2`, the newest first; their sum is 1."""
+    """Weights of the squares in `1 / psi^2`, newest first; their sum is 1."""
     powers = beta2 ** np.arange(step)
     return powers / powers.sum()
 
 
 def ema_psi_variance(step: int, beta2: float, mean: float = 0.0) -> float:
-    """Variance of Adam's own psi_t for gradients from N(mean, 1), without any approximation.
+    """Variance of Adam's psi_t for gradients from N(mean, 1), by numerical integration.
 
     With `X = sum w_i g_i^2`, `E X^-p = 1/Gamma(p) int s^(p-1) E exp(-s X) ds`, and `E exp(-s X)` is
     the product of `(1 + 2 s w_i)^-1/2 exp(-s w_i mean^2 / (1 + 2 s w_i))`; psi is `X^-1/2`.
-    Here s = e^u, whose integrand is analytic and falls off on both sides, so that equal spacing is
-    right to rounding. math.inf for step <= 2.
+    With s = e^u the integrand is analytic and decays on both sides, so the trapezoidal rule is
+    exact to rounding. math.inf for step <= 2.
     """
     if step <= 2:
         return math.inf

@@ -1,4 +1,4 @@
-"""How wide is the range of learning rates that work? Digits, a small convolutional net."""
+"""The range of learning rates that work, for a small convolutional network on digits."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional as F
 
-from . import style
-from .experiment import Experiment, Row, Run, Verdict
-from .intervals import mean_interval
-from .optimizers import MAKE, slug
+from ..harness import plots
+from ..harness.experiment import Row, Run, Verdict
+from ..harness.optimizers import MAKE
+from ..harness.statistics import mean_interval
 
+TITLE = "Robustness to the learning rate"
+CLAIM = (
+    "RAdam reaches about the same accuracy over a wider range of learning rates than Adam and "
+    "SGD with momentum (section 5.1, Fig. 6)."
+)
 ADAPTIVE = tuple(float(f"{lr:.3g}") for lr in np.geomspace(1e-4, 1e-1, 13))
-# SGD's learning rates are another scale; as many of them, as far apart.
+# SGD's learning rates are on another scale; same number and spacing.
 RATES = {
     **dict.fromkeys(("RAdam", "Adam", "Adam with warmup"), ADAPTIVE),
     "SGD with momentum": tuple(float(f"{100 * lr:.3g}") for lr in ADAPTIVE),
 }
 EPOCHS, BATCH, SEEDS = 20, 64, 6
-NEAR = 0.01  # of accuracy: what counts as near the best
+NEAR = 0.01  # distance from the best accuracy that we call near
 
 
 def accuracy(optimizer: str, lr: float, seed: int, epochs: int) -> list[Row]:
-    """The share of a third of the digits, held out, that a net trained on the others knows."""
+    """Accuracy on a held-out third of the digits after training on the others."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     train, test = train_test_split(
@@ -47,11 +52,11 @@ def accuracy(optimizer: str, lr: float, seed: int, epochs: int) -> list[Row]:
         nn.Flatten(),
         nn.Linear(32 * 4 * 4, 10),
     )
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(train) // BATCH)
     stepper = MAKE[optimizer](model.parameters(), lr, steps)
     for _ in range(epochs):
-        order = torch.tensor(train)[torch.randperm(len(train), generator=draws)]
+        order = torch.tensor(train)[torch.randperm(len(train), generator=generator)]
         for batch in order.split(BATCH):
             stepper.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
@@ -66,11 +71,7 @@ def accuracy(optimizer: str, lr: float, seed: int, epochs: int) -> list[Row]:
 def runs(quick: bool) -> list[Run]:
     every, epochs, seeds = (6, 1, 2) if quick else (1, EPOCHS, SEEDS)
     return [
-        Run(
-            f"{slug(name)}-lr{lr:g}-seed{seed}",
-            accuracy,
-            {"optimizer": name, "lr": lr, "seed": seed, "epochs": epochs},
-        )
+        Run(accuracy, {"optimizer": name, "lr": lr, "seed": seed, "epochs": epochs})
         for name, rates in RATES.items()
         for lr, seed in product(rates[::every], range(seeds))
     ]
@@ -79,107 +80,93 @@ def runs(quick: bool) -> list[Run]:
 def width(rates: np.ndarray, accuracies: np.ndarray) -> float:
     """Decades around the best rate in which accuracy is within NEAR of the best one's.
 
-    Accuracy is taken as linear in the logarithm of the rate; the range ends where the grid does.
+    Accuracy is interpolated linearly in the logarithm of the rate; the range ends with the grid.
     """
     decades = np.log10(rates)
     best, floor = int(accuracies.argmax()), accuracies.max() - NEAR
     ends = []
-    for way in (-1, 1):
-        outward = slice(best, None, way)
+    for direction in (-1, 1):
+        outward = slice(best, None, direction)
         low = np.flatnonzero(accuracies[outward] < floor)
         if low.size:
-            at = best + way * np.array([low[0], low[0] - 1])
+            at = best + direction * np.array([low[0], low[0] - 1])
             ends.append(np.interp(floor, accuracies[at], decades[at]))
         else:
             ends.append(decades[outward][-1])
     return float(ends[1] - ends[0])
 
 
+def accuracies(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Of an optimizer: seeds by learning rates."""
+    of = rows[rows["optimizer"] == name]
+    return of.pivot(index="seed", columns="lr", values="accuracy")
+
+
 def widths(rows: pd.DataFrame) -> pd.DataFrame:
     """`width` of each seed's accuracies: seeds by optimizers."""
-    found = {
-        name: {
-            seed: width(one["lr"].to_numpy(), one["accuracy"].to_numpy())
-            for seed, one in rows[rows["optimizer"] == name].sort_values("lr").groupby("seed")
+    return pd.DataFrame(
+        {
+            name: accuracies(rows, name).apply(
+                lambda one: width(one.index.to_numpy(), one.to_numpy()), axis="columns"
+            )
+            for name in RATES
         }
-        for name in RATES
-    }
-    return pd.DataFrame(found)
+    )
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The best rate by mean accuracy, that accuracy, and the range within NEAR of a seed's best."""
-    told = []
-    for name, width in widths(rows).items():
-        of = rows[rows["optimizer"] == name].pivot(index="seed", columns="lr", values="accuracy")
+    """The best rate by mean accuracy, that accuracy, and the range of rates near a seed's best."""
+    lines = []
+    for name, decades in widths(rows).items():
+        of = accuracies(rows, name)
         best = of.mean().idxmax()
-        accuracy, range_ = mean_interval(of[best]), mean_interval(width)
-        told.append(
+        lines.append(
             {
                 "optimizer": name,
                 "best learning rate": f"{best:g}",
-                "accuracy there": f"{accuracy.mean:.2%} ± {accuracy.half:.2%}",
-                "decades within 1%": f"{range_.mean:.2f} ± {range_.half:.2f}",
+                "accuracy there": f"{mean_interval(of[best]):.2%}",
+                "decades within 1%": f"{mean_interval(decades):.2f}",
             }
         )
-    return pd.DataFrame(told)
+    return pd.DataFrame(lines)
 
 
 def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
-    width = widths(rows)
+    decades = widths(rows)
+    ours = decades["RAdam"]
     verdicts = []
     for other in ("Adam", "SGD with momentum", "Adam with warmup"):
-        difference, half = mean_interval(width["RAdam"] - width[other])
-        p = stats.wilcoxon(width["RAdam"], width[other]).pvalue
-        sure = abs(difference) > half
+        difference = mean_interval(ours - decades[other])
+        p = stats.wilcoxon(ours, decades[other]).pvalue
         verdicts.append(
             Verdict(
-                bool(difference > 0) if sure else None,
-                f"RAdam is within {NEAR:.0%} of its best accuracy over {width['RAdam'].mean():.2f} "
-                f"decades of learning rates, {other} over {width[other].mean():.2f}: "
-                f"{difference:+.2f} ± {half:.2f} (95%, {len(width)} seeds; Wilcoxon p = {p:.2g})",
+                difference.is_positive(),
+                f"RAdam is within {NEAR:.0%} of its best accuracy over {ours.mean():.2f} "
+                f"decades of learning rates, {other} over {decades[other].mean():.2f}: "
+                f"{difference:+.2f} (95%, {len(ours)} seeds; Wilcoxon p = {p:.2g})",
             )
         )
     return verdicts
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    figure, (left, right) = style.panels(2, width_ratios=(1.8, 1))
+    figure, (left, right) = plots.panels(2, width_ratios=(1.8, 1))
     for name in RATES:
-        color = style.OPTIMIZERS[name]
-        of = rows[rows["optimizer"] == name].pivot(index="seed", columns="lr", values="accuracy")
-        mean, half = mean_interval(of)
-        scale = 100 if name == "SGD with momentum" else 1
-        style.band(left, of.columns / scale, mean, half, color=color, label=name, marker=".")
+        of = accuracies(rows, name)
+        x = of.columns / (100 if name == "SGD with momentum" else 1)
+        color = plots.COLORS[name]
+        plots.band(left, x, *mean_interval(of), color=color, label=name, marker=".")
     best = rows.groupby(["optimizer", "lr"])["accuracy"].mean().max()
     left.set(
-        xscale="log", xlabel="learning rate (SGD with momentum: 100 times that)",
+        xscale="log",
+        xlabel="learning rate (SGD with momentum: 100 times that)",
         ylabel="accuracy on held-out digits",
         title=f"Mean and 95% band of {rows['seed'].nunique()} seeds",
         ylim=(best - 0.15, 1),
-    )  # fmt: skip
-    style.legend(left, loc="lower center")
-    width = widths(rows)
-    mean, half = mean_interval(width)
-    for place, name in enumerate(width):
-        color = style.OPTIMIZERS[name]
-        right.plot(width[name], [place + 0.25] * len(width), ".", color=color, alpha=0.4)
-        right.errorbar(mean[place], place, xerr=half[place], fmt="o", color=color, capsize=4)
+    )
+    left.legend(loc="lower center")
+    decades = widths(rows)
+    plots.seeds_and_means(right, decades)
     right.set_yticks(range(len(RATES)), [name.replace(" with ", "\nwith ") for name in RATES])
-    right.invert_yaxis()
     right.set(xlabel="decades of learning rates", title="Within 1% of the best")
     return figure
-
-
-EXPERIMENT = Experiment(
-    name="robustness",
-    title="Robustness to the learning rate",
-    claim=(
-        "RAdam reaches about the same accuracy over a wider range of learning rates than Adam and "
-        "SGD with momentum (section 5.1, Fig. 6)."
-    ),
-    runs=runs,
-    judge=judge,
-    draw=draw,
-    table=table,
-)

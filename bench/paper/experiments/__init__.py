@@ -1,5 +1,6 @@
-"""The experiments, in the order of the page."""
+"""The experiments, one module each, in the order of the page."""
 
+from ..harness.experiment import Experiment
 from . import (
     approximation,
     average,
@@ -13,13 +14,10 @@ from . import (
     variance,
     warmup,
 )
-from .experiment import Experiment
 
 MODULES = (
     *(approximation, variance, average, warmup),
     *(noise, travel, counterexample),
     *(search, controls, distortion, robustness),
 )
-EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES
-}
+EXPERIMENTS = {e.name: e for e in map(Experiment.from_module, MODULES)}

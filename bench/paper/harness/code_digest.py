@@ -1,0 +1,65 @@
+"""A digest of the code that a function depends on: a kept result with another digest is stale."""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import Any
+
+from radam_kernels.fingerprint import _tree as syntax
+
+Place = tuple[str, str]  # a module and a name at its top level
+
+
+@cache
+def code_digest(function: Callable[..., Any]) -> str:
+    """Twelve hexadecimal digits for `function` and all code of its package that it names.
+
+    Names are resolved through the top-level definitions of a module and through relative imports.
+    Comments, docstrings, libraries (radam_kernels among them) and code that the function does not
+    name, such as that of a figure, do not count.
+    """
+    definitions = cache(_definitions)
+    pending: list[Place] = [(function.__module__, function.__name__)]
+    found: dict[Place, str] = {}
+    while pending:
+        place = module, name = pending.pop()
+        if place in found or name not in definitions(module):
+            continue
+        node = definitions(module)[name]
+        if isinstance(node, ast.stmt):
+            found[place] = " ".join(syntax(node))
+            pending += [(module, n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
+        else:
+            found[place] = ""
+            imported, attribute = node
+            names = [attribute] if attribute else definitions(imported)
+            pending += [(imported, n) for n in names]
+    code = "\n".join(f"{place}: {text}" for place, text in sorted(found.items()))
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def _definitions(module: str) -> dict[str, ast.stmt | tuple[str, str | None]]:
+    """A module's top-level definitions, and where its relative imports come from.
+
+    An imported name is a pair of a module and the name there, which is None for a whole module.
+    """
+    package = sys.modules[module].__package__
+    found: dict[str, ast.stmt | tuple[str, str | None]] = {}
+    for node in ast.parse(Path(sys.modules[module].__file__).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+            found |= {n.id: node for n in names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            origin = resolve_name("." * node.level + (node.module or ""), package).rstrip(".")
+            for alias in node.names:
+                submodule = f"{origin}.{alias.name}"
+                place = (submodule, None) if submodule in sys.modules else (origin, alias.name)
+                found[alias.asname or alias.name] = place
+    return found
