@@ -14,12 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, or all")
     parser.add_argument("--quick", action="store_true", help="smaller: under two minutes for all")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("paper_runs"), help="folder for results (%(default)s)"
-    )
-    parser.add_argument(
-        "--publish", action="store_true", help="copy full results to where the page shows them"
-    )
+    parser.add_argument("--out", type=Path, default="paper_runs", help="folder (%(default)s)")
+    parser.add_argument("--publish", action="store_true", help="put full results on the page")
     args = parser.parse_args(arguments)
     if args.publish and args.quick:
         parser.error("--publish: the page shows full results only; leave --quick out")

@@ -1,23 +1,12 @@
-"""The experiments, one module each, in the order of the page."""
+"""The experiments, one module each."""
+
+from importlib import import_module
 
 from ..harness.experiment import Experiment
-from . import (
-    approximation,
-    average,
-    controls,
-    counterexample,
-    distortion,
-    noise,
-    robustness,
-    search,
-    travel,
-    variance,
-    warmup,
-)
 
-MODULES = (
-    *(approximation, variance, average, warmup),
-    *(noise, travel, counterexample),
-    *(search, controls, distortion, robustness),
+NAMES = (  # in the order of the page
+    *("approximation", "variance", "average", "warmup"),
+    *("noise", "travel", "counterexample"),
+    *("search", "controls", "distortion", "robustness"),
 )
-EXPERIMENTS = {e.name: e for e in map(Experiment.from_module, MODULES)}
+EXPERIMENTS = {name: Experiment.from_module(import_module(f".{name}", __name__)) for name in NAMES}

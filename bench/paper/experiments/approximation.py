@@ -1,16 +1,15 @@
 """The relative error of the first-order variance, and of r_t computed from it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from radam_kernels.schedule import adaptive_variance as exact
+from radam_kernels.schedule import adaptive_variance_first_order as first_order
 from radam_kernels.schedule import rectification, rho
 
 from ..harness import plots
 from ..harness.experiment import Row, Run, Verdict
-from . import theory
 from .simulation import log_spaced_steps
 
 TITLE = "The first-order variance"
@@ -28,11 +27,10 @@ SMALL = 0.05  # a relative error that we call small
 def variances(points: int) -> list[Row]:
     """Both forms of Var[psi] for tau = 1, over rho."""
     rhos = np.union1d(np.geomspace(4.1, 2e4, points), RHOS)
-    rows = []
-    for value in map(float, rhos):
-        exact, first = theory.psi_variance(value), theory.psi_variance_first_order(value)
-        rows.append({"of": "variance", "x": value, "exact": exact, "first_order": first})
-    return rows
+    return [
+        {"of": "variance", "x": x, "exact": exact(x), "first_order": first_order(x)}
+        for x in map(float, rhos)
+    ]
 
 
 def rectifications(beta2: float, points: int) -> list[Row]:
@@ -83,16 +81,11 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Both forms of r_t at a few steps."""
     r = rows[rows["of"].isin(("r_t, beta2=0.99", "r_t, beta2=0.999")) & rows["x"].isin(STEPS)]
-    return pd.DataFrame(
-        {
-            "beta2": r["of"].str.rpartition("=")[2],
-            "step": r["x"].astype(int),
-            "rho_t": r["rho"],
-            "r_t, first order": r["first_order"],
-            "r_t, exact": r["exact"],
-            "ratio": r["first_order"] / r["exact"],
-        }
-    )
+    r = r.assign(beta2=r["of"].str.rpartition("=")[2], ratio=r["first_order"] / r["exact"])
+    names = {"rho": "rho_t", "first_order": "r_t, first order", "exact": "r_t, exact"}
+    return r.rename(columns={"x": "step", **names}).astype({"step": int})[
+        ["beta2", "step", *names.values(), "ratio"]
+    ]
 
 
 def draw(rows: pd.DataFrame) -> Figure:

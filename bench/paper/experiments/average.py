@@ -1,7 +1,5 @@
 """The distribution of psi^2 of the exponential moving average, against that assumed for rho_t."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -22,8 +20,6 @@ CLAIM = (
     "degrees of freedom, which match its centre of mass (section 4.1)."
 )
 BETA2S = (0.99, 0.999)
-FIRST = 5  # the first step with rho_t > 4
-MEMORIES = 6  # the last step, in units of 1 / (1 - beta2)
 BATCH = 5000  # chains that fit in the CPU's cache
 FITS = 0.01  # a distance that we call a fit: no probability is off by more than 1%
 
@@ -57,7 +53,8 @@ def distances(beta2: float, chains: int, points: int, seed: int) -> list[Row]:
     For the exponential average also the distance with the length of equal variance.
     """
     generator = np.random.default_rng(seed)
-    steps = log_spaced_steps(FIRST, MEMORIES / (1 - beta2), points)
+    # From the first step with rho_t > 4, to the limit.
+    steps = log_spaced_steps(5, 6 / (1 - beta2), points)
     lengths = {step: round(rho(step, beta2)) for step in steps}
     batches = [simulate_averages(generator, beta2, BATCH, lengths) for _ in range(chains // BATCH)]
     exponential, simple = (np.concatenate(parts, axis=1) for parts in zip(*batches, strict=True))
@@ -127,7 +124,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     for ax, beta2 in zip(axes, beta2s, strict=True):
         at = rows[rows["beta2"] == beta2]
         half = at["chains"].map(half_width)
-        plots.band(ax, at["step"], at["ema"], half, color=plots.BLUE, label="EMA, rho_t")
+        plots.band(ax, at["step"], (at["ema"], half), color=plots.BLUE, label="EMA, rho_t")
         for name, label, color in (
             ("ema_equal_variance", "EMA, length of equal variance", plots.ORANGE),
             ("sma", "SMA of round(rho_t), rho_t", plots.BLACK),

@@ -1,7 +1,5 @@
 """The paper's controls in training: does warmup help by reducing the adaptive rate's variance?"""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
@@ -46,8 +44,7 @@ def runs(quick: bool) -> list[Run]:
 
 def final_losses(rows: pd.DataFrame) -> pd.DataFrame:
     """Held-out loss after the last step: seeds by optimizers."""
-    last = rows[rows["step"] == rows["step"].max()]
-    return last.pivot(index="seed", columns="optimizer", values="held_out")[list(MAKE)]
+    return rows.groupby(["seed", "optimizer"])["held_out"].last().unstack()[list(MAKE)]
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -107,7 +104,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     for name, color in plots.COLORS.items():
         at = rows[rows["optimizer"] == name]
         curves = at.pivot(index="seed", columns="step", values="held_out")
-        plots.band(left, curves.columns, *mean_interval(curves), color=color, label=name)
+        plots.band(left, curves.columns, mean_interval(curves), color=color, label=name)
     t, k = warmup_steps(steps), hold_steps(steps)
     left.set_title(f"Mean and 95% band of {seeds} seeds; T = {t}, k = {k}")
     left.set(xlabel="step", ylabel="held-out loss (nats/byte)")

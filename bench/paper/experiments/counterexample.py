@@ -1,7 +1,5 @@
 """The convex problems on which Adam does not converge (Reddi et al., 2018), and RAdam on them."""
 
-from __future__ import annotations
-
 from math import sqrt
 
 import numpy as np
@@ -75,21 +73,16 @@ def regrets(
 
 def runs(quick: bool) -> list[Run]:
     steps = {"online": 300, "stochastic": 500} if quick else {"online": 3_000, "stochastic": 50_000}
-    chains, points = (200, 12) if quick else (2_000, 40)
-    size = {"chains": chains, "points": points}
+    size = {"chains": 200, "points": 12} if quick else {"chains": 2_000, "points": 40}
     return [
-        Run(
-            regrets,
-            {"problem": problem, "optimizer": name, "steps": steps[problem], "seed": seed, **size},
-        )
-        for seed, problem in enumerate(SLOPES)
-        for name in OPTIMIZERS
+        Run(regrets, {"problem": p, "optimizer": o, "steps": steps[p], "seed": seed, **size})
+        for seed, p in enumerate(SLOPES)
+        for o in OPTIMIZERS
     ]
 
 
 def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
-    last = rows.loc[rows.groupby(["problem", "optimizer"])["step"].idxmax()]
-    last = last.set_index(["problem", "optimizer"])
+    last = rows.groupby(["problem", "optimizer"]).last()
 
     def end(problem: str, optimizer: str) -> str:
         at = last.loc[(problem, optimizer)]
@@ -135,10 +128,9 @@ def draw(rows: pd.DataFrame) -> Figure:
     }
     for ax, (problem, title) in zip(axes, titles.items(), strict=True):
         for optimizer in OPTIMIZERS:
-            of = rows[(rows["problem"] == problem) & (rows["optimizer"] == optimizer)]
-            plots.band(
-                ax, of["step"], of["regret"], of["half"], color=colors[optimizer], label=optimizer
-            )
+            at = rows[(rows["problem"] == problem) & (rows["optimizer"] == optimizer)]
+            regret = at["regret"], at["half"]
+            plots.band(ax, at["step"], regret, color=colors[optimizer], label=optimizer)
         ax.axhline(regret_at(problem, 1.0), color=plots.GREY, ls=":", label="theory, at x = +1")
         ax.set(xscale="log", xlabel="step t", title=title, ylim=(0, None))
     axes[0].set_ylabel("average regret")

@@ -1,8 +1,6 @@
 """Distributions of gradients and adaptive rates in the first updates of a training."""
 
-from __future__ import annotations
-
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pandas as pd
@@ -112,8 +110,7 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
 
 def draw(rows: pd.DataFrame) -> Figure:
     figure, axes = plots.panels(len(NAMES), 2, height=2.6, sharey=True)
-    panels = [(quantity, name) for quantity in EDGES for name in NAMES]
-    for ax, (quantity, name) in zip(axes, panels, strict=True):
+    for ax, (quantity, name) in zip(axes, product(EDGES, NAMES), strict=True):
         at = rows[(rows["quantity"] == quantity) & (rows["optimizer"] == name)]
         centers = EDGES[quantity][:-1] + WIDTH / 2
         counts = at.groupby("update")[[f"bin {bin}" for bin in range(len(centers))]].sum()

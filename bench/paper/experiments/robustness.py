@@ -1,7 +1,5 @@
 """The range of learning rates that work, for a small convolutional network on digits."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np
@@ -96,29 +94,18 @@ def width(rates: np.ndarray, accuracies: np.ndarray) -> float:
     return float(ends[1] - ends[0])
 
 
-def accuracies(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Of an optimizer: seeds by learning rates."""
-    of = rows[rows["optimizer"] == name]
-    return of.pivot(index="seed", columns="lr", values="accuracy")
-
-
 def widths(rows: pd.DataFrame) -> pd.DataFrame:
     """`width` of each seed's accuracies: seeds by optimizers."""
-    return pd.DataFrame(
-        {
-            name: accuracies(rows, name).apply(
-                lambda one: width(one.index.to_numpy(), one.to_numpy()), axis="columns"
-            )
-            for name in RATES
-        }
-    )
+    trainings = rows.sort_values("lr").groupby(["seed", "optimizer"])[["lr", "accuracy"]]
+    return trainings.apply(lambda one: width(*one.to_numpy().T)).unstack()[list(RATES)]
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """The best rate by mean accuracy, that accuracy, and the range of rates near a seed's best."""
+    accuracies = rows.pivot(index="seed", columns=["optimizer", "lr"], values="accuracy")
     lines = []
     for name, decades in widths(rows).items():
-        of = accuracies(rows, name)
+        of = accuracies[name]
         best = of.mean().idxmax()
         lines.append(
             {
@@ -151,19 +138,16 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
 
 def draw(rows: pd.DataFrame) -> Figure:
     figure, (left, right) = plots.panels(2, width_ratios=(1.8, 1))
+    accuracies = rows.pivot(index="seed", columns=["optimizer", "lr"], values="accuracy")
     for name in RATES:
-        of = accuracies(rows, name)
+        of = accuracies[name]
         x = of.columns / (100 if name == "SGD with momentum" else 1)
         color = plots.COLORS[name]
-        plots.band(left, x, *mean_interval(of), color=color, label=name, marker=".")
-    best = rows.groupby(["optimizer", "lr"])["accuracy"].mean().max()
-    left.set(
-        xscale="log",
-        xlabel="learning rate (SGD with momentum: 100 times that)",
-        ylabel="accuracy on held-out digits",
-        title=f"Mean and 95% band of {rows['seed'].nunique()} seeds",
-        ylim=(best - 0.15, 1),
-    )
+        plots.band(left, x, mean_interval(of), color=color, label=name, marker=".")
+    best = accuracies.mean().max()
+    left.set_title(f"Mean and 95% band of {rows['seed'].nunique()} seeds")
+    left.set(xscale="log", xlabel="learning rate (SGD with momentum: 100 times that)")
+    left.set(ylim=(best - 0.15, 1), ylabel="accuracy on held-out digits")
     left.legend(loc="lower center")
     decades = widths(rows)
     plots.seeds_and_means(right, decades)

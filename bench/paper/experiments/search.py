@@ -1,7 +1,5 @@
 """Searches depth by learning rate for settings in which Adam needs warmup."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pandas as pd
@@ -36,12 +34,10 @@ def final_loss(optimizer: str, lr: float, seed: int, layers: int, steps: int) ->
 
 
 def runs(quick: bool) -> list[Run]:
-    layers, names, steps = ((1,), ADAPTIVE[:2], 10) if quick else (LAYERS, RATES, STEPS)
+    layers, names = ((1,), ADAPTIVE[:2]) if quick else (LAYERS, RATES)
+    size = {"steps": 10 if quick else STEPS}
     return [
-        Run(
-            final_loss,
-            {"optimizer": name, "lr": lr, "seed": seed, "layers": depth, "steps": steps},
-        )
+        Run(final_loss, {"optimizer": name, "lr": lr, "seed": seed, "layers": depth, **size})
         for depth, name in product(layers, names)
         for lr, seed in product(RATES[name][: 2 if quick else None], range(SEEDS))
     ]

@@ -1,7 +1,5 @@
 """Shared by the simulations: log-spaced steps, and optimizers on one-dimensional problems."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +11,6 @@ from radam_kernels import RAdam
 
 from ..harness.optimizers import Adam
 
-LAST_MOMENTUM = 5  # the last step before rho_t exceeds the package's default threshold
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": Adam,
     "RAdam": RAdam,

@@ -1,13 +1,11 @@
 """The paper's formulas that the optimizer does not need, and the exact values they approximate."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 from scipy import integrate, special, stats
 
-from radam_kernels.schedule import adaptive_variance, adaptive_variance_first_order, rho_inf
+from radam_kernels.schedule import rho_inf
 
 
 def equal_variance_length(step: int, beta2: float) -> float:
@@ -15,45 +13,20 @@ def equal_variance_length(step: int, beta2: float) -> float:
 
     `w_i = beta2^(t-i) (1 - beta2) / (1 - beta2^t)` is the weight of the i-th of t squares; the
     length is `rho_inf (1 - beta2^t) / (1 + beta2^t)`. At t = 1 and in the limit it equals the
-    paper's rho_t, and it is larger between. Domain: step >= 1, 0 <= beta2 < 1. Source: ours, for comparison.
+    paper's rho_t, and it is larger between. Domain: step >= 1, 0 <= beta2 < 1. Source: ours.
     """
     power = beta2**step
     return rho_inf(beta2) * (1.0 - power) / (1.0 + power)
 
 
-def scaled_inv_chi2(rho: float, tau: float = 1.0) -> stats.rv_continuous:
-    """Distribution of psi^2: Scale-inv-chi^2(rho, tau^2), an inverse gamma distribution.
+def scaled_inv_chi2(rho: float) -> stats.rv_continuous:
+    """Distribution of psi^2: Scale-inv-chi^2(rho, 1), an inverse gamma distribution.
 
-    Density `(tau^2 rho / 2)^(rho/2) / Gamma(rho/2) exp(-rho tau^2 / (2 x)) / x^(1 + rho/2)`, x > 0.
-    It is the distribution of `rho / sum g_i^2` for rho gradients from N(0, s^2) and `tau = 1 / s`.
-    Domain: rho > 0, tau > 0. Source: Liu et al., ICLR 2020, section 3.2.
+    Density `(rho/2)^(rho/2) / Gamma(rho/2) exp(-rho / (2 x)) / x^(1 + rho/2)`, x > 0. It is the
+    distribution of `rho / sum g_i^2` for rho gradients from N(0, 1).
+    Domain: rho > 0. Source: Liu et al., ICLR 2020, section 3.2, with tau = 1.
     """
-    return stats.invgamma(rho / 2, scale=rho * tau**2 / 2)
-
-
-def psi_variance(rho: float, tau: float = 1.0) -> float:
-    """Variance of the adaptive rate: tau^2 times `radam_kernels.schedule.adaptive_variance`.
-
-    `tau^2 (rho/(rho-2) - rho 2^(2 rho - 5)/pi B((rho-1)/2, (rho-1)/2)^2)`, decreasing in rho;
-    math.inf for rho <= 2. Source: Liu et al., ICLR 2020, Theorem 1.
-    """
-    return tau**2 * adaptive_variance(rho)
-
-
-def psi_variance_first_order(rho: float, s: float = 1.0) -> float:
-    """First-order form, for gradients from N(0, s^2): `rho / (2 (rho-2) (rho-4) s^2)`.
-
-    math.inf for rho <= 4. Source: Liu et al., ICLR 2020, section 4.2.
-    """
-    return adaptive_variance_first_order(rho) / s**2
-
-
-def c_var(beta2: float, tau: float = 1.0) -> float:
-    """C_var, the variance that r_t aims at: the minimum, `psi_variance` at rho_inf.
-
-    math.inf for beta2 <= 1/3, where rho_inf <= 2. Source: Liu et al., ICLR 2020, section 4.2.
-    """
-    return psi_variance(rho_inf(beta2), tau)
+    return stats.invgamma(rho / 2, scale=rho / 2)
 
 
 def ema_weights(step: int, beta2: float) -> np.ndarray:

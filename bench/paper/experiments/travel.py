@@ -1,7 +1,5 @@
 """Distances travelled down a gentle slope, and the sum of r_t, which predicts RAdam's."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import torch
@@ -88,10 +86,8 @@ def runs(quick: bool) -> list[Run]:
 
 
 def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
-    needed = rows[rows["of"] == "steps"].pivot(
-        index="x", columns="optimizer", values=["mean", "half", "theory"]
-    )
-    distances = rows[rows["of"] == "distance"]
+    steps, distances = (rows[rows["of"] == kind] for kind in ("steps", "distance"))
+    needed = steps.pivot(index="x", columns="optimizer", values=["mean", "half", "theory"])
     off = (distances["mean"] / distances["theory"] - 1).abs().max()
     needed_text = ", ".join(
         f"{goal:.0f} lr away {at['mean', 'RAdam']:.0f} ± {at['half', 'RAdam']:.1g} steps (theory "
@@ -116,7 +112,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         for optimizer in OPTIMIZERS:
             at = rows[(rows["of"] == kind) & (rows["optimizer"] == optimizer)]
             color = plots.COLORS[optimizer]
-            plots.band(ax, at["x"], at["mean"], at["half"], color=color, label=optimizer)
+            plots.band(ax, at["x"], (at["mean"], at["half"]), color=color, label=optimizer)
             ax.plot(at["x"], at["theory"], "x", color=plots.BLACK, ms=4)
         ax.set(xscale="log", yscale="log")
     left.plot([], [], "x", color=plots.BLACK, ms=4, label="theory")

@@ -1,14 +1,12 @@
 """Simulates the variance of the adaptive rate, with and without r_t."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from radam_kernels.schedule import rectification
+from radam_kernels.schedule import adaptive_variance, rectification, rho_inf
 
 from ..harness import plots
 from ..harness.experiment import Row, Run, Verdict
@@ -139,17 +137,16 @@ def draw(rows: pd.DataFrame) -> Figure:
         means = rows[rows["beta2"] == beta2].groupby("mean")
         for color, (mean, at) in zip(plots.CYCLE, means, strict=False):
             step, limit = at["step"], at["limit"]
-            plots.band(above, step, at["variance"], at["half"], color=color, label=f"{mean:g}")
-            middle, half = rectified(at, "first_order")
-            plots.band(above, step, middle * limit, half * limit, color=color, ls="--")
-            plots.band(below, step, middle, half, color=color, ls="--")
-            plots.band(below, step, *rectified(at, "exact"), color=color, ls=":")
-        c_var = theory.c_var(beta2)
+            measured, ratio = (at["variance"], at["half"]), rectified(at, "first_order")
+            variance = ratio[0] * limit, ratio[1] * limit
+            plots.band(above, step, measured, color=color, label=f"{mean:g}")
+            plots.band(above, step, variance, color=color, ls="--")
+            plots.band(below, step, ratio, color=color, ls="--")
+            plots.band(below, step, rectified(at, "exact"), color=color, ls=":")
+        c_var = adaptive_variance(rho_inf(beta2))  # the variance that r_t aims at
         above.axhline(c_var, color=plots.GREY, lw=1)
-        above.text(
-            1, c_var, "C_var", transform=above.get_yaxis_transform(),
-            ha="right", va="bottom", fontsize=8.5, color="#555555",
-        )  # fmt: skip
+        at_right = {"transform": above.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        above.text(1, c_var, "C_var", fontsize=8.5, color="#555555", **at_right)
         below.axhline(1, color=plots.GREY, lw=1)
         above.set(xscale="log", yscale="log", title=f"beta2 = {beta2}")
         below.set(xlabel="step t", ylim=(0, None))

@@ -1,7 +1,5 @@
 """r_t beside the warmup that it explains, and the warmup length T that fits best."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -41,12 +39,13 @@ def fit(beta2: float) -> list[Row]:
     """The least-squares T of each shape, and the remaining distance."""
     steps, r = rectifications(beta2)
     rows = []
+
+    def squares(log_length: float, power: float) -> float:
+        return np.mean((warmup(steps, np.exp(log_length), power) - r) ** 2)
+
     for shape, power in SHAPES.items():
-
-        def squares(log_length: float, power: float = power) -> float:
-            return np.mean((warmup(steps, np.exp(log_length), power) - r) ** 2)
-
-        found = optimize.minimize_scalar(squares, bounds=(0.0, np.log(steps[-1])), method="bounded")
+        bounds = 0.0, np.log(steps[-1])
+        found = optimize.minimize_scalar(squares, args=(power,), bounds=bounds, method="bounded")
         length = float(np.exp(found.x))
         gap = warmup(steps, length, power) - r
         rows.append(

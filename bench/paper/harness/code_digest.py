@@ -27,28 +27,26 @@ def code_digest(function: Callable[..., Any]) -> str:
     found: dict[Place, str] = {}
     while pending:
         place = module, name = pending.pop()
-        if place in found or name not in definitions(module):
+        node = definitions(module).get(name)
+        if place in found or node is None:
             continue
-        node = definitions(module)[name]
         if isinstance(node, ast.stmt):
             found[place] = " ".join(syntax(node))
             pending += [(module, n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
         else:
             found[place] = ""
-            imported, attribute = node
-            names = [attribute] if attribute else definitions(imported)
-            pending += [(imported, n) for n in names]
+            pending += node
     code = "\n".join(f"{place}: {text}" for place, text in sorted(found.items()))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
-def _definitions(module: str) -> dict[str, ast.stmt | tuple[str, str | None]]:
-    """A module's top-level definitions, and where its relative imports come from.
+def _definitions(module: str) -> dict[str, ast.stmt | list[Place]]:
+    """What each top-level name of a module is: a definition, or places in other modules.
 
-    An imported name is a pair of a module and the name there, which is None for a whole module.
+    An imported name has one place; an imported module has those of all its names.
     """
     package = sys.modules[module].__package__
-    found: dict[str, ast.stmt | tuple[str, str | None]] = {}
+    found: dict[str, ast.stmt | list[Place]] = {}
     for node in ast.parse(Path(sys.modules[module].__file__).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = node
@@ -59,7 +57,8 @@ def _definitions(module: str) -> dict[str, ast.stmt | tuple[str, str | None]]:
         elif isinstance(node, ast.ImportFrom) and node.level:
             origin = resolve_name("." * node.level + (node.module or ""), package).rstrip(".")
             for alias in node.names:
-                submodule = f"{origin}.{alias.name}"
-                place = (submodule, None) if submodule in sys.modules else (origin, alias.name)
-                found[alias.asname or alias.name] = place
+                places = [(origin, alias.name)]
+                if (submodule := f"{origin}.{alias.name}") in sys.modules:
+                    places = [(submodule, name) for name in _definitions(submodule)]
+                found[alias.asname or alias.name] = places
     return found

@@ -1,7 +1,5 @@
 """A post-layer-norm transformer over bytes, and its training on Python's help texts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -4,8 +4,6 @@ theta_t = theta_{t-1} - alpha_t phi(g_1, ..., g_t) psi(g_1, ..., g_t), where the
 all parameters. The classes here differ only in alpha, phi and psi, and are written for reading.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,14 +1,12 @@
 """The style of all figures, and the plots that several experiments draw."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from .statistics import mean_interval
 
@@ -46,18 +44,11 @@ def panels(
 
 
 def band(
-    ax: Axes,
-    x: Sequence[float],
-    middle: Sequence[float],
-    half: Sequence[float],
-    *,
-    color: str,
-    label: str | None = None,
-    **options: Any,
+    ax: Axes, x: ArrayLike, interval: tuple[ArrayLike, ArrayLike], *, color: str, **options: Any
 ) -> None:
-    """A curve, and a band from `middle` - `half` to `middle` + `half`."""
-    middle, half = np.asarray(middle), np.asarray(half)
-    ax.plot(x, middle, color=color, label=label, **{"lw": 1.6, **options})
+    """A curve of means, and a band of the given half-widths around it."""
+    middle, half = map(np.asarray, interval)
+    ax.plot(x, middle, color=color, **{"lw": 1.6, **options})
     ax.fill_between(x, middle - half, middle + half, color=color, alpha=0.25, lw=0)
 
 

@@ -7,9 +7,7 @@ import torch
 
 from ...folders import RESULTS as ALL_RESULTS
 from ...machine import facts
-from ...markers import insert
-
-__all__ = ["PAGE", "RESULTS", "insert", "run_provenance"]
+from ...markers import insert as insert
 
 RESULTS = ALL_RESULTS / "paper"
 PAGE = Path(__file__).parents[1] / "README.md"

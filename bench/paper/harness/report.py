@@ -1,7 +1,5 @@
 """Turns kept runs into tables, figures and verdicts, and puts published ones on the page."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Sequence

@@ -1,11 +1,9 @@
 """Executes the runs that have no kept result, in single-threaded processes, and keeps each one."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from hashlib import sha256
 from operator import methodcaller
@@ -70,17 +68,13 @@ def execute_missing(
     if not missing:
         return failed
     provenance = run_provenance()
-    with (
-        tqdm(total=len(planned), initial=len(planned) - len(missing), unit="run") as bar,
-        _pool(min(jobs, len(missing))) as pool,
-    ):
-        futures: dict[Future, tuple[Experiment, Run]] = {
-            pool.submit(timed, run): (experiment, run) for experiment, run in missing
-        }
-        for future in as_completed(futures):
+    with _pool(jobs) as pool:
+        futures = {pool.submit(timed, run): (experiment, run) for experiment, run in missing}
+        done = len(planned) - len(missing)
+        bar = tqdm(as_completed(futures), total=len(planned), initial=done, unit="run")
+        for future in bar:
             experiment, run = futures[future]
             bar.set_postfix_str(f"{experiment.name} {run.key}")
-            bar.update()
             if error := future.exception():
                 failed.setdefault(experiment.name, {})[run.key] = error
                 bar.write(f"failed: {experiment.name} {run.key}: {error!r}{error.__cause__ or ''}")

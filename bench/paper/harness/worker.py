@@ -6,12 +6,11 @@ import time
 
 from .experiment import Row, Run
 
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-
 
 def initialize() -> None:
     """Limits libraries to one thread, and prints no traceback at an interrupt."""
-    os.environ.update(ONE_THREAD)  # NumPy and torch read it when the run imports them
+    for library in ("OMP", "MKL", "OPENBLAS"):  # read when the run imports NumPy or torch
+        os.environ[f"{library}_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
