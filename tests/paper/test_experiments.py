@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytest.importorskip("sklearn", reason="bench/paper needs pip install -e '.[paper]'")
 
@@ -14,9 +16,6 @@ from bench.paper import __main__ as command
 from bench.paper.experiments import EXPERIMENTS, controls, distortion, robustness, search
 from bench.paper.harness import language, optimizers, plots
 
-# Verdicts that hold in quick mode, too.
-SETTLED = {"approximation": (0, 2), "variance": (0, 3), "noise": (0, 1), "travel": (0, 1)}
-SETTLED["counterexample"] = (0,)
 SIZE = {"layers": 2, "width": 32, "context": 8, "batch": 2}
 
 
@@ -29,8 +28,7 @@ def test_the_output_of_each_block_is_normalized():
     x = 10 + 5 * torch.randn(2, 8, 32)
     for block in model.blocks:
         x = block(x)
-        torch.testing.assert_close(x.mean(-1), torch.zeros(2, 8), rtol=0, atol=1e-5)
-        torch.testing.assert_close(x.std(-1, correction=0), torch.ones(2, 8), rtol=0, atol=1e-3)
+        torch.testing.assert_close(x, F.layer_norm(x, (32,)), rtol=0, atol=1e-3)
 
 
 def test_a_seed_gives_every_optimizer_the_same_model_and_batches():
@@ -57,18 +55,15 @@ def test_histograms_show_the_fused_optimizers_psi_where_there_were_gradients(mon
     np.testing.assert_allclose(psi, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "decades"),
-    [
+def test_width_is_the_range_around_the_best_that_is_within_a_hundredth():
+    for accuracies, decades in (
         ([0.90, 0.99, 0.99, 0.99, 0.90], 2 + 2 / 9),  # a ninth of a decade beyond, on either side
         ([0.10, 0.90, 0.91, 0.10, 0.10], 1 + 1 / 81),
         ([0.99, 0.99, 0.98, 0.97, 0.99], 2.0),  # to the end of the grid; not beyond a gap
         ([0.50, 0.90, 0.50, 0.50, 0.50], 0.05),
-    ],
-)
-def test_width_is_the_range_around_the_best_that_is_within_a_hundredth(accuracies, decades):
-    found = robustness.width(np.logspace(-4, 0, 5), np.array(accuracies))
-    assert found == pytest.approx(decades, abs=1e-9)
+    ):
+        found = robustness.width(np.logspace(-4, 0, 5), np.array(accuracies))
+        assert found == pytest.approx(decades, abs=1e-9), accuracies
 
 
 @pytest.mark.parametrize(
@@ -107,22 +102,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """Results of the quick mode of all experiments."""
-    out = tmp_path_factory.mktemp("paper")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plots.STYLE, "figure.dpi", 40)  # drawing takes most of the time
-        assert command.main(["all", "--quick", "--out", str(out)]) == 0
-    return out / "quick"
-
-
 @pytest.mark.paper
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_quick_runs_have_a_table_a_figure_and_the_verdicts_that_theory_settles(quick, name):
-    assert not pd.read_csv(quick / f"{name}.csv", comment="#").isna().all().any()
-    assert (quick / f"{name}.png").exists()
-    result = json.loads((quick / f"{name}.json").read_text())
-    assert result["provenance"]["mode"] == "quick"
-    for index in SETTLED.get(name, ()):
-        assert result["verdicts"][index]["supported"] is True, result["verdicts"][index]
+def test_quick_runs_leave_results_and_support_what_theory_settles(tmp_path, monkeypatch):
+    monkeypatch.setitem(plots.STYLE, "figure.dpi", 40)  # drawing takes most of the time
+    assert command.main(["all", "--quick", "--out", str(tmp_path)]) == 0
+    settled = {"approximation": (0, 2), "variance": (0, 3), "noise": (0, 1), "travel": (0, 1)}
+    settled["counterexample"] = (0,)
+    for name in EXPERIMENTS:
+        file = tmp_path / "quick" / name
+        assert not pd.read_csv(f"{file}.csv", comment="#").isna().all().any(), name
+        assert Path(f"{file}.png").exists()
+        result = json.loads(Path(f"{file}.json").read_text())
+        assert result["provenance"]["mode"] == "quick"
+        for index in settled.get(name, ()):
+            assert result["verdicts"][index]["supported"] is True, result["verdicts"][index]

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -16,7 +17,6 @@ from bench.paper.experiments import EXPERIMENTS
 from bench.paper.harness import report, runner
 from bench.paper.harness.code_digest import code_digest
 from bench.paper.harness.experiment import Experiment, Run, Verdict
-from bench.paper.harness.runner import execute_missing
 
 TOY = """
 import os, signal, time
@@ -42,9 +42,6 @@ def end(after, interrupt):
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(600)
     os._exit(7)
-
-def draw():
-    return "a figure"
 """
 FILES = {
     "experiments/toy.py": TOY,
@@ -77,27 +74,27 @@ def experiment(*runs):
     )
 
 
-def test_finished_runs_are_kept_and_failed_ones_are_named_and_repeated(toy, tmp_path, capsys):
-    log, missing, kept = tmp_path / "log", tmp_path / "missing", tmp_path / "kept"
+def test_finished_runs_are_kept_and_failed_ones_repeated(toy, tmp_path, monkeypatch, capsys):
+    log, missing = tmp_path / "log", tmp_path / "missing"
     bad = Run(toy.fail_unless, {"exists": str(missing)})
     counts = [Run(toy.count, {"log": str(log), "times": times}) for times in (1, 2)]
-    toys = experiment(bad, *counts)
-    assert list(execute_missing([toys], kept, quick=True, jobs=1)["toy"]) == [bad.key]
+    monkeypatch.setattr(command, "EXPERIMENTS", {"toy": experiment(bad, *counts)})
+    arguments = ["toy", "--quick", "--jobs", "1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 1
     printed = capsys.readouterr().out
     assert f"failed: toy {bad.key}: OSError" in printed
     assert "in fail_unless" in printed
+    assert f"no result: 1 runs failed: {bad.key}" in printed
+    assert not (tmp_path / "quick" / "toy.csv").exists()
     assert log.read_text() == "run\nrun\n"
 
     missing.touch()
-    assert execute_missing([toys], kept, quick=True, jobs=1) == {}
+    assert command.main(arguments) == 0
+    assert "supported: the sum is 6" in capsys.readouterr().out
     assert log.read_text() == "run\nrun\n"
-    verdicts = report.report(toys, kept, tmp_path / "out", quick=True)
-    assert verdicts == [Verdict(True, "the sum is 6")]
-
-    head = (tmp_path / "out" / "toy.csv").read_text()
-    assert "# mode: quick\n# runs: 3\n" in head
-    assert re.search(r"# commit: \S+\n# sources: \w{12}\n# torch: ", head)
-    rows = pd.read_csv(tmp_path / "out" / "toy.csv", comment="#")
+    head = (tmp_path / "quick" / "toy.csv").read_text()
+    assert re.search(r"# runs: 3\n.*\n# date: .*\n# commit: .+\n# sources: \w{12}\n# torch: ", head)
+    rows = pd.read_csv(tmp_path / "quick" / "toy.csv", comment="#")
     assert list(rows["value"]) == [0, 2, 4]
     assert rows["threads"].max() == 1, "more than one thread in a process"
 
@@ -108,7 +105,7 @@ def test_a_kept_run_is_valid_for_the_same_arguments_and_code_only(toy, tmp_path)
     kept = runner.Kept(runner.digest(run), [{"value": 2}], 0.1, {})
     runner.keep(runner.kept_path(tmp_path, experiment(), run), kept)
     for file, old, new, same in (
-        ("experiments/toy.py", "a figure", "another", True),
+        ("experiments/toy.py", "is missing", "is gone", True),
         ("experiments/toy.py", "def count", "# why\ndef count", True),
         ("harness/shift.py", "(x):\n", '(x):\n    """Adds."""\n', True),
         ("harness/shift.py", "OFFSET = 0", "OFFSET = 1", False),
@@ -131,11 +128,8 @@ def test_finished_runs_are_kept_at_an_interrupt_and_when_a_process_dies(toy, tmp
     file = runner.kept_path(tmp_path, experiment(), one)
     end = Run(toy.end, {"after": str(file), "interrupt": interrupt})
     toys = experiment(one, end)
-    if interrupt:
-        with pytest.raises(KeyboardInterrupt):
-            execute_missing([toys], tmp_path, quick=True, jobs=2)
-    else:
-        assert list(execute_missing([toys], tmp_path, quick=True, jobs=2)["toy"]) == [end.key]
+    with pytest.raises(KeyboardInterrupt) if interrupt else nullcontext():
+        assert end.key in runner.execute_missing([toys], tmp_path, quick=True, jobs=2)["toy"]
     assert runner.read_kept(tmp_path, toys, one).rows[0]["value"] == 2
 
 
@@ -147,28 +141,17 @@ def test_each_run_of_an_experiment_has_its_own_file(name):
         assert all(re.fullmatch(r"[\w.,=+-]{1,200}", key) for key in keys)
 
 
-def test_without_a_name_the_experiments_are_listed(capsys):
+def test_the_command_lists_the_experiments_and_refuses_invalid_arguments(capsys):
     assert command.main([]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     for one in EXPERIMENTS.values():
         assert lines.index(f"{one.name:15} {one.title}") + 1 == lines.index(one.claim)
-
-
-def test_invalid_arguments_are_refused_with_the_choices(capsys):
     for arguments in (["nothing"], ["--quick", "--publish"]):
         with pytest.raises(SystemExit):
             command.main(arguments)
     errors = capsys.readouterr().err
     assert "unknown: nothing; there are approximation" in errors
     assert "the page shows full results only" in errors
-
-
-def test_a_failed_experiment_has_no_result_and_the_exit_says_so(toy, tmp_path, monkeypatch, capsys):
-    bad = Run(toy.fail_unless, {"exists": "nowhere"})
-    monkeypatch.setattr(command, "EXPERIMENTS", {"toy": experiment(bad)})
-    assert command.main(["toy", "--quick", "--out", str(tmp_path)]) == 1
-    assert f"no result: 1 runs failed: {bad.key}" in capsys.readouterr().out
-    assert not (tmp_path / "quick" / "toy.csv").exists()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -84,7 +84,6 @@ def test_adam_2k_updates_only_psi_before_its_first_step():
 def test_the_studied_optimizers_are_what_their_names_say():
     steps = 700
     assert (warmup_steps(steps), hold_steps(steps)) == (140, 20)  # a fifth; 2,000 of 70,000
-    threshold_4, exact = {"rho_threshold": 4.0}, {"rectification": "exact"}
     for name, options in {
         "Adam": {"eps": 1e-8, "hold": 0, "warmup": 0},
         "Adam-eps": {"eps": 1e-4},
@@ -92,10 +91,9 @@ def test_the_studied_optimizers_are_what_their_names_say():
         "Adam-2k, longer": {"hold": 140},
         "Adam with warmup": {"warmup": 140},
         "RAdam": {"rho_threshold": 5.0, "rectification": "first_order"},
-        "RAdam, threshold 4": threshold_4,
-        "RAdam, exact": exact,
-        "RAdam, exact, threshold 4": threshold_4 | exact,
-        "SGD with momentum": {},
+        "RAdam, threshold 4": {"rho_threshold": 4.0, "rectification": "first_order"},
+        "RAdam, exact": {"rho_threshold": 5.0, "rectification": "exact"},
+        "RAdam, exact, threshold 4": {"rho_threshold": 4.0, "rectification": "exact"},
     }.items():
         group = MAKE[name]([torch.zeros(1, requires_grad=True)], LR, steps).param_groups[0]
         assert group.items() >= (options | {"lr": LR}).items(), name
