@@ -74,9 +74,9 @@ def test_warmup_scales_the_steps_of_adam():
 
 def test_adam_2k_updates_only_psi_before_its_first_step():
     k = 5
-    held = steps_of(lambda p: optimizers.Adam(p, LR, hold=k))
+    held = steps_of(lambda p: optimizers.Adam(p, LR, hold=k, warmup=3))
     assert not held[:k].any()
-    phi = steps_of(lambda p: optimizers.Momentum(p, LR), GRADIENTS[k:])  # times -LR
+    phi = steps_of(lambda p: optimizers.Momentum(p, LR, warmup=3), GRADIENTS[k:])
     psi = torch.stack([psi_of(GRADIENTS[:t], 0.999) for t in range(k + 1, STEPS + 1)])
     torch.testing.assert_close(held[k:], phi * psi, rtol=1e-6, atol=0)
 

@@ -12,9 +12,9 @@ from ..harness.experiment import Row, Run, Verdict
 from ..harness.statistics import Mean, mean_interval
 from .simulation import log_spaced_steps, trajectory
 
-TITLE = "Toy 1: a noisy quadratic, begun at its optimum"
+TITLE = "Toy 1: a noisy quadratic, started at its optimum"
 CLAIM = (
-    "From a good place, x = 0 of x²/2 with gradients x + s z and z from N(0, 1), RAdam's first "
+    "Started at the optimum x = 0 of x²/2, with gradients x + s z and z from N(0, 1), RAdam's first "
     "steps lead less far away than Adam's (sections 3 and 4; the closed form is ours)."
 )
 LR, BETA1, BETA2 = 0.01, 0.9, 0.999

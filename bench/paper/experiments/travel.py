@@ -16,8 +16,8 @@ LR, BETAS = 0.01, (0.9, 0.999)
 SLOPE, NOISE = 0.01, 0.1  # of the loss; and the noise of its gradient, relative to it
 TITLE = "Toy 2: a long way down a gentle slope"
 CLAIM = (
-    f"Caution costs: down a slope of {SLOPE} with little noise, where Adam's first steps are "
-    "already good, RAdam loses, and the sum of r_t says by how much (ours)."
+    f"On a slope of {SLOPE} with little noise, where Adam's first steps are already good, RAdam is "
+    "slower, and the sum of r_t predicts by how much (ours)."
 )
 OPTIMIZERS = ("Adam", "RAdam")
 NEAR = 0.02  # relative error allowed for the theory, which has no noise (0.5% in psi)
