@@ -14,8 +14,8 @@ from .simulation import log_spaced_steps, trajectory
 
 TITLE = "Toy 1: a noisy quadratic, started at its optimum"
 CLAIM = (
-    "Started at the optimum x = 0 of x²/2, with gradients x + s z and z from N(0, 1), RAdam's first "
-    "steps lead less far away than Adam's (sections 3 and 4; the closed form is ours)."
+    "Started at the optimum x = 0 of x²/2, with gradients x + s z and z from N(0, 1), RAdam's "
+    "first steps lead less far away than Adam's (sections 3 and 4; the closed form is ours)."
 )
 LR, BETA1, BETA2 = 0.01, 0.9, 0.999
 SCALES = (0.1, 1.0, 10.0)  # s, the standard deviation of the noise
