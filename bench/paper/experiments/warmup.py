@@ -1,6 +1,4 @@
-"""r_t beside the linear warmup that it explains: which length T is nearest, by least squares."""
-
-from __future__ import annotations
+"""r_t beside the warmup that it explains, and the warmup length T that fits best."""
 
 import numpy as np
 import pandas as pd
@@ -9,9 +7,14 @@ from scipy import optimize
 
 from radam_kernels.schedule import rectification
 
-from . import style
-from .experiment import Experiment, Row, Run, Verdict
+from ..harness import plots
+from ..harness.experiment import Row, Run, Verdict
 
+TITLE = "Warmup, explained"
+CLAIM = (
+    "r_t has a similar form to a linear warmup, min(t, T) / T, which would explain why warmup "
+    "helps (section 4.3)."
+)
 BETA2S = (0.9, 0.98, 0.99, 0.999, 0.9999)
 SHAPES = {"linear": 1.0, "root": 0.5}  # min(1, t / T) to these powers
 HORIZON = 10  # in units of 1 / (1 - beta2); all but 1e-3 of r_t's rise
@@ -33,15 +36,16 @@ def warmup(steps: np.ndarray, length: float, power: float = 1.0) -> np.ndarray:
 
 
 def fit(beta2: float) -> list[Row]:
-    """For each shape the T of the least squares, and the distance that remains."""
+    """The least-squares T of each shape, and the remaining distance."""
     steps, r = rectifications(beta2)
     rows = []
+
+    def squares(log_length: float, power: float) -> float:
+        return np.mean((warmup(steps, np.exp(log_length), power) - r) ** 2)
+
     for shape, power in SHAPES.items():
-
-        def squares(log_length: float, power: float = power) -> float:
-            return np.mean((warmup(steps, np.exp(log_length), power) - r) ** 2)
-
-        found = optimize.minimize_scalar(squares, bounds=(0.0, np.log(steps[-1])), method="bounded")
+        bounds = 0.0, np.log(steps[-1])
+        found = optimize.minimize_scalar(squares, args=(power,), bounds=bounds, method="bounded")
         length = float(np.exp(found.x))
         gap = warmup(steps, length, power) - r
         rows.append(
@@ -59,12 +63,11 @@ def fit(beta2: float) -> list[Row]:
 
 
 def runs(quick: bool) -> list[Run]:
-    return [Run(f"beta2={b}", fit, {"beta2": b}) for b in (BETA2S[:-1] if quick else BETA2S)]
+    return [Run(fit, {"beta2": beta2}) for beta2 in (BETA2S[:-1] if quick else BETA2S)]
 
 
 def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
-    linear = rows[rows["shape"] == "linear"].set_index("beta2")
-    root = rows[rows["shape"] == "root"].set_index("beta2")
+    linear, root = (rows[rows["shape"] == shape].set_index("beta2") for shape in SHAPES)
     usual = linear.loc[0.999]
     long_memory = linear[linear.index >= 0.99]["T_in_memories"]
     return [
@@ -91,49 +94,27 @@ def judge(rows: pd.DataFrame, quick: bool) -> list[Verdict]:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The fits."""
-    return rows.rename(
-        columns={
-            "nearest_T": "nearest T",
-            "T_in_memories": "T (1 - beta2)",
-            "rms": "rms distance",
-            "largest_gap": "largest gap",
-            "at_step": "at step",
-        }
-    )
+    names = ("nearest T", "T (1 - beta2)", "rms distance", "largest gap", "at step")
+    return rows.set_axis(["beta2", "shape", *names], axis="columns")
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    figure, (left, right) = style.panels(2)
+    figure, (left, right) = plots.panels(2)
     steps, r = rectifications(0.999)
-    for length, color in zip(SHOWN, style.CYCLE, strict=False):
+    for length, color in zip(SHOWN, plots.CYCLE, strict=False):
         left.plot(steps, warmup(steps, length), color=color, lw=1, label=f"T = {length}")
-    left.plot(steps, r, color=style.BLACK, lw=2, label="r_t")
+    left.plot(steps, r, color=plots.BLACK, lw=2, label="r_t")
     left.set(xlabel="step t", title="beta2 = 0.999: r_t and min(t, T) / T")
-    style.legend(left)
-    for beta2, color in zip(BETA2S, style.CYCLE, strict=False):
+    left.legend()
+    for beta2, color in zip(BETA2S, plots.CYCLE, strict=False):
         steps, r = rectifications(beta2)
         right.plot(steps * (1 - beta2), r, color=color, lw=1.4, label=f"r_t, beta2 = {beta2}")
-    nearest = rows[(rows["beta2"] == 0.999)].set_index("shape")["T_in_memories"]
+    nearest = rows[rows["beta2"] == 0.999].set_index("shape")["T_in_memories"]
     x = np.linspace(0, HORIZON, 500)
-    for shape, dashes in (("linear", "--"), ("root", ":")):
+    for (shape, power), dashes in zip(SHAPES.items(), ("--", ":"), strict=True):
+        y = warmup(x, nearest[shape], power)
         label = f"{shape}, T = {nearest[shape]:.1f} / (1 - beta2)"
-        right.plot(x, warmup(x, nearest[shape], SHAPES[shape]), color="#777777", ls=dashes, lw=2,
-                   label=label)  # fmt: skip
+        right.plot(x, y, color=plots.GREY, ls=dashes, lw=2, label=label)
     right.set(xlabel="t (1 - beta2)", title="All beta2 beside the nearest warmups", xlim=(0, 6))
-    style.legend(right)
+    right.legend()
     return figure
-
-
-EXPERIMENT = Experiment(
-    name="warmup",
-    title="Warmup, explained",
-    claim=(
-        "r_t has a similar form to a linear warmup, min(t, T) / T, which would explain why warmup "
-        "helps (section 4.3)."
-    ),
-    runs=runs,
-    judge=judge,
-    draw=draw,
-    table=table,
-)

@@ -1,18 +1,16 @@
-"""Many copies of a one-dimensional problem, stepped at once: optimizers work by element."""
-
-from __future__ import annotations
+"""Shared by the simulations: log-spaced steps, and optimizers on one-dimensional problems."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from radam_kernels import RAdam
 
-from .frame import Adam
+from ..harness.optimizers import Adam
 
-LAST_MOMENTUM = 5  # the last step before rho_t is above the package's threshold
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": Adam,
     "RAdam": RAdam,
@@ -21,7 +19,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def walk(
+def log_spaced_steps(first: float, last: float, points: int) -> list[int]:
+    """At most `points` different integers, evenly spaced on a logarithmic scale."""
+    return sorted({round(step) for step in np.geomspace(first, last, points)})
+
+
+def trajectory(
     optimizer: str,
     x: Tensor,
     gradient: Callable[[int, Tensor], Tensor],
@@ -31,12 +34,14 @@ def walk(
     bound: float | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """The positions after each step from `x`, one element a chain; each is overwritten by the next.
+    """Yields the positions after each step; the tensor is overwritten by the next step.
 
     Args:
-        gradient: of all chains, at a step (from 1) and their positions.
-        lr: of a step.
-        bound: project back onto [-bound, bound] after each step.
+        x: initial positions. Each element is an independent copy of the problem, since the
+            optimizers work elementwise.
+        gradient: of all elements, from the step (counted from 1) and the positions.
+        lr: learning rate of a step.
+        bound: positions are projected onto [-bound, bound] after each step.
     """
     x = x.clone().requires_grad_()
     stepper = OPTIMIZERS[optimizer]([x], lr=lr(1), **options)

@@ -1,0 +1,1 @@
+"""Runs experiments, keeps their results, and writes tables, figures and the page."""
