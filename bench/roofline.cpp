@@ -1,5 +1,5 @@
-// What memory can do with the streams of a step, for bench/stream.py: an in-place streaming loop in
-// the place of the kernel, and the speed of IEEE division and square root where memory is near.
+// What memory can do with the streams of a step, for bench/roofline.py: an in-place streaming loop
+// in the place of the kernel, and the speed of IEEE division and square root where memory is near.
 // Compiled with csrc/cpu/launch_cpu.cpp and csrc/cpu/threads.cpp, so that elements are divided over
 // the same threads in the same way as the optimizer's.
 #include <algorithm>
@@ -16,17 +16,17 @@ namespace {
 // been.
 uint64_t mask = 0;
 
-template <typename P, typename S>
+template <typename P, typename G, typename S>
 void stream(const radam::Segment& segment, const void* grad, int64_t begin, int64_t end) {
   P* __restrict p = static_cast<P*>(segment.param) + begin;
-  const P* __restrict g = static_cast<const P*>(grad) + begin;
+  const G* __restrict g = static_cast<const G*>(grad) + begin;
   S* __restrict m = static_cast<S*>(segment.exp_avg) + begin;
   S* __restrict v = static_cast<S*>(segment.exp_avg_sq) + begin;
-  const P bits = static_cast<P>(mask);
+  const G bits = static_cast<G>(mask);
   const int64_t n = end - begin;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const P x = g[i] & bits;
+    const G x = g[i] & bits;
     p[i] += x;
     m[i] += x;
     v[i] += x;
@@ -59,21 +59,24 @@ namespace radam {
 // The launcher's only instruction set is this loop.
 void step_range_baseline(const Segments& segments, const DTypeSet& dtypes, const StepScalars*,
                          int64_t first, int64_t last) {
-  const int wide = kDTypeSizes[dtypes.param], state = kDTypeSizes[dtypes.state];
+  const int param = kDTypeSizes[dtypes.param], state = kDTypeSizes[dtypes.state];
   int64_t offset = 0;  // the segment's elements begin at this one of all
   for (int64_t i = 0; i < segments.count && offset < last; offset += segments.rows[i++].numel) {
     const Segment& segment = segments.rows[i];
     const int64_t begin = std::max<int64_t>(first - offset, 0);
     const int64_t end = std::min(last - offset, segment.numel);
     if (begin >= end) continue;
-    if (wide == 8) {
-      stream<uint64_t, uint64_t>(segment, segments.grads[i], begin, end);
-    } else if (wide == 4) {
-      stream<uint32_t, uint32_t>(segment, segments.grads[i], begin, end);
+    const void* grad = segments.grads[i];
+    if (param == 8) {
+      stream<uint64_t, uint64_t, uint64_t>(segment, grad, begin, end);
+    } else if (param == 4 && kDTypeSizes[dtypes.grad] == 4) {
+      stream<uint32_t, uint32_t, uint32_t>(segment, grad, begin, end);
+    } else if (param == 4) {
+      stream<uint32_t, uint16_t, uint32_t>(segment, grad, begin, end);
     } else if (state == 4) {
-      stream<uint16_t, uint32_t>(segment, segments.grads[i], begin, end);
+      stream<uint16_t, uint16_t, uint32_t>(segment, grad, begin, end);
     } else {
-      stream<uint16_t, uint16_t>(segment, segments.grads[i], begin, end);
+      stream<uint16_t, uint16_t, uint16_t>(segment, grad, begin, end);
     }
   }
 }
@@ -84,11 +87,11 @@ extern "C" {
 
 // Streams once through `count` segments. Dtypes are those of csrc/core/dtypes.h.
 void radam_stream(const radam::Segment* segments, const void* const* grads, int64_t count,
-                  int param, int state, int threads, uint64_t bits) {
+                  int param, int grad, int state, int threads, uint64_t bits) {
   mask = bits;
-  const auto p = static_cast<radam::DType>(param), s = static_cast<radam::DType>(state);
-  radam::step_cpu({segments, grads, count}, {p, p, s}, nullptr, threads,
-                  radam::instruction_sets()[0]);
+  const radam::DTypeSet dtypes = {static_cast<radam::DType>(param), static_cast<radam::DType>(grad),
+                                  static_cast<radam::DType>(state)};
+  radam::step_cpu({segments, grads, count}, dtypes, nullptr, threads, radam::instruction_sets()[0]);
 }
 
 // How many elements each thread has divided.
@@ -96,6 +99,4 @@ int64_t radam_divide(int size, int threads, int64_t passes) {
   return size == 8 ? divide_and_root<double>(threads, passes)
                    : divide_and_root<float>(threads, passes);
 }
-
-const char* radam_threads_from() { return radam::threads_from(); }
 }
