@@ -1,13 +1,11 @@
 // What memory can do with the streams of a step, for bench/roofline.py: an in-place streaming loop
-// in the place of the kernel, and the speed of IEEE division and square root where memory is near.
+// in the place of the kernel.
 // Compiled with csrc/cpu/launch_cpu.cpp and csrc/cpu/threads.cpp, so that elements are divided over
 // the same threads in the same way as the optimizer's.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "cpu/step_cpu.h"
-#include "cpu/threads.h"
 
 namespace {
 
@@ -31,25 +29,6 @@ void stream(const radam::Segment& segment, const void* grad, int64_t begin, int6
     m[i] += x;
     v[i] += x;
   }
-}
-
-// Passes over cached numbers: x stands for v, y for m.
-template <typename T>
-int64_t divide_and_root(int threads, int64_t passes) {
-  constexpr int64_t kN = 1024;
-  radam::parallel(threads, [&](int, int) {
-    alignas(64) T x[kN], y[kN], out[kN];
-    for (int64_t i = 0; i < kN; ++i) {
-      x[i] = static_cast<T>(1.0 + 0.001 * static_cast<double>(i));
-      y[i] = static_cast<T>(2.0 - 0.001 * static_cast<double>(i));
-    }
-    for (int64_t pass = 0; pass < passes; ++pass) {
-#pragma omp simd
-      for (int64_t i = 0; i < kN; ++i) out[i] = y[i] / (std::sqrt(x[i]) + static_cast<T>(1e-8));
-      asm volatile("" : : "r"(out), "r"(x), "r"(y) : "memory");  // keeps every pass
-    }
-  });
-  return kN * passes;
 }
 
 }  // namespace
@@ -92,11 +71,5 @@ void radam_stream(const radam::Segment* segments, const void* const* grads, int6
   const radam::DTypeSet dtypes = {static_cast<radam::DType>(param), static_cast<radam::DType>(grad),
                                   static_cast<radam::DType>(state)};
   radam::step_cpu({segments, grads, count}, dtypes, nullptr, threads, radam::instruction_sets()[0]);
-}
-
-// How many elements each thread has divided.
-int64_t radam_divide(int size, int threads, int64_t passes) {
-  return size == 8 ? divide_and_root<double>(threads, passes)
-                   : divide_and_root<float>(threads, passes);
 }
 }

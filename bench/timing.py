@@ -11,17 +11,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from torch import Tensor
 
 from .cases import Case, renew_gradients
 from .correctness import MEASURED, NOT_MEASURED, WRONG, brief, wrong
 from .optimizers import ADAM, DRY_RUN, RADAM, Optimizer, Session
-from .roofline import COPY, STREAM, Limit, limit_name
+from .roofline import COPY, STREAM, limit, limit_name
 
 Row = dict[str, Any]
 
@@ -139,18 +137,13 @@ def find_lead(clock: Clock, step: Callable[[], object]) -> float:
 class _Player:
     """An optimizer or a limit, and what its turns gave."""
 
-    what: Optimizer | Limit
+    row: Optimizer
     bytes: int  # for each element
     refused: Row
     session: Session | None = None
-    samples: list[Sample] = field(default_factory=list)
     checked: bool = False
+    samples: list[Sample] = field(default_factory=list)
     extra_bytes: int | None = None
-    floor: float = 0.0  # seconds, of a limit
-
-    @property
-    def name(self) -> str:
-        return self.what.name
 
 
 def measure(
@@ -178,18 +171,18 @@ def measure(
         DeviceLostError: after an error that the device does not recover from.
     """
     gc.collect()  # optimizers are in cycles: those of the last case are still there
-    players = _players(case, optimizers, dict(refused or {}), device, dry_run)
-    keep = device.type == "cpu" and not dry_run
+    kind = DRY_RUN if dry_run else device.type
+    players = _players(case, optimizers, dict(refused or {}), kind)
+    keep = kind == "cpu"
     rounds = 0
     with OtherWork() as others:
         try:
-            params = case.make(device)
-            clock = make_clock(device, case.cold)
-            rounds = _play(case, players, params, clock, keep, seconds, deadline)
+            turns = _Turns(case, players, device, keep)
+            rounds = turns.play(seconds, deadline)
         except torch.OutOfMemoryError as error:
             for player in players:
                 player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
-    params = []
+    turns = None
     free(device)
     facts = {
         **describe(case),
@@ -198,6 +191,125 @@ def measure(
         "cores_of_others": others.cores,
     }
     return compare([{**facts, **_row(case, player, keep)} for player in players])
+
+
+def _players(
+    case: Case, optimizers: Sequence[Optimizer], refused: dict[str, Row], kind: str
+) -> list[_Player]:
+    """The optimizers, and after the first RAdam that moves so many bytes their limit."""
+    # In cold caches the loop waits for its own tables, and is no limit of small tensors.
+    limited = not case.cold or case.elements >= LARGE
+    players: list[_Player] = []
+    for optimizer in optimizers:
+        moved = optimizer.traffic(case.dtype.itemsize) - case.moved_less
+        if reason := left_out(case, optimizer, kind):
+            refused.setdefault(optimizer.name, {"status": NOT_MEASURED, "reason": reason})
+        player = _Player(optimizer, moved, refused.get(optimizer.name, {}))
+        known = any(other.bytes == moved and other.row.radam for other in players)
+        players.append(player)
+        if limited and optimizer.radam and not known:
+            players.append(_Player(_limit_of(player, kind), moved, {}))
+    return players
+
+
+def _limit_of(player: _Player, kind: str) -> Optimizer:
+    def optimizer() -> torch.optim.Optimizer | None:
+        return player.session and player.session.optimizer
+
+    return limit(player.bytes, STREAM if kind == "cpu" else COPY, optimizer)
+
+
+class _Turns:
+    """The rounds of one case."""
+
+    def __init__(
+        self, case: Case, players: Sequence[_Player], device: torch.device, keep: bool
+    ) -> None:
+        self._case, self._players, self._keep = case, players, keep
+        self._device = device
+        self._params = case.make(device)
+        self._clock = make_clock(device, case.cold)
+
+    def play(self, seconds: float, deadline: float) -> int:
+        """Fills the players' samples; returns the number of rounds."""
+        begin, rounds = time.monotonic(), 0
+        share = seconds / ROUNDS / len(self._players)
+        while rounds < MOST_ROUNDS and not all(player.refused for player in self._players):
+            if rounds >= ROUNDS and time.monotonic() > begin + seconds:
+                break
+            for player in self._players:
+                now = time.monotonic()
+                due = rounds < (ROUNDS if player.row.level == 0 else 1)
+                if now > deadline:
+                    return rounds
+                if not player.refused and (due or now < begin + seconds):
+                    self._turn(player, min(share, deadline - now))
+            rounds += 1
+        return rounds
+
+    def _turn(self, player: _Player, seconds: float) -> None:
+        """Samples of one optimizer, or the reason why it has none."""
+        try:
+            player.session = player.session or self._start(player)
+            if not player.refused:
+                self._sample(player, player.session, seconds)
+        except Exception as error:
+            player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
+            try:
+                self._clock.synchronize()
+            except Exception as lost:
+                name = f"{player.row.name}, {self._case.name}"
+                raise DeviceLostError(f"{name}: {DEVICE_FAILED}: {brief(lost)}") from error
+        if player.refused or not self._keep:
+            player.session = None
+            free(self._device)
+
+    def _start(self, player: _Player) -> Session:
+        row = player.row
+        # All share the parameters, but for flat ones, which move them.
+        session = row.start(self._case.make(self._device) if row.flat else self._params)
+        if row.radam and not player.checked and (fault := wrong(row, session)):
+            player.refused = {"status": WRONG, "reason": fault}
+        player.checked = True
+        return session
+
+    def _sample(self, player: _Player, session: Session, seconds: float) -> None:
+        clock, cuda = self._clock, self._device.type == "cuda"
+        lead = find_lead(clock, session.step)  # the first step brings the optimizer's memory near
+        clock.synchronize()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        gc.disable()
+        try:
+            begin = time.monotonic()
+            for i in range(STEPS[1]):
+                if self._case.new_gradients:
+                    renew_gradients(session.params)
+                player.samples.append(clock.sample(session.step, lead))
+                if i + 1 >= STEPS[0] and time.monotonic() - begin > seconds:
+                    break
+        finally:
+            gc.enable()
+        if cuda and not self._case.new_gradients:
+            player.extra_bytes = torch.cuda.max_memory_allocated() - before
+
+
+def _row(case: Case, player: _Player, keep: bool) -> Row:
+    row: Row = {"optimizer": player.row.name, "bytes": player.bytes * case.elements}
+    if player.refused:
+        return {**row, **player.refused}
+    if not player.samples:
+        return {**row, "status": NOT_MEASURED, "reason": OUT_OF_TIME}
+    row |= {"status": MEASURED, "reason": "", "count": len(player.samples)}
+    row |= spread([sample.device for sample in player.samples], 1e3, "ms")
+    row["gb_s"] = row["bytes"] / row["ms"] / 1e6
+    if not keep:
+        row |= spread([sample.host for sample in player.samples], 1e6, "host_us")
+        # Nothing to do about a step of more launches than the queue holds, but to say it.
+        row["host_bound"] = sum(s.waited for s in player.samples) > len(player.samples) // 2
+        row["extra_bytes"] = player.extra_bytes
+    return row
 
 
 def describe(case: Case) -> Row:
@@ -218,10 +330,9 @@ def compare(rows: list[Row]) -> list[Row]:
     for row in by_name.values():
         per_element = row["bytes"] // row["elements"]
         for kind in (STREAM, COPY):
-            if limit := by_name.get(limit_name(per_element, kind)):
-                fastest = max(limit["ms"], limit["floor_ms"])
-                row["limit_gb_s"] = row["bytes"] / fastest / 1e6
-                row["limit_share"] = fastest / row["ms"]
+            if found := by_name.get(limit_name(per_element, kind)):
+                row["limit_gb_s"] = found["gb_s"]
+                row["limit_share"] = found["ms"] / row["ms"]
         for key, peer in RATIOS.items():
             row[key] = by_name[peer]["ms"] / row["ms"] if peer in by_name else None
         if "host_us" in row and "host_us" in by_name.get(ADAM, {}):
@@ -229,15 +340,9 @@ def compare(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def left_out(
-    case: Case, optimizer: Optimizer, device: torch.device, kind: str | None = None
-) -> str:
-    """Why an optimizer is not measured on a case, or nothing.
-
-    Args:
-        kind: of device, or DRY_RUN.
-    """
-    if reason := optimizer.absent(kind or device.type):
+def left_out(case: Case, optimizer: Optimizer, kind: str) -> str:
+    """Why an optimizer is not measured on a case, or nothing; `kind` is of device, or DRY_RUN."""
+    if reason := optimizer.absent(kind):
         return reason
     if optimizer.compiled and len(case.shapes) > COMPILED_TENSORS:
         return f"compiling takes too long for {len(case.shapes)} tensors"
@@ -245,34 +350,18 @@ def left_out(
         return "a graph reads gradients where they were captured"
     if optimizer.flat and case.sharded:
         return "sharded parameters can't be flattened"
-    if device.type != "cpu":
+    if kind != "cpu":
         return ""  # a GPU's allocator says itself what does not fit
-    if case.elements > SLOW and (optimizer.flat or optimizer.level > 1):
+    if case.elements > SLOW and optimizer.level > (1 - optimizer.flat):
         return f"time: measured up to {SLOW >> 20}M elements only"
-    need, free_now = bytes_needed(case, optimizer), FREE_PART * available()
-    if need > free_now:
-        return f"memory: needs {need / 1e9:.1f} GB, {free_now / 1e9:.1f} GB may be taken"
-    return ""
-
-
-def bytes_needed(case: Case, optimizer: Optimizer) -> int:
-    """Of parameters, gradients, moments and temporaries, at most."""
+    # Parameters, gradients, moments and temporaries: this has no exception to catch.
     size = case.dtype.itemsize
-    moments = (optimizer.traffic(size) - 3 * size) // 2
-    # A flat buffer is one more of parameters.
-    temporaries = size if optimizer.flat else 0 if optimizer.in_place else 3 * max(4, size)
-    return case.elements * (2 * size + moments + temporaries)
-
-
-def available() -> int:
-    """Bytes of host memory that are free, within the process's control group too."""
-    free_now = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free_now, int(most) - int(now))
-    except (OSError, ValueError):  # no group, or one without a limit
-        return free_now
+    temporaries = 0 if optimizer.in_place else 3 * max(4, size)
+    need = case.elements * (2 * size + (optimizer.traffic(size) - 3 * size) // 2 + temporaries)
+    most = FREE_PART * psutil.virtual_memory().available
+    if need > most:
+        return f"memory: needs {need / 1e9:.1f} GB, {most / 1e9:.1f} GB may be taken"
+    return ""
 
 
 def free(device: torch.device) -> None:
@@ -314,146 +403,3 @@ class OtherWork:
         guests = getattr(every, "guest", 0.0) + getattr(every, "guest_nice", 0.0)  # in user, too
         own = os.times()
         return sum(every) - idle - guests - own.user - own.system
-
-
-def _players(
-    case: Case,
-    optimizers: Sequence[Optimizer],
-    refused: dict[str, Row],
-    device: torch.device,
-    dry_run: bool,
-) -> list[_Player]:
-    """The optimizers, and after the first RAdam that moves so many bytes their limit."""
-    kind = STREAM if device.type == "cpu" and not dry_run else COPY
-    players: list[_Player] = []
-    # In cold caches the loop waits for its own tables, and is no limit of small tensors.
-    limited = not case.cold or case.elements >= LARGE
-    limits = set()
-    for optimizer in optimizers:
-        moved = optimizer.traffic(case.dtype.itemsize) - case.moved_less
-        reason = left_out(case, optimizer, device, DRY_RUN if dry_run else None)
-        if reason:
-            refused.setdefault(optimizer.name, {"status": NOT_MEASURED, "reason": reason})
-        players.append(_Player(optimizer, moved, refused.get(optimizer.name, {})))
-        if limited and optimizer.radam and moved not in limits and not players[-1].refused:
-            limits.add(moved)
-            players.append(_Player(Limit(moved, kind), moved, {}))
-    return players
-
-
-def _play(
-    case: Case,
-    players: Sequence[_Player],
-    params: list[Tensor],
-    clock: Clock,
-    keep: bool,
-    seconds: float,
-    deadline: float,
-) -> int:
-    """The number of rounds; the players have their samples."""
-    begin, rounds = time.monotonic(), 0
-    share = seconds / ROUNDS / max(1, len(players))
-    while rounds < MOST_ROUNDS:
-        late = time.monotonic() > begin + seconds
-        if (rounds >= ROUNDS and late) or all(player.refused for player in players):
-            break
-        for player in players:
-            now = time.monotonic()
-            due = rounds < (ROUNDS if player.what.level == 0 else 1)
-            if now > deadline:
-                return rounds
-            if not player.refused and (due or now < begin + seconds):
-                _turn(case, player, players, params, clock, keep, min(share, deadline - now))
-        rounds += 1
-    return rounds
-
-
-def _turn(
-    case: Case,
-    player: _Player,
-    players: Sequence[_Player],
-    params: list[Tensor],
-    clock: Clock,
-    keep: bool,
-    seconds: float,
-) -> None:
-    """Samples of one optimizer, or the reason why it has none."""
-    session = player.session
-    try:
-        if session is None:
-            session = _start(case, player, players, params)
-        if not player.refused:
-            _sample(case, player, session, clock, seconds)
-        if keep and not player.refused:
-            player.session = session
-    except Exception as error:
-        player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
-        try:
-            clock.synchronize()
-        except Exception as lost:
-            raise DeviceLostError(
-                f"{player.name}, {case.name}: {DEVICE_FAILED}: {brief(lost)}"
-            ) from error
-    finally:
-        session = None
-        if player.session is None:
-            free(params[0].device)
-
-
-def _start(
-    case: Case, player: _Player, players: Sequence[_Player], params: list[Tensor]
-) -> Session:
-    what = player.what
-    if isinstance(what, Limit):
-        sessions = (p.session for p in players if p.bytes == what.bytes and p.session)
-        optimizer = next((session.optimizer for session in sessions), None)
-        player.floor = what.floor(params)
-        return what.start(params, optimizer)
-    # All share the parameters, but for flat ones, which move them.
-    session = what.start(case.make(params[0].device) if what.flat else params)
-    if what.radam and not player.checked and (fault := wrong(what, session)):
-        player.refused = {"status": WRONG, "reason": fault}
-    player.checked = True
-    return session
-
-
-def _sample(case: Case, player: _Player, session: Session, clock: Clock, seconds: float) -> None:
-    cuda = session.params[0].device.type == "cuda"
-    renew = case.new_gradients and isinstance(player.what, Optimizer)
-    lead = find_lead(clock, session.step)  # the first step brings the optimizer's memory near
-    clock.synchronize()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    gc.disable()
-    try:
-        begin = time.monotonic()
-        for i in range(STEPS[1]):
-            if renew:
-                renew_gradients(session.params)
-            player.samples.append(clock.sample(session.step, lead))
-            if i + 1 >= STEPS[0] and time.monotonic() - begin > seconds:
-                break
-    finally:
-        gc.enable()
-    if cuda and not renew:
-        player.extra_bytes = torch.cuda.max_memory_allocated() - before
-
-
-def _row(case: Case, player: _Player, keep: bool) -> Row:
-    row: Row = {"optimizer": player.name, "bytes": player.bytes * case.elements}
-    if player.refused:
-        return {**row, **player.refused}
-    if not player.samples:
-        return {**row, "status": NOT_MEASURED, "reason": OUT_OF_TIME}
-    row |= {"status": MEASURED, "reason": "", "count": len(player.samples)}
-    row |= spread([sample.device for sample in player.samples], 1e3, "ms")
-    row["gb_s"] = row["bytes"] / row["ms"] / 1e6
-    if isinstance(player.what, Limit):
-        row["floor_ms"] = 1e3 * player.floor
-    if not keep:
-        row |= spread([sample.host for sample in player.samples], 1e6, "host_us")
-        # Nothing to do about a step of more launches than the queue holds, but to say it.
-        row["host_bound"] = sum(s.waited for s in player.samples) > len(player.samples) // 2
-        row["extra_bytes"] = player.extra_bytes
-    return row
