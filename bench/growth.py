@@ -1,11 +1,12 @@
-"""How the cost of a step grows with elements and with tensors, fitted to what a report measured."""
+"""How the cost of a step grows with elements and tensors: lines fitted to what was measured."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-LARGE = 1 << 22  # elements of float32 that no cache holds, with their gradients and moments
+from .timing import LARGE
 
 
 class Line(NamedTuple):
@@ -13,50 +14,35 @@ class Line(NamedTuple):
 
     fixed: float
     each: float
-    off: float  # the largest error of a point, as a part of it
+    error: float  # the largest of a point, as a part of it
 
 
-class Growth(NamedTuple):
-    """Of one optimizer, where there are points enough."""
-
-    seconds_by_elements: Line | None
-    seconds_by_tensors: Line | None
-    bytes_by_elements: Line | None
-    bytes_by_tensors: Line | None
-
-
-def fit(work: Sequence[float], cost: Sequence[float], scale: Sequence[float] | None = None) -> Line:
-    """The least squares of errors in parts of `scale`, which is the cost if not given."""
-    x, y = np.asarray(work, float), np.asarray(cost, float)
-    unit = y if scale is None else np.asarray(scale, float)
+def fit(work: Sequence[float], cost: Sequence[float], scale: Sequence[float]) -> Line | None:
+    """The least squares of errors in parts of `scale`; None for less than two points."""
+    if len(work) < 2:
+        return None
+    x, y, unit = (np.asarray(values, float) for values in (work, cost, scale))
     (fixed, each), *_ = np.linalg.lstsq(np.stack([1 / unit, x / unit], 1), y / unit, rcond=None)
     errors = np.abs(fixed + each * x - y) / unit
     return Line(float(fixed), float(each), float(errors.max()))
 
 
-def growth(results: dict[str, Any], optimizer: str) -> Growth:
-    """Fits for float32, gradients held, caches warm."""
-    large, lists = [], []
-    for name, case in results["cases"].items():
-        row = case["rows"].get(optimizer, {})
-        if "ms" not in row or not name.endswith("float32"):
+def growth(frame: pd.DataFrame, optimizer: str) -> dict[str, Line | None]:
+    """Seconds and bytes, by elements and by tensors: float32, gradients held, caches warm.
+
+    Bytes are those beyond parameters, gradients and moments.
+    """
+    own = frame[(frame.optimizer == optimizer) & (frame.dtype == "float32")]
+    single = own.tensors == 1
+    found = {}
+    for kind, column, unit in (("step", "ms", 1e-3), ("memory", "extra_bytes", 1)):
+        if column not in own:
             continue
-        seconds = row["ms"]["median"] / 1e3
-        if case["tensors"] == 1 and case["elements"] >= LARGE:
-            large.append((case["elements"], seconds))
-        elif case["elements"] == 64 * case["tensors"]:
-            lists.append((case["tensors"], seconds))
-    points = results["memory"].get(optimizer, [])
-    one = [(p["elements"], p["extra_bytes"]) for p in points if p["tensors"] == 1]
-    many = [(p["tensors"], p["extra_bytes"]) for p in points if p["tensors"] > 1]
-    return Growth(
-        *(_through(found) for found in (large, lists)),
-        *(_through(found, of_work=True) for found in (one, many)),
-    )
-
-
-def _through(points: list[tuple[int, float]], of_work: bool = False) -> Line | None:
-    if len(points) < 2:
-        return None
-    work, cost = zip(*points, strict=True)
-    return fit(work, cost, work if of_work else None)
+        points = own[(own.kind == kind) & (own.gradients == "held") & own[column].notna()]
+        large = points[single & (points.elements >= LARGE)]
+        lists = points[points.elements == 64 * points.tensors]
+        for work, some in (("elements", large), ("tensors", lists)):
+            cost = unit * some[column]
+            scale = cost if kind == "step" else some[work]
+            found[f"{column} by {work}"] = fit(some[work], cost, scale)
+    return found

@@ -1,151 +1,165 @@
-"""What a step costs on this CPU, against every other RAdam and Adam: `python -m bench.report`.
+"""What a step costs here, against every other RAdam and Adam: `python -m bench report`.
 
 About two minutes on 2 otherwise idle cores; --full takes larger sizes, more models and more
-optimizers. Leaves a table on the screen, and report.json, report.csv and three pictures in a
-folder. The optimizers of a case take turns, and no RAdam is timed before its step agrees with the
-formula in float64. Ctrl-C keeps what was measured. For a GPU there is bench/gpu_report.sh.
+optimizers, --device cuda what is meant for a GPU. Leaves results.json, results.csv and three
+pictures in a folder. No RAdam is timed before its step agrees with the formula in float64. Ctrl-C
+keeps what was measured.
 """
 
 import argparse
-import json
+import gc
+import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from . import machine
-from .cases import DTYPES, Case, Setting, all_cases
-from .contenders import QUICK, REFERENCE, TRITON, Contender, everyone
-from .folders import results_folder
-from .gpu_time import fault, write
-from .peak import STATUS, Point, extra_bytes
-from .report_files import draw, write_csv
-from .report_lines import table
-from .rounds import DEVICE, measure
-from .turns import Row
+from . import cases, goals, memory, plots, tables, timing, training
+from .cases import Case
+from .correctness import NOT_MEASURED, WRONG, refusals
+from .optimizers import CPU, CUDA, TRITON, Optimizer, select
+from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write
+from .timing import DeviceLostError, Row, describe
 
-SCHEMA = 1
-FILE = "report.json"
-FULL_ONLY = {"one_256M", "Llama-3-2-1B", "ViT-B-16", "BERT-base"}  # float32
-HALF = {False: ("one_64M",), True: ("one_1M", "one_64M", "one_256M", "ResNet-50", "GPT-2-124M")}
-SLOW = 1 << 25  # elements; beyond it only what tells most has time and room
-NO_SPEED = (REFERENCE, TRITON)  # with all that begin so: for reading, and interpreted
-# Elements, tensors. What malloc keeps of blocks below 32 MB, which it need not map, is chance.
-MEMORY = [(1 << 24, 1), (1 << 25, 1), (64, 1000), (64, 10_000)]
+KINDS = {"step": timing.measure, "training": training.measure, "memory": memory.measure}
+SECONDS = {"quick": 1.0, "full": 5.0, "gpu": 4.0}  # for a case
+LEVELS = {"quick": 1, "full": 2, "gpu": 2}  # of optimizers
+LEGEND = """
+a step: the median; p20 and p80 hold the middle three fifths. GB/s: of the bytes that the algorithm
+must move. of limit: of what a loop (on a GPU, a copy) reaches that only moves as many bytes, on the
+same tensors and threads. x Adam and x RAdam: how many times as fast as torch.optim.Adam(fused=True)
+and torch.optim.RAdam(foreach=True). extra: memory beyond parameters, gradients and moments.
+(!) other processes were at work meanwhile: measure it again.
+"""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--full", action="store_true", help="all there is: some 12 minutes")
-    parser.add_argument(
-        "--out", type=Path, help="folder (radam_report; with --full bench/results/<CPU>)"
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m bench report", description=__doc__.partition(":")[0]
     )
-    parser.add_argument("--only", default="", metavar="REGEX", help="of the cases, and 'memory'")
-    parser.add_argument("--seconds", type=float, help="for a case (1; with --full 5)")
-    parser.add_argument("--draw", action="store_true", help="what the folder has; time nothing")
+    parser.add_argument("--full", action="store_true", help="all there is: some 15 minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="folder (radam_report, or bench/results/<device>)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of the cases' names")
+    parser.add_argument("--seconds", type=float, help=f"for a case ({SECONDS})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="in all")
+    parser.add_argument("--resume", action="store_true", help="keep what the folder has")
+    parser.add_argument("--dry-run", action="store_true", help="a GPU's path on the CPU, tiny")
+    parser.add_argument("--once", metavar="CASE", help="one step of our kernels, for a profiler")
     args = parser.parse_args(arguments)
-    default = results_folder(machine.cpu_name()) if args.full else Path("radam_report")
-    file = (args.out or default) / FILE
-    if args.draw:
-        results = json.loads(file.read_text())
-    else:
-        torch.manual_seed(0)
-        chosen = [s for s in settings(args.full) if re.search(args.only, s.name)]
-        seconds = args.seconds if args.seconds is not None else 5 if args.full else 1
-        results = run(chosen, file, args.full, seconds, bool(re.search(args.only, "memory")))
-    print("\n".join(table(results)))
-    write_csv(results, file.with_suffix(".csv"))
-    for picture in draw(results, file.parent):
+    deadline = time.monotonic() + 60 * args.minutes
+    if args.device == "cuda" and not args.dry_run and not torch.cuda.is_available():
+        print("torch finds no GPU; --dry-run tries the code without one", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    device = torch.device("cpu" if args.dry_run else args.device)
+    gpu = args.dry_run or args.device == "cuda"
+    which = "gpu" if gpu else "full" if args.full else "quick"
+    chosen = [case for case in cases.select(which) if re.search(args.only, case.name)]
+    if args.dry_run:
+        chosen = [case.tiny() for case in chosen]
+    if args.once:
+        chosen = [case for case in chosen if case.name == args.once]
+        return once(chosen[0], device) if chosen else parser.error(f"--once: no case {args.once!r}")
+    file = (args.out or _folder(which, args.dry_run)) / FILE
+    seconds = SECONDS[which] if args.seconds is None else args.seconds
+    results = run(chosen, device, file, which, seconds, deadline, args.resume, args.dry_run)
+    table = frame(results)
+    for line in summary(results):
+        print(line)
+    table.to_csv(file.with_suffix(".csv"), index=False)
+    for picture in plots.draw(results, file.parent):
         print(picture)
-    rows = [row for case in results["cases"].values() for row in case["rows"].values()]
-    return 130 if results["interrupted"] else int(any("wrong" in row for row in rows))
+    wrong = any(row["status"] == WRONG for row in results["rows"])
+    return 130 if results["interrupted"] else int(wrong)
 
 
-def settings(full: bool) -> Iterator[Setting]:
-    """What is measured, in order."""
-    float32, bfloat16 = (all_cases(dtype) for dtype in DTYPES)
-    for key, case in float32.items():
-        if full or key not in FULL_ONLY:
-            yield Setting(case)
-        if key == "1000_of_64":
-            yield Setting(case, new_gradients=True)
-            yield Setting(case, new_gradients=True, cold=True)
-    yield from (Setting(bfloat16[key]) for key in HALF[full])
-
-
-def competitors(dtype: torch.dtype, full: bool) -> list[Contender]:
-    everybody = [c for c in everyone(dtype, "cpu") if not c.name.startswith(NO_SPEED)]
-    return [c for c in everybody if full or c.make is None or c.name in QUICK]
+def _folder(which: str, dry_run: bool) -> Path:
+    if dry_run or which == "quick":
+        return Path("radam_report")
+    return results_folder(cpu_name() if which == "full" else torch.cuda.get_device_name())
 
 
 def run(
-    chosen: Sequence[Setting], file: Path, full: bool, seconds: float, memory: bool
+    chosen: Sequence[Case],
+    device: torch.device,
+    file: Path,
+    which: str,
+    seconds: float,
+    deadline: float = math.inf,
+    resume: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Measures the settings, then memory; writes the file after each. Ctrl-C ends it early."""
-    results: dict[str, Any] = {
-        "schema": SCHEMA,
-        "set": "full" if full else "quick",
-        **machine.facts(DEVICE),
-        "interrupted": True,  # until all is measured
-        "cases": {},
-        "memory": {},
-    }
-    peers = {dtype: competitors(dtype, full) for dtype in DTYPES.values()}
-    points = [
-        Point(c.name, *work)
-        for c in peers[torch.float32]
-        for work in MEMORY
-        if memory and STATUS.exists() and c.make and not c.absent and not c.compiled
-    ]
+    """Measures the cases in turn; writes the file and prints a table after each."""
+    head = {"schema": SCHEMA, "set": which, "dry_run": dry_run, **facts(device)}
+    rows = kept(file, head) if resume else []
+    results = {**head, "interrupted": True, "rows": rows}
+    there = {row["case"] for row in rows}
+    refused: dict[torch.dtype, dict[str, Row]] = {}
+    lost = ""
+    gc.collect()
+    gc.freeze()  # what exists now stays: collecting the optimizers of each turn is quick then
     try:
-        with tqdm(total=len(chosen) + len(points), smoothing=0, disable=None) as bar:
-            bar.set_description("checking results")
-            dtypes = {setting.case.dtype for setting in chosen}
-            wrong = {dtype: faults(peers[dtype], dtype) for dtype in dtypes}
-            for setting in chosen:
-                bar.set_description(setting.name)
-                of = peers[setting.case.dtype]
-                slow = {c.name: why for c in of if (why := too_slow(c, setting.case))}
-                refused = {name: {"not_measured": why} for name, why in slow.items()}
-                refused |= wrong[setting.case.dtype]
-                results["cases"][setting.name] = measure(setting, of, refused, seconds)
-                write(file, results)
-                bar.update()
-            for point, extra in zip(points, extra_bytes(points), strict=True):
-                bar.set_description(f"memory of {point.optimizer}")
-                found = {"elements": point.elements, "tensors": point.tensors, "extra_bytes": extra}
-                results["memory"].setdefault(point.optimizer, []).append(found)
-                bar.update()
+        for case in chosen:
+            if case.name in there:
+                continue
+            rows_of = select(case.dtype, "cuda" if which == "gpu" else "cpu", LEVELS[which])
+            if case.dtype not in refused and not lost:
+                refused[case.dtype] = refusals(rows_of, device, case.dtype, deadline)
+            try:
+                found = [] if lost else KINDS[case.kind](
+                    case, rows_of, device, seconds=seconds, deadline=deadline,
+                    refused=refused[case.dtype], dry_run=dry_run,
+                )  # fmt: skip
+            except DeviceLostError as error:
+                lost = str(error)
+            if lost:
+                found = [_lost(case, optimizer, lost) for optimizer in rows_of]
+            rows += found
+            write(file, results)
+            disturbed = "  (!)" * any(map(tables.is_disturbed, found))
+            print(f"\n{case.name}{disturbed}\n{tables.case_table(found)}", flush=True)
         results["interrupted"] = False
     except KeyboardInterrupt:
-        pass
+        print("\ninterrupted: this is not all")
+    gc.unfreeze()
     write(file, results)
     return results
 
 
-def faults(contenders: Sequence[Contender], dtype: torch.dtype) -> dict[str, Row]:
-    """Rows of the RAdams that are wrong, or do not work here."""
-    return {
-        c.name: row
-        for c in contenders
-        if c.radam and not c.absent and (row := fault(c, DEVICE, dtype))
-    }
+def _lost(case: Case, optimizer: Optimizer, reason: str) -> Row:
+    row = {**describe(case), "optimizer": optimizer.name}
+    return {**row, "status": NOT_MEASURED, "reason": reason}
 
 
-def too_slow(contender: Contender, case: Case) -> str | None:
-    """Why timing it would take minutes, or tell nothing new."""
-    if contender.absent or not contender.make:
-        return None
-    if case.elements > SLOW and (contender.flat or contender.name not in QUICK):
-        return f"time: measured up to {SLOW >> 20}M elements only"
-    if contender.compiled and len(case.shapes) > 1:
-        return "time: compiled for one tensor only"
-    return None
+def summary(results: dict[str, Any]) -> list[str]:
+    """What is said after the cases."""
+    table = frame(results)
+    ours = "cuda" if results["set"] == "gpu" else "cpu"
+    lines = [LEGEND, tables.machine(results), "", tables.growth_table(table), ""]
+    lines.append("goals" + " (a dry run: these say nothing)" * results["dry_run"])
+    lines += [f"  {title}: {said}" for title, said in goals.verdicts(table, ours)]
+    return [*lines, "", "left out", *(f"  {line}" for line in tables.left_out(table)), ""]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def once(case: Case, device: torch.device) -> int:
+    """One step of each of our kernels between cudaProfilerStart and Stop."""
+    params = case.make(device)
+    for optimizer in select(case.dtype, "cuda", 0):
+        if optimizer.name not in (CPU, CUDA, TRITON):
+            continue
+        session = optimizer.start(params)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        session.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        moved = optimizer.traffic(case.dtype.itemsize) * case.elements
+        print(f"{case.name}: one step of {optimizer.name}, {moved} bytes")
+    return 0
