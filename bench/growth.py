@@ -33,13 +33,12 @@ def growth(frame: pd.DataFrame, optimizer: str) -> dict[str, Line | None]:
     Bytes are those beyond parameters, gradients and moments.
     """
     own = frame[(frame.optimizer == optimizer) & (frame.dtype == "float32")]
-    single = own.tensors == 1
     found = {}
     for kind, column, unit in (("step", "ms", 1e-3), ("memory", "extra_bytes", 1)):
         if column not in own:
             continue
         points = own[(own.kind == kind) & (own.gradients == "held") & own[column].notna()]
-        large = points[single & (points.elements >= LARGE)]
+        large = points[(points.tensors == 1) & (points.elements >= LARGE)]
         lists = points[points.elements == 64 * points.tensors]
         for work, some in (("elements", large), ("tensors", lists)):
             cost = unit * some[column]

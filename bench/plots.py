@@ -50,9 +50,12 @@ def draw(results: dict[str, Any], folder: Path) -> Iterator[Path]:
 
 def bandwidth(table: pd.DataFrame, axes: "Axes") -> None:
     points = table[(table.tensors == 1) & (table.elements > 64)]
+    if not len(points):
+        return
     _curves(points, axes, "elements", "gb_s")
     limit = points[points.optimizer.str.contains(" of 28 B")].sort_values("elements")
-    axes.plot(limit.elements, limit.gb_s, color="#777777", ls="--", lw=1.4, label="limit")
+    if len(limit):
+        axes.plot(limit.elements, limit.gb_s, color="#777777", ls="--", lw=1.4, label="limit")
     axes.set_xscale("log", base=2)
     axes.set(
         yscale="log",
@@ -65,6 +68,8 @@ def bandwidth(table: pd.DataFrame, axes: "Axes") -> None:
 
 def tensors(table: pd.DataFrame, axes: "Axes") -> None:
     points = table[(table.elements == 64 * table.tensors) & table.case.str.contains("tensor")]
+    if not len(points):
+        return
     _curves(points, axes, "tensors", "ms")
     axes.set(
         xscale="log",

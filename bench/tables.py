@@ -60,7 +60,13 @@ def given(row: pd.Series, key: str, say: Callable[[Any], str]) -> str:
 def case_table(rows: Iterable[dict[str, Any]]) -> str:
     """All that was measured of a case."""
     lines = [_line(pd.Series(row)) for row in rows if row["status"] == MEASURED]
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True) if lines else ""
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[dict[str, str]]) -> str:
+    """A table of cells by column; nothing without lines."""
+    table = pd.DataFrame(lines).fillna("")
+    return table.to_markdown(index=False, disable_numparse=True) if lines else ""
 
 
 def _line(row: pd.Series) -> dict[str, str]:
@@ -95,7 +101,7 @@ def pivot(
             texts = {name: _text(rows.get(name), rows.get(shown[0]), cell) for name in shown}
             title = case + " (!)" * is_disturbed(next(iter(rows.values())))
             lines.append({head: title.replace(" float32", ""), **texts})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return markdown(lines)
 
 
 def _text(row: pd.Series | None, ours: pd.Series | None, cell: Cell) -> str:
@@ -116,12 +122,6 @@ def compared(row: pd.Series, ours: pd.Series | None) -> str:
     return f"{text}, {times(row.ms / ours.ms)}"
 
 
-def spread(row: pd.Series, ours: pd.Series | None) -> str:
-    """The median, and in brackets the middle three fifths."""
-    middle, low, high = (duration(row[key] / 1e3) for key in ("ms", "ms_p20", "ms_p80"))
-    return f"{middle} ({low}-{high})"
-
-
 def is_disturbed(row: pd.Series) -> bool:
     return (row.get("cores_of_others") or 0) > DISTURBED
 
@@ -140,7 +140,7 @@ def growth_table(frame: pd.DataFrame) -> str:
         cells["fits off by"] = f"{max(errors):.0%}" if errors else ""
         if any(cells.values()):
             lines.append({"": name, **cells})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True) if lines else ""
+    return markdown(lines)
 
 
 def left_out(frame: pd.DataFrame) -> list[str]:

@@ -42,9 +42,10 @@ MODELS: dict[str, Callable[[], Model]] = {TRANSFORMER: transformer, CONVNET: con
 
 
 class _Trainee:
-    def __init__(self, case: Case, row: Optimizer, device: torch.device) -> None:
+    def __init__(self, case: Case, row: Optimizer, device: torch.device, dry_run: bool) -> None:
         torch.manual_seed(0)
         model, batch = MODELS[case.name]()
+        batch = batch[:1] if dry_run else batch
         self._model, self._batch = model.to(device), batch.to(device)
         self._model(self._batch)  # gives lazy layers their parameters
         self.params = list(model.parameters())
@@ -88,18 +89,18 @@ def measure(
     with OtherWork() as others:
         for row in optimizers:
             reason = left_out(case, row, DRY_RUN if dry_run else device.type)
-            if row.graph or row.flat or row.compiled or row.half:
+            if row.level > 1 or row.flat or row.half:
                 reason = "time: not measured within training"
             rows[row.name] = {"status": NOT_MEASURED, "reason": reason or OUT_OF_TIME}
             rows[row.name] |= refused.get(row.name, {})
             if reason or row.name in refused or time.monotonic() > deadline:
                 continue
             try:
-                trainees[row.name] = _Trainee(case, row, device)
+                trainees[row.name] = _Trainee(case, row, device, dry_run)
             except Exception as error:
                 rows[row.name]["reason"] = brief(error)
         begin, rounds = time.monotonic(), 0
-        while rounds < LEAST or time.monotonic() < begin + seconds:
+        while rounds < (1 if dry_run else LEAST) or time.monotonic() < begin + seconds:
             if time.monotonic() > deadline or not trainees:
                 break
             for trainee in trainees.values():
