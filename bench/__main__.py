@@ -6,7 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "report": ("bench.report", "measure steps on this machine"),
     "publish": ("bench.pages", "write the pages that show the results"),
-    "profile": ("bench.profile", "show where the time of a step goes"),
+    "profile": ("bench.profiling", "show where the time of a step goes"),
     "gpu": ("bench.gpu.stages", "everything that needs a GPU, in stages"),
 }
 

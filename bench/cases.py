@@ -1,6 +1,6 @@
 """What is measured, in one list: parameters, and how a step finds the memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -44,10 +44,10 @@ class Case:
     def elements(self) -> int:
         return sum(map(prod, self.shapes))
 
-    @property
-    def moved_less(self) -> int:
-        """Bytes by which a gradient's element is smaller than a parameter's."""
-        return self.dtype.itemsize - (self.grad_dtype or self.dtype).itemsize
+    def moved(self, traffic: Callable[[int], int]) -> int:
+        """Bytes for each element, of a step that moves so many where gradients are as wide."""
+        grad = self.grad_dtype or self.dtype
+        return traffic(self.dtype.itemsize) - self.dtype.itemsize + grad.itemsize
 
     def make(self, device: torch.device) -> list[Tensor]:
         """Parameters with gradients, random: zeros can run faster than real data."""

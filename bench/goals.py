@@ -1,6 +1,5 @@
 """What the kernels are meant to reach, and whether results say that they do."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pandas as pd
@@ -45,11 +44,13 @@ GOALS = [
 ]
 
 
-def verdicts(frame: pd.DataFrame, device: str) -> Iterator[tuple[str, str]]:
-    """Each goal for that type of device, and whether it is met."""
-    for goal in GOALS:
-        if device in goal.optimizer:
-            yield f"{goal.title}, at least {goal.least:.2f}", verdict(frame, goal)
+def lines(frame: pd.DataFrame, device: str) -> str:
+    """A line for each goal on that type of device."""
+    return "\n".join(
+        f"- {goal.title}, at least {goal.least:.2f}: {verdict(frame, goal)}"
+        for goal in GOALS
+        if device in goal.optimizer
+    )
 
 
 def verdict(frame: pd.DataFrame, goal: Goal) -> str:

@@ -27,22 +27,20 @@ def fit(work: Sequence[float], cost: Sequence[float], scale: Sequence[float]) ->
     return Line(float(fixed), float(each), float(errors.max()))
 
 
-def growth(frame: pd.DataFrame, optimizer: str) -> dict[str, Line | None]:
-    """Seconds and bytes, by elements and by tensors: float32, gradients held, caches warm.
+def growth(frame: pd.DataFrame, optimizer: str) -> dict[tuple[str, str], Line | None]:
+    """Lines of "ms" and "extra_bytes" by "elements" and "tensors".
 
-    Bytes are those beyond parameters, gradients and moments.
+    From float32, gradients held, caches warm: one tensor of LARGE elements and more, and tensors
+    of 64.
     """
-    own = frame[(frame.optimizer == optimizer) & (frame.dtype == "float32")]
-    single = own.tensors == 1
+    held = (frame.optimizer == optimizer) & (frame.dtype == "float32") & (frame.gradients == "held")
     found = {}
-    for kind, column, unit in (("step", "ms", 1e-3), ("memory", "extra_bytes", 1)):
-        if column not in own:
-            continue
-        points = own[(own.kind == kind) & (own.gradients == "held") & own[column].notna()]
-        large = points[single & (points.elements >= LARGE)]
+    for kind, cost in (("step", "ms"), ("memory", "extra_bytes")):
+        points = (
+            frame[held & (frame.kind == kind)].reindex(columns=[*frame, cost]).dropna(subset=cost)
+        )
+        large = points[(points.tensors == 1) & (points.elements >= LARGE)]
         lists = points[points.elements == 64 * points.tensors]
         for work, some in (("elements", large), ("tensors", lists)):
-            cost = unit * some[column]
-            scale = cost if kind == "step" else some[work]
-            found[f"{column} by {work}"] = fit(some[work], cost, scale)
+            found[cost, work] = fit(some[work], some[cost], some[cost if kind == "step" else work])
     return found

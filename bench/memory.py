@@ -32,32 +32,32 @@ def measure(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
     with context.Pool(1, maxtasksperchild=1) as pool:
-        for row in optimizers:
-            reason = left_out(case, row, "cpu")
+        for optimizer in optimizers:
+            reason = left_out(case, optimizer, "cpu")
             if not STATUS.exists():
                 reason = f"no {STATUS} here"
-            elif row.compiled:
+            elif optimizer.form == "compiled":
                 reason = "compiling takes memory of its own"
             elif time.monotonic() > deadline:
                 reason = OUT_OF_TIME
-            extra = {} if reason else {"extra_bytes": pool.apply(extra_bytes, (row.name, case))}
-            status = NOT_MEASURED if reason else MEASURED
-            rows.append({"optimizer": row.name, "status": status, "reason": reason, **extra})
-    return [{**describe(case), **row} for row in rows]
+            row = {**describe(case), "optimizer": optimizer.name, "reason": reason}
+            row["status"] = NOT_MEASURED if reason else MEASURED
+            if not reason:
+                row["extra_bytes"] = pool.apply(extra_bytes, (optimizer.name, case))
+            rows.append(row)
+    return rows
 
 
 def extra_bytes(name: str, case: Case) -> int:
     """In this process, which must not have had more memory at any time before."""
     torch.set_num_threads(1)  # threads take no part in it, and on a busy machine they wait long
-    device, row = torch.device("cpu"), BY_NAME[name]
+    device, size, row = torch.device("cpu"), case.dtype.itemsize, BY_NAME[name]
     # A first step loads code, which is not the question.
     row.start(Case("", case.dtype, [(1,)]).make(device))
     params = case.make(device)
     before = _peak()
-    session = row.start(params)
-    moments = row.traffic(case.dtype.itemsize) - 3 * case.dtype.itemsize
-    del session
-    return _peak() - before - case.elements * moments // 2
+    row.start(params)
+    return _peak() - before - case.elements * (row.traffic(size) - 3 * size) // 2
 
 
 def _peak() -> int:

@@ -17,11 +17,8 @@ from radam_kernels.backends import why_not
 
 CPU, CPU16 = "radam_kernels cpu", "radam_kernels cpu, bf16 moments"
 CUDA, CUDA16 = "radam_kernels cuda", "radam_kernels cuda, bf16 moments"
-TRITON, REFERENCE = "radam_kernels triton", "radam_kernels reference"
+TRITON = "radam_kernels triton"
 RADAM, ADAM = "torch RAdam(foreach)", "torch Adam(fused)"
-OPTIMI, PYTORCH_OPTIMIZER = "torch-optimi RAdam", "pytorch_optimizer RAdam"
-DEEPSPEED = "DeepSpeed CPUAdam"
-
 DRY_RUN = "dry run"  # of a GPU's path, on the CPU
 LR = 1e-3
 WARM_UP = 6  # steps before anything is timed: they load code, make state, and end rectified
@@ -59,43 +56,35 @@ class Optimizer:
 
     Attributes:
         traffic: bytes that a step must read and write for each element, by the size of one.
+        level: 0 is what the goals speak of, 1 is part of a quick report, 2 of a full one.
+        style: color, marker and line in matplotlib's words.
         package: that must be installed, by its name on PyPI.
         kinds: types of device on which it works.
-        level: 0 is what the goals speak of, 1 is part of a quick report, 2 of a full one.
+        backend: of ours.
         radam: whether its steps must agree with the formula of RAdam.
         debiased: its moments are stored divided by their bias corrections.
         slack: a relative error that it is known to have.
-        graph: stepped by a CUDA graph. Its gradients must stay where they are.
-        compiled: by torch.compile, which takes long for many shapes.
-        flat: moves its parameters into a buffer of its own.
-        half: it is a way to step 16-bit parameters.
+        form: "graph", stepped by a CUDA graph; "compiled", which takes long for many shapes;
+            "flat", moves its parameters into a buffer of its own; "half", for 16-bit parameters.
         any_gradient: it takes gradients of another dtype than their parameters'.
-        in_place: it needs no temporary tensors of the size of the parameters.
-        backend: of ours.
     """
 
     name: str
     make: Make
     traffic: Callable[[int], int] = narrow
+    level: int = 2
+    style: str = "C7o--"
     package: str = ""
     kinds: tuple[str, ...] = ("cpu", "cuda")
-    level: int = 2
-    color: str = "#777777"
-    marker: str = "o"
-    dashed: bool = False
+    backend: str = ""
     radam: bool = False
     debiased: bool = False
     slack: float = 0.0
-    graph: bool = False
-    compiled: bool = False
-    flat: bool = False
-    half: bool = False
+    form: str = ""
     any_gradient: bool = False
-    in_place: bool = False
-    backend: str = ""
 
     def absent(self, kind: str) -> str:
-        """Why it can't run on that type of device, or nothing. Any type does for a "dry run"."""
+        """Why it can't run on that type of device (or in a DRY_RUN), or nothing."""
         if self.package and not version_of(self.package):
             return f"{self.package} is not installed"
         if kind == DRY_RUN:
@@ -110,7 +99,7 @@ class Optimizer:
         step = optimizer.step
         if not self.any_gradient and params[0].grad.dtype != params[0].dtype:
             step = _converting(step, params)
-        if self.graph:
+        if self.form == "graph":
             step = _captured(step, params[0].device)
         else:
             for _ in range(WARM_UP):
@@ -155,30 +144,21 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     return graph.replay
 
 
-def _ours(backend: str, **options: object) -> Make:
+def _ours(backend: str, half: bool = False, **options: object) -> Make:
     def make(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
         # A dry run tries the path of a GPU on the CPU.
         dry = backend == "cuda" and params[0].device.type == "cpu"
-        return radam_kernels.RAdam(params, lr, backend="cpu" if dry else backend, **options)
+        state = {"state_dtype": params[0].dtype} if half else {}
+        return radam_kernels.RAdam(
+            params, lr, backend="cpu" if dry else backend, **options, **state
+        )
 
     return make
 
 
-def _half_moments(backend: str) -> Make:
-    return lambda params, lr: _ours(backend, state_dtype=params[0].dtype)(params, lr)
-
-
-def _torch(name: str, **options: object) -> Make:
-    return _imported("torch.optim", name, **options)
-
-
-def _imported(module: str, name: str, **options: object) -> Make:
+def _of(module: str, name: str, **options: object) -> Make:
+    """A class of another package, which is imported at its first use."""
     return lambda params, lr: getattr(import_module(module), name)(params, lr=lr, **options)
-
-
-def _flash(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
-    bits = 24 if params[0].dtype.itemsize == 2 else None
-    return _imported("flashoptim", "FlashAdamW", master_weight_bits=bits)(params, lr)
 
 
 def _compiled(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -188,8 +168,13 @@ def _compiled(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _flash(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+    bits = 24 if params[0].dtype.itemsize == 2 else None
+    return _of("flashoptim", "FlashAdamW", master_weight_bits=bits)(params, lr)
+
+
 def _schedule_free(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
-    optimizer = _imported("schedulefree", "RAdamScheduleFree")(params, lr)
+    optimizer = _of("schedulefree", "RAdamScheduleFree")(params, lr)
     optimizer.train()
     return optimizer
 
@@ -197,7 +182,7 @@ def _schedule_free(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer
 def _deepspeed(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return _imported("deepspeed.ops.adam", "DeepSpeedCPUAdam")(params, lr)
+    return _of("deepspeed.ops.adam", "DeepSpeedCPUAdam")(params, lr)
 
 
 def _deepspeed_is_built() -> bool:
@@ -206,85 +191,64 @@ def _deepspeed_is_built() -> bool:
     return any(root.glob("**/cpu_adam.so"))
 
 
-# Okabe and Ito's colors, which stay apart for color-blind readers; relatives share one.
-ORANGE, BLACK, BLUE, SKY = "#E69F00", "#000000", "#0072B2", "#56B4E9"
-GREEN, PURPLE, RED, GRAY = "#009E73", "#CC79A7", "#D55E00", "#777777"
-
-_CPU = dict(kinds=("cpu",), backend="cpu", color=ORANGE, any_gradient=True, in_place=True)
-_CUDA = dict(kinds=("cuda",), backend="cuda", color=ORANGE, any_gradient=True, in_place=True)
-_TRITON = {**_CUDA, "backend": "triton", "color": RED, "marker": "s"}
-# The most telling first, so that a lack of time costs the least.
+_CPU = dict(kinds=("cpu",), backend="cpu", radam=True, any_gradient=True)
+_CUDA = {**_CPU, "kinds": ("cuda",), "backend": "cuda"}
+_TRITON = {**_CUDA, "backend": "triton"}
+_TORCH = "torch.optim"
+# The most telling first, so that a lack of time costs the least. Relatives share a color.
 OPTIMIZERS = [
-    Optimizer(CPU, _ours("cpu"), wide, level=0, radam=True, **_CPU),
-    Optimizer(CUDA, _ours("cuda"), wide, level=0, radam=True, **_CUDA),
-    Optimizer(TRITON, _ours("triton"), wide, level=0, radam=True, **_TRITON),
-    Optimizer(ADAM, _torch("Adam", fused=True), level=0, in_place=True, color=BLUE, marker="^"),
-    Optimizer(RADAM, _torch("RAdam", foreach=True), level=0, radam=True, color=BLACK, marker="P"),
-    Optimizer(CPU16, _half_moments("cpu"), level=0, radam=True, half=True, **_CPU),
-    Optimizer(CUDA16, _half_moments("cuda"), level=0, radam=True, half=True, **_CUDA),
+    Optimizer(CPU, _ours("cpu"), wide, 0, "C1o-", **_CPU),
+    Optimizer(CUDA, _ours("cuda"), wide, 0, "C1o-", **_CUDA),
+    Optimizer(TRITON, _ours("triton"), wide, 0, "C5s-", **_TRITON),
+    Optimizer(ADAM, _of(_TORCH, "Adam", fused=True), narrow, 0, "C0^-"),
+    Optimizer(RADAM, _of(_TORCH, "RAdam", foreach=True), narrow, 0, "kP-", radam=True),
+    Optimizer(CPU16, _ours("cpu", half=True), narrow, 0, form="half", **_CPU),
+    Optimizer(CUDA16, _ours("cuda", half=True), narrow, 0, form="half", **_CUDA),
+    Optimizer(f"{TRITON}, bf16 moments", _ours("triton", half=True), form="half", **_TRITON),
+    Optimizer(f"{CUDA}, graph", _ours("cuda", capturable=True), wide, form="graph", **_CUDA),
+    Optimizer(f"{CPU}, flat", _ours("cpu", flatten=True), wide, 1, "C5s--", form="flat", **_CPU),
+    Optimizer(f"{CUDA}, flat", _ours("cuda", flatten=True), wide, 2, form="flat", **_CUDA),
+    Optimizer("torch AdamW(fused)", _of(_TORCH, "AdamW", fused=True), style="C0v--"),
     Optimizer(
-        f"{TRITON}, bf16 moments", _half_moments("triton"), radam=True, half=True, **_TRITON
+        "torch RAdam(for-loop)", _of(_TORCH, "RAdam", foreach=False), style="k*:", radam=True
     ),
-    Optimizer(
-        f"{CUDA}, graph", _ours("cuda", capturable=True), wide, radam=True, graph=True, **_CUDA
-    ),
-    Optimizer(
-        f"{CPU}, flat", _ours("cpu", flatten=True), wide, level=1, radam=True, flat=True,
-        **_CPU | dict(color=RED, marker="s", dashed=True),
-    ),
-    Optimizer(
-        f"{CUDA}, flat", _ours("cuda", flatten=True), wide, radam=True, flat=True,
-        **_CUDA | dict(marker="s", dashed=True),
-    ),
-    Optimizer(
-        "torch AdamW(fused)", _torch("AdamW", fused=True), in_place=True, color=BLUE, marker="v",
-        dashed=True,
-    ),
-    Optimizer(
-        "torch RAdam(for-loop)", _torch("RAdam", foreach=False), radam=True, color=BLACK,
-        marker="*", dashed=True,
-    ),
-    Optimizer("torch Adam(foreach)", _torch("Adam", foreach=True), color=SKY, marker="^"),
-    Optimizer(
-        "torch AdamW(foreach)", _torch("AdamW", foreach=True), color=SKY, marker="v", dashed=True
-    ),
+    Optimizer("torch Adam(foreach)", _of(_TORCH, "Adam", foreach=True), style="C4^-"),
+    Optimizer("torch AdamW(foreach)", _of(_TORCH, "AdamW", foreach=True), style="C4v--"),
     # Compiled it makes the scalars in float32, which shows at the first rectified steps.
     Optimizer(
-        "torch RAdam(compiled)", _compiled, radam=True, compiled=True, slack=0.02,
-        color=BLACK, marker="p", dashed=True,
+        "torch RAdam(compiled)", _compiled, style="kp--", radam=True, slack=0.02, form="compiled"
     ),
     # Kahan sums would take the gradient for scratch, and the defaults are not Adam's.
     Optimizer(
-        OPTIMI, _imported("optimi", "RAdam", betas=(0.9, 0.999), eps=1e-8, kahan_sum=False),
-        package="torch-optimi", level=1, radam=True, debiased=True, color=GREEN, marker="D",
+        "torch-optimi RAdam",
+        _of("optimi", "RAdam", betas=(0.9, 0.999), eps=1e-8, kahan_sum=False),
+        level=1, style="C8D-", package="torch-optimi", radam=True, debiased=True,
     ),
     Optimizer(
-        PYTORCH_OPTIMIZER, _imported("pytorch_optimizer", "RAdam", degenerated_to_sgd=True),
-        package="pytorch_optimizer", level=1, radam=True, color=PURPLE, marker="X",
+        "pytorch_optimizer RAdam", _of("pytorch_optimizer", "RAdam", degenerated_to_sgd=True),
+        level=1, style="C3X-", package="pytorch_optimizer", radam=True,
     ),
     Optimizer(
-        DEEPSPEED, _deepspeed, wide, package="deepspeed", kinds=("cpu",),
-        level=1 if _deepspeed_is_built() else 2, in_place=True, color=SKY, marker="h",
+        "DeepSpeed CPUAdam", _deepspeed, wide, 1 if _deepspeed_is_built() else 2, "C2h-",
+        package="deepspeed", kinds=("cpu",),
     ),
     # Another algorithm: it averages the weights in place of a schedule.
     Optimizer(
-        "schedulefree RAdamScheduleFree", _schedule_free, package="schedulefree", color=GREEN,
-        marker="<", dashed=True,
+        "schedulefree RAdamScheduleFree", _schedule_free, style="C8<--", package="schedulefree"
     ),
     Optimizer(
         "flashoptim AdamW(8 bit)", _flash, lambda size: quantized(size) + 2 * (size == 2),
-        package="flashoptim", kinds=("cuda",), color=PURPLE, marker=">", dashed=True,
+        style="C3>--", package="flashoptim", kinds=("cuda",),
     ),
     # Tensors of less than 4,096 elements keep moments of 32 bits in these two.
     Optimizer(
-        "bitsandbytes Adam(8 bit)", _imported("bitsandbytes.optim", "Adam8bit"), quantized,
-        package="bitsandbytes", color=GRAY, marker="d", dashed=True,
+        "bitsandbytes Adam(8 bit)", _of("bitsandbytes.optim", "Adam8bit"), quantized,
+        style="C7d--", package="bitsandbytes",
     ),
     Optimizer(
-        "torchao AdamW(8 bit)", _imported("torchao.optim", "AdamW8bit"), quantized,
-        package="torchao", compiled=True, color=GRAY, marker="H", dashed=True,
+        "torchao AdamW(8 bit)", _of("torchao.optim", "AdamW8bit"), quantized,
+        style="C7H--", package="torchao", form="compiled",
     ),
-    Optimizer(REFERENCE, _ours("reference"), wide, level=3, radam=True, backend="reference"),
 ]  # fmt: skip
 BY_NAME = {optimizer.name: optimizer for optimizer in OPTIMIZERS}
 
@@ -296,5 +260,5 @@ def select(dtype: torch.dtype, kind: str, level: int) -> list[Optimizer]:
         for optimizer in OPTIMIZERS
         if optimizer.level <= level
         and (not optimizer.backend or kind in optimizer.kinds)
-        and (not optimizer.half or dtype.itemsize == 2)
+        and (optimizer.form != "half" or dtype.itemsize == 2)
     ]

@@ -21,26 +21,17 @@ import torch
 from . import cases, goals, memory, plots, tables, timing, training
 from .cases import Case
 from .correctness import NOT_MEASURED, WRONG, refusals
-from .optimizers import CPU, CUDA, TRITON, Optimizer, select
+from .optimizers import select
 from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write
 from .timing import DeviceLostError, Row, describe
 
 KINDS = {"step": timing.measure, "training": training.measure, "memory": memory.measure}
 SECONDS = {"quick": 1.0, "full": 5.0, "gpu": 4.0}  # for a case
 LEVELS = {"quick": 1, "full": 2, "gpu": 2}  # of optimizers
-LEGEND = """
-a step: the median; p20 and p80 hold the middle three fifths. GB/s: of the bytes that the algorithm
-must move. of limit: of what a loop (on a GPU, a copy) reaches that only moves as many bytes, on the
-same tensors and threads. x Adam and x RAdam: how many times as fast as torch.optim.Adam(fused=True)
-and torch.optim.RAdam(foreach=True). extra: memory beyond parameters, gradients and moments.
-(!) other processes were at work meanwhile: measure it again.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m bench report", description=__doc__.partition(":")[0]
-    )
+    parser = argparse.ArgumentParser("python -m bench report", description=__doc__.split(":")[0])
     parser.add_argument("--full", action="store_true", help="all there is: some 15 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="folder (radam_report, or bench/results/<device>)")
@@ -52,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", metavar="CASE", help="one step of our kernels, for a profiler")
     args = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * args.minutes
-    if args.device == "cuda" and not args.dry_run and not torch.cuda.is_available():
+    gpu = args.dry_run or args.device == "cuda"
+    if gpu and not args.dry_run and not torch.cuda.is_available():
         print("torch finds no GPU; --dry-run tries the code without one", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     device = torch.device("cpu" if args.dry_run else args.device)
-    gpu = args.dry_run or args.device == "cuda"
     which = "gpu" if gpu else "full" if args.full else "quick"
     chosen = [case for case in cases.select(which) if re.search(args.only, case.name)]
     if args.dry_run:
@@ -65,23 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.once:
         chosen = [case for case in chosen if case.name == args.once]
         return once(chosen[0], device) if chosen else parser.error(f"--once: no case {args.once!r}")
-    file = (args.out or _folder(which, args.dry_run)) / FILE
+    folder = Path("radam_report")
+    if which != "quick" and not args.dry_run:
+        folder = results_folder(torch.cuda.get_device_name() if gpu else cpu_name())
+    file = (args.out or folder) / FILE
     seconds = SECONDS[which] if args.seconds is None else args.seconds
     results = run(chosen, device, file, which, seconds, deadline, args.resume, args.dry_run)
-    table = frame(results)
-    for line in summary(results):
-        print(line)
-    table.to_csv(file.with_suffix(".csv"), index=False)
+    print(summary(results))
+    frame(results).to_csv(file.with_suffix(".csv"), index=False)
     for picture in plots.draw(results, file.parent):
         print(picture)
     wrong = any(row["status"] == WRONG for row in results["rows"])
     return 130 if results["interrupted"] else int(wrong)
-
-
-def _folder(which: str, dry_run: bool) -> Path:
-    if dry_run or which == "quick":
-        return Path("radam_report")
-    return results_folder(cpu_name() if which == "full" else torch.cuda.get_device_name())
 
 
 def run(
@@ -96,9 +82,8 @@ def run(
 ) -> dict[str, Any]:
     """Measures the cases in turn; writes the file and prints a table after each."""
     head = {"schema": SCHEMA, "set": which, "dry_run": dry_run, **facts(device)}
-    rows = kept(file, head) if resume else []
-    results = {**head, "interrupted": True, "rows": rows}
-    there = {row["case"] for row in rows}
+    results = {**head, "interrupted": True, "rows": kept(file, head) if resume else []}
+    there = {row["case"] for row in results["rows"]}
     refused: dict[torch.dtype, dict[str, Row]] = {}
     lost = ""
     gc.collect()
@@ -107,22 +92,29 @@ def run(
         for case in chosen:
             if case.name in there:
                 continue
-            rows_of = select(case.dtype, "cuda" if which == "gpu" else "cpu", LEVELS[which])
-            if case.dtype not in refused and not lost:
-                refused[case.dtype] = refusals(rows_of, device, case.dtype, deadline)
+            optimizers = select(case.dtype, "cuda" if which == "gpu" else "cpu", LEVELS[which])
+            rows: list[Row] = []
             try:
-                found = [] if lost else KINDS[case.kind](
-                    case, rows_of, device, seconds=seconds, deadline=deadline,
-                    refused=refused[case.dtype], dry_run=dry_run,
-                )  # fmt: skip
+                if not lost and case.dtype not in refused:
+                    refused[case.dtype] = refusals(optimizers, device, case.dtype, deadline)
+                if not lost:
+                    rows = KINDS[case.kind](
+                        case,
+                        optimizers,
+                        device,
+                        seconds=seconds,
+                        deadline=deadline,
+                        refused=refused[case.dtype],
+                        dry_run=dry_run,
+                    )
             except DeviceLostError as error:
                 lost = str(error)
             if lost:
-                found = [_lost(case, optimizer, lost) for optimizer in rows_of]
-            rows += found
+                reason = {"status": NOT_MEASURED, "reason": lost}
+                rows = [{**describe(case), "optimizer": o.name, **reason} for o in optimizers]
+            results["rows"] += rows
             write(file, results)
-            disturbed = "  (!)" * any(map(tables.is_disturbed, found))
-            print(f"\n{case.name}{disturbed}\n{tables.case_table(found)}", flush=True)
+            print(tables.case_table(frame({"rows": rows})), flush=True)
         results["interrupted"] = False
     except KeyboardInterrupt:
         print("\ninterrupted: this is not all")
@@ -131,28 +123,29 @@ def run(
     return results
 
 
-def _lost(case: Case, optimizer: Optimizer, reason: str) -> Row:
-    row = {**describe(case), "optimizer": optimizer.name}
-    return {**row, "status": NOT_MEASURED, "reason": reason}
-
-
-def summary(results: dict[str, Any]) -> list[str]:
+def summary(results: dict[str, Any]) -> str:
     """What is said after the cases."""
     table = frame(results)
-    ours = "cuda" if results["set"] == "gpu" else "cpu"
-    lines = [LEGEND, tables.machine(results), "", tables.growth_table(table), ""]
-    lines.append("goals" + " (a dry run: these say nothing)" * results["dry_run"])
-    lines += [f"  {title}: {said}" for title, said in goals.verdicts(table, ours)]
-    return [*lines, "", "left out", *(f"  {line}" for line in tables.left_out(table)), ""]
+    device = "cuda" if results["set"] == "gpu" else "cpu"
+    aims = "Goals" + " (a dry run: these say nothing)" * results["dry_run"]
+    return "\n\n".join(
+        [
+            tables.LEGEND,
+            tables.machine(results),
+            tables.growth_table(table),
+            f"{aims}:\n{goals.lines(table, device)}",
+            f"Left out:\n{tables.left_out(table)}",
+        ]
+    )
 
 
 def once(case: Case, device: torch.device) -> int:
     """One step of each of our kernels between cudaProfilerStart and Stop."""
     params = case.make(device)
-    for optimizer in select(case.dtype, "cuda", 0):
-        if optimizer.name not in (CPU, CUDA, TRITON):
+    for row in select(case.dtype, "cuda", 0):
+        if not row.backend or row.form:
             continue
-        session = optimizer.start(params)
+        session = row.start(params)
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
@@ -160,6 +153,7 @@ def once(case: Case, device: torch.device) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-        moved = optimizer.traffic(case.dtype.itemsize) * case.elements
-        print(f"{case.name}: one step of {optimizer.name}, {moved} bytes")
+        print(
+            f"{case.name}: one step of {row.name}, {case.moved(row.traffic) * case.elements} bytes"
+        )
     return 0

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FILE = "results.json"
 SCHEMA = 2
+ALWAYS = ("case", "kind", "optimizer", "status", "ms", "extra_bytes")  # columns, though empty
 
 
 def results_folder(device_name: str) -> Path:
@@ -69,8 +70,9 @@ def cpu_name() -> str:
 
 
 def frame(results: dict[str, Any]) -> pd.DataFrame:
-    """The rows as one tidy table; columns that none of them has are missing."""
-    return pd.DataFrame(results["rows"])
+    """The rows as one tidy table."""
+    table = pd.DataFrame(results["rows"])
+    return table.assign(**{key: None for key in ALWAYS if key not in table})
 
 
 def write(file: Path, data: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Results as lines of text and tables in markdown."""
+"""Results as tables in markdown and lines of text."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,15 +10,33 @@ from .growth import growth
 from .optimizers import BY_NAME
 from .timing import DISTURBED
 
-Cell = Callable[[pd.Series, pd.Series | None], str]  # of a row, and ours of the same case
-PEERS = ("torch-optimi", "pytorch_optimizer", "deepspeed")  # whose versions are told
-GROWTH = {
-    "time an element": ("ms by elements", "each"),
-    "time a step": ("ms by tensors", "fixed"),
-    "and a tensor": ("ms by tensors", "each"),
-    "memory an element": ("extra_bytes by elements", "each"),
-    "memory a tensor": ("extra_bytes by tensors", "each"),
+# Of a case's table, where it has them: titles, and factors.
+COLUMNS = {
+    "optimizer": ("optimizer", 1),
+    "ms": ("step (ms)", 1),
+    "ms_p20": ("p20", 1),
+    "ms_p80": ("p80", 1),
+    "host_us": ("host (us)", 1),
+    "gb_s": ("GB/s", 1),
+    "limit_share": ("% of limit", 100),
+    "vs_adam_fused": ("x Adam", 1),
+    "vs_radam_foreach": ("x RAdam", 1),
+    "step_share": ("% of training", 100),
+    "extra_bytes": ("extra (MB)", 1e-6),
 }
+GROWTH = {  # titles; what was fitted, which part of the line, and a factor
+    "ps an element": (("ms", "elements"), "each", 1e9),
+    "us a step": (("ms", "tensors"), "fixed", 1e3),
+    "us a tensor": (("ms", "tensors"), "each", 1e3),
+    "extra bytes an element": (("extra_bytes", "elements"), "each", 1),
+    "extra bytes a tensor": (("extra_bytes", "tensors"), "each", 1),
+}
+LEGEND = """\
+step: the median; p20 and p80 hold the middle three fifths. GB/s: of the bytes that the algorithm
+must move. % of limit: of what a loop (on a GPU, a copy) reaches that only moves as many bytes, in
+the same rounds. x Adam and x RAdam: how many times as fast as torch.optim.Adam(fused=True) and
+torch.optim.RAdam(foreach=True). extra: memory beyond parameters, gradients and moments.
+(!) Other processes were at work meanwhile: measure it again."""
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -29,15 +47,13 @@ def machine(results: dict[str, Any]) -> str:
         parts += [f"CUDA {versions['cuda runtime of the kernels']}", f"triton {versions['triton']}"]
     else:
         parts = [host["name"], f"{host['threads']} threads", host["instruction_set"]]
-    packages = ("torch", *PEERS)
-    parts += [f"{name} {versions[name]}" for name in packages if versions.get(name)]
-    when = f"{results['date'][:10]}, commit {results['commit']}, sources {results['sources']}"
-    return f"{', '.join(parts)}; {when}"
+    parts += [f"torch {versions['torch']}", results["date"][:10]]
+    return f"{', '.join(parts)}, commit {results['commit']}, sources {results['sources']}"
 
 
 def duration(seconds: float) -> str:
     """Three digits and a unit: 7.21 us."""
-    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9), ("ps", 1e-12))
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
     unit, size = next((u for u in units if abs(seconds) >= 0.9995 * u[1]), units[-1])
     number = seconds / size
     return f"{number:.0f} {unit}" if abs(number) >= 99.95 else f"{number:#.3g} {unit}"
@@ -48,113 +64,82 @@ def times(ratio: float) -> str:
     return f"{ratio:.{1 + (ratio < 9.995)}f}x"
 
 
-def memory(count: float) -> str:
-    return f"{abs(count):.0f} B" if abs(count) < 0.05 or count > 99.95 else f"{count:.1f} B"
+def markdown(table: pd.DataFrame) -> str:
+    """Nothing for no rows."""
+    if table.empty:
+        return ""
+    return table.to_markdown(index=False, floatfmt=".3g", missingval="")
 
 
-def given(row: pd.Series, key: str, say: Callable[[Any], str]) -> str:
-    """A value in words, or nothing where the row has none."""
-    return "" if pd.isna(row.get(key)) else say(row[key])
+def case_table(frame: pd.DataFrame) -> str:
+    """All that was measured of a case, under its name."""
+    if frame.empty:
+        return ""
+    title = _title(frame.iloc[0])
+    frame = frame[frame.status == MEASURED]
+    shown = {key: column for key, column in COLUMNS.items() if key in frame}
+    table = pd.DataFrame({t: frame[key] * factor for key, (t, factor) in shown.items()})
+    return f"**{title}**\n\n{markdown(table.dropna(axis='columns', how='all'))}"
 
 
-def case_table(rows: Iterable[dict[str, Any]]) -> str:
-    """All that was measured of a case."""
-    lines = [_line(pd.Series(row)) for row in rows if row["status"] == MEASURED]
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True) if lines else ""
-
-
-def _line(row: pd.Series) -> dict[str, str]:
-    columns = {
-        "optimizer": row.optimizer,
-        "a step": given(row, "ms", lambda ms: duration(ms / 1e3)),
-        "p20": given(row, "ms_p20", lambda ms: duration(ms / 1e3)),
-        "p80": given(row, "ms_p80", lambda ms: duration(ms / 1e3)),
-        "host": given(row, "host_us", lambda us: duration(us / 1e6)),
-        "GB/s": given(row, "gb_s", "{:.2f}".format),
-        "of limit": given(row, "limit_share", "{:.1%}".format),
-        "x Adam": given(row, "vs_adam_fused", times),
-        "x RAdam": given(row, "vs_radam_foreach", times),
-        "of training": given(row, "step_share", "{:.1%}".format),
-        "extra": given(row, "extra_bytes", lambda n: f"{n / 1e6:.2f} MB"),
-    }
-    always = ("optimizer", "a step") if pd.notna(row.get("ms")) else ("optimizer",)
-    return {key: text for key, text in columns.items() if text or key in always}
-
-
-def pivot(
-    frame: pd.DataFrame, cases: Sequence[str], columns: Sequence[str], cell: Cell, head: str = ""
-) -> str:
-    """A row for each case, a column for each optimizer that was measured in one of them."""
-    chosen = frame[frame.case.isin(cases) & frame.optimizer.isin(columns)]
-    there = set(chosen[chosen.status == MEASURED].optimizer)
-    shown = [name for name in columns if name in there]
+def comparison(frame: pd.DataFrame, cases: Sequence[str], optimizers: Sequence[str]) -> str:
+    """A row for each case; a column for each optimizer that was measured, the first is ours."""
+    frame = frame[frame.case.isin(cases) & frame.optimizer.isin(optimizers)]
+    measured = set(frame[frame.status == MEASURED].optimizer)
+    columns = [name for name in optimizers if name in measured]
     lines = []
     for case in cases:
-        rows = {row.optimizer: row for _, row in chosen[chosen.case == case].iterrows()}
+        rows = {row.optimizer: row for _, row in frame[frame.case == case].iterrows()}
         if rows:
-            texts = {name: _text(rows.get(name), rows.get(shown[0]), cell) for name in shown}
-            title = case + " (!)" * is_disturbed(next(iter(rows.values())))
-            lines.append({head: title.replace(" float32", ""), **texts})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+            title = _title(next(iter(rows.values()))).replace(" float32", "")
+            cells = {name: _cell(rows.get(name), rows.get(columns[0])) for name in columns}
+            lines.append({"step of": title, **cells})
+    return markdown(pd.DataFrame(lines))
 
 
-def _text(row: pd.Series | None, ours: pd.Series | None, cell: Cell) -> str:
+def _title(row: pd.Series) -> str:
+    return row.case + "  (!)" * bool(row.get("cores_of_others", 0) > DISTURBED)
+
+
+def _cell(row: pd.Series | None, ours: pd.Series | None) -> str:
+    """The median; for ours the share of the limit, for others the time against ours."""
     if row is None:
         return ""
     if row.status != MEASURED:
         return "**wrong**" if row.status == WRONG else "not measured"
-    return cell(row, ours)
-
-
-def compared(row: pd.Series, ours: pd.Series | None) -> str:
-    """The median; for ours the share of the limit, for others the time against ours."""
     text = duration(row.ms / 1e3) + "*" * (row.get("host_bound") is True)
     if BY_NAME[row.optimizer].backend:
-        return text + given(row, "limit_share", ", {:.0%}".format)
-    if ours is None or ours.status != MEASURED:
-        return text
-    return f"{text}, {times(row.ms / ours.ms)}"
-
-
-def spread(row: pd.Series, ours: pd.Series | None) -> str:
-    """The median, and in brackets the middle three fifths."""
-    middle, low, high = (duration(row[key] / 1e3) for key in ("ms", "ms_p20", "ms_p80"))
-    return f"{middle} ({low}-{high})"
-
-
-def is_disturbed(row: pd.Series) -> bool:
-    return (row.get("cores_of_others") or 0) > DISTURBED
+        share = row.get("limit_share")
+        return text if pd.isna(share) else f"{text}, {share:.0%}"
+    return f"{text}, {times(row.ms / ours.ms)}" if ours.status == MEASURED else text
 
 
 def growth_table(frame: pd.DataFrame) -> str:
-    """Costs as work grows, for each optimizer with points enough; nothing without any."""
+    """Costs as work grows, for each optimizer with points enough."""
     lines = []
     for name in frame.optimizer.unique():
-        found = growth(frame, name)
-        cells = {}
-        for title, (key, part) in GROWTH.items():
-            line = found.get(key)
-            say = memory if "bytes" in key else duration
-            cells[title] = say(getattr(line, part)) if line else ""
-        errors = [line.error for key, line in found.items() if line and key.startswith("ms")]
-        cells["fits off by"] = f"{max(errors):.0%}" if errors else ""
-        if any(cells.values()):
-            lines.append({"": name, **cells})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True) if lines else ""
+        lines_of = {key: line for key, line in growth(frame, name).items() if line}
+        cells = {
+            title: factor * getattr(lines_of[key], part)
+            for title, (key, part, factor) in GROWTH.items()
+            if key in lines_of
+        }
+        errors = [line.error for (cost, _), line in lines_of.items() if cost == "ms"]
+        if cells:
+            lines.append({"": name, **cells, "off by (%)": 100 * max(errors, default=0)})
+    return markdown(pd.DataFrame(lines))
 
 
-def left_out(frame: pd.DataFrame) -> list[str]:
-    """A line for each reason and where it held."""
+def left_out(frame: pd.DataFrame) -> str:
+    """What was not measured, why, and where."""
     missing = frame[frame.status != MEASURED]
+    if missing.empty:
+        return "Nothing."
     every = frame.case.nunique()
-    alike: dict[tuple[str, ...], list[str]] = {}  # optimizers, by reason and cases
-    for (optimizer, status, reason), rows in missing.groupby(
-        ["optimizer", "status", "reason"], sort=False
-    ):
-        cases = tuple(rows.case) if len(rows) < every else ()
-        words = f"WRONG: {reason}" if status == WRONG else reason
-        alike.setdefault((words, *cases), []).append(optimizer)
-    return [
-        f"{', '.join(optimizers)}: {reason}" + f" ({'; '.join(cases)})" * bool(cases)
-        for (reason, *cases), optimizers in alike.items()
-    ]
+    cases = missing.groupby(["optimizer", "status", "reason"], sort=False).case.agg(tuple)
+    where = cases.map(lambda names: "every case" if len(names) == every else "; ".join(names))
+    alike = where.reset_index().groupby(["status", "reason", "case"], sort=False).optimizer
+    return "\n".join(
+        f"- {', '.join(names)}: {'WRONG: ' * (status == WRONG)}{reason} ({where_})"
+        for (status, reason, where_), names in alike
+    )

@@ -92,8 +92,8 @@ class CudaClock:
 
 
 class HostClock:
-    """The clock of a CPU's steps. time.perf_counter: torch.utils.benchmark.Timer would set the
-    number of threads to one, and its blocks of calls leave no room for a sweep between them."""
+    """time.perf_counter: torch.utils.benchmark.Timer would set the number of threads to one, and
+    its blocks of calls leave no room for a sweep between them."""
 
     def __init__(self, sweep: int) -> None:
         self._sweep = torch.empty(sweep, dtype=torch.uint8)
@@ -131,6 +131,27 @@ def find_lead(clock: Clock, step: Callable[[], object]) -> float:
             return min(2 * sample.host + 1e-4, LONGEST_LEAD)
         lead = 2 * max(lead, sample.host)
     return 0.0
+
+
+class OtherWork:
+    """How many cores other processes kept busy on average, inside a `with`."""
+
+    cores = 0.0
+
+    def __enter__(self) -> "OtherWork":
+        self._begin, self._before = time.perf_counter(), self._busy()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self._begin
+        self.cores = max(0.0, (self._busy() - self._before) / seconds)
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds that all cores have worked for others so far."""
+        every, own = psutil.cpu_times()._asdict(), os.times()
+        unused = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice, too
+        return sum(s for name, s in every.items() if name not in unused) - own.user - own.system
 
 
 @dataclass
@@ -172,18 +193,14 @@ def measure(
     """
     gc.collect()  # optimizers are in cycles: those of the last case are still there
     kind = DRY_RUN if dry_run else device.type
-    players = _players(case, optimizers, dict(refused or {}), kind)
-    keep = kind == "cpu"
-    rounds = 0
+    players = _players(case, optimizers, refused or {}, kind)
+    rounds, keep = 0, kind == "cpu"
     with OtherWork() as others:
         try:
-            turns = _Turns(case, players, device, keep)
-            rounds = turns.play(seconds, deadline)
+            rounds = _Turns(case, players, device, keep).play(seconds, deadline)
         except torch.OutOfMemoryError as error:
             for player in players:
                 player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
-    turns = None
-    free(device)
     facts = {
         **describe(case),
         "caches": "warm" if keep and not case.cold else "cold",
@@ -194,21 +211,20 @@ def measure(
 
 
 def _players(
-    case: Case, optimizers: Sequence[Optimizer], refused: dict[str, Row], kind: str
+    case: Case, optimizers: Sequence[Optimizer], refused: Mapping[str, Row], kind: str
 ) -> list[_Player]:
     """The optimizers, and after the first RAdam that moves so many bytes their limit."""
     # In cold caches the loop waits for its own tables, and is no limit of small tensors.
     limited = not case.cold or case.elements >= LARGE
     players: list[_Player] = []
-    for optimizer in optimizers:
-        moved = optimizer.traffic(case.dtype.itemsize) - case.moved_less
-        if reason := left_out(case, optimizer, kind):
-            refused.setdefault(optimizer.name, {"status": NOT_MEASURED, "reason": reason})
-        player = _Player(optimizer, moved, refused.get(optimizer.name, {}))
-        known = any(other.bytes == moved and other.row.radam for other in players)
+    for row in optimizers:
+        reason = left_out(case, row, kind)
+        why = {"status": NOT_MEASURED, "reason": reason} if reason else {}
+        player = _Player(row, case.moved(row.traffic), refused.get(row.name, why))
+        known = any(other.bytes == player.bytes and other.row.radam for other in players)
         players.append(player)
-        if limited and optimizer.radam and not known:
-            players.append(_Player(_limit_of(player, kind), moved, {}))
+        if limited and row.radam and not known:
+            players.append(_Player(_limit_of(player, kind), player.bytes, {}))
     return players
 
 
@@ -220,13 +236,12 @@ def _limit_of(player: _Player, kind: str) -> Optimizer:
 
 
 class _Turns:
-    """The rounds of one case."""
+    """The rounds of one case; keep: optimizers stay between their turns."""
 
     def __init__(
         self, case: Case, players: Sequence[_Player], device: torch.device, keep: bool
     ) -> None:
-        self._case, self._players, self._keep = case, players, keep
-        self._device = device
+        self._case, self._players, self._device, self._keep = case, players, device, keep
         self._params = case.make(device)
         self._clock = make_clock(device, case.cold)
 
@@ -262,12 +277,16 @@ class _Turns:
                 raise DeviceLostError(f"{name}: {DEVICE_FAILED}: {brief(lost)}") from error
         if player.refused or not self._keep:
             player.session = None
-            free(self._device)
+            gc.collect()  # optimizers and graphs are in cycles
+            if self._device.type == "cuda":
+                left, total = torch.cuda.mem_get_info()
+                if left < total // 2:
+                    torch.cuda.empty_cache()
 
     def _start(self, player: _Player) -> Session:
         row = player.row
-        # All share the parameters, but for flat ones, which move them.
-        session = row.start(self._case.make(self._device) if row.flat else self._params)
+        own = row.form == "flat"  # it would move the parameters of the others
+        session = row.start(self._case.make(self._device) if own else self._params)
         if row.radam and not player.checked and (fault := wrong(row, session)):
             player.refused = {"status": WRONG, "reason": fault}
         player.checked = True
@@ -301,15 +320,28 @@ def _row(case: Case, player: _Player, keep: bool) -> Row:
         return {**row, **player.refused}
     if not player.samples:
         return {**row, "status": NOT_MEASURED, "reason": OUT_OF_TIME}
-    row |= {"status": MEASURED, "reason": "", "count": len(player.samples)}
-    row |= spread([sample.device for sample in player.samples], 1e3, "ms")
-    row["gb_s"] = row["bytes"] / row["ms"] / 1e6
+    row |= numbers(row["bytes"], [sample.device for sample in player.samples])
     if not keep:
         row |= spread([sample.host for sample in player.samples], 1e6, "host_us")
         # Nothing to do about a step of more launches than the queue holds, but to say it.
         row["host_bound"] = sum(s.waited for s in player.samples) > len(player.samples) // 2
         row["extra_bytes"] = player.extra_bytes
     return row
+
+
+def numbers(moved: int, seconds: Sequence[float]) -> Row:
+    """What a row says of steps that were measured."""
+    row = {"status": MEASURED, "reason": "", "count": len(seconds), **spread(seconds, 1e3, "ms")}
+    return {**row, "gb_s": moved / row["ms"] / 1e6}
+
+
+def spread(values: Sequence[float], unit: float, key: str) -> Row:
+    """The median, and how far the middle three fifths reach."""
+    low = high = values[0]
+    if len(values) > 1:
+        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    middle = statistics.median(values)
+    return {key: unit * middle, f"{key}_p20": unit * low, f"{key}_p80": unit * high}
 
 
 def describe(case: Case) -> Row:
@@ -328,9 +360,8 @@ def compare(rows: list[Row]) -> list[Row]:
     """Adds shares of the limit, and how many times as fast each is as torch's optimizers."""
     by_name = {row["optimizer"]: row for row in rows if "ms" in row}
     for row in by_name.values():
-        per_element = row["bytes"] // row["elements"]
         for kind in (STREAM, COPY):
-            if found := by_name.get(limit_name(per_element, kind)):
+            if found := by_name.get(limit_name(row["bytes"] // row["elements"], kind)):
                 row["limit_gb_s"] = found["gb_s"]
                 row["limit_share"] = found["ms"] / row["ms"]
         for key, peer in RATIOS.items():
@@ -340,66 +371,25 @@ def compare(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def left_out(case: Case, optimizer: Optimizer, kind: str) -> str:
+def left_out(case: Case, row: Optimizer, kind: str) -> str:
     """Why an optimizer is not measured on a case, or nothing; `kind` is of device, or DRY_RUN."""
-    if reason := optimizer.absent(kind):
+    if reason := row.absent(kind):
         return reason
-    if optimizer.compiled and len(case.shapes) > COMPILED_TENSORS:
-        return f"compiling takes too long for {len(case.shapes)} tensors"
-    if optimizer.graph and case.new_gradients:
+    if row.form == "compiled" and (kind != "cpu" or len(case.shapes) > COMPILED_TENSORS):
+        return "compiling takes too long, for many tensors or on a device lent for minutes"
+    if row.form == "graph" and case.new_gradients:
         return "a graph reads gradients where they were captured"
-    if optimizer.flat and case.sharded:
+    if row.form == "flat" and case.sharded:
         return "sharded parameters can't be flattened"
     if kind != "cpu":
         return ""  # a GPU's allocator says itself what does not fit
-    if case.elements > SLOW and optimizer.level > (1 - optimizer.flat):
+    if case.elements > SLOW and (row.level > 1 or row.form == "flat"):
         return f"time: measured up to {SLOW >> 20}M elements only"
-    # Parameters, gradients, moments and temporaries: this has no exception to catch.
+    # Parameters, gradients, moments and temporaries; torch's fused steps and ours have none.
     size = case.dtype.itemsize
-    temporaries = 0 if optimizer.in_place else 3 * max(4, size)
-    need = case.elements * (2 * size + (optimizer.traffic(size) - 3 * size) // 2 + temporaries)
+    temporaries = 0 if row.backend or "fused" in row.name else 3 * max(4, size)
+    need = case.elements * (2 * size + (row.traffic(size) - 3 * size) // 2 + temporaries)
     most = FREE_PART * psutil.virtual_memory().available
     if need > most:
         return f"memory: needs {need / 1e9:.1f} GB, {most / 1e9:.1f} GB may be taken"
     return ""
-
-
-def free(device: torch.device) -> None:
-    """Gives memory back that deleted optimizers had."""
-    gc.collect()  # optimizers and graphs are in cycles
-    if device.type == "cuda":
-        left, total = torch.cuda.mem_get_info()
-        if left < total // 2:
-            torch.cuda.empty_cache()
-
-
-def spread(values: Sequence[float], unit: float, key: str) -> Row:
-    """The median, and how far the middle three fifths reach."""
-    low = high = values[0]
-    if len(values) > 1:
-        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
-    middle = statistics.median(values)
-    return {key: unit * middle, f"{key}_p20": unit * low, f"{key}_p80": unit * high}
-
-
-class OtherWork:
-    """How many cores other processes kept busy on average, inside a `with`."""
-
-    cores = 0.0
-
-    def __enter__(self) -> "OtherWork":
-        self._begin, self._before = time.perf_counter(), self._busy()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        seconds = time.perf_counter() - self._begin
-        self.cores = max(0.0, (self._busy() - self._before) / seconds)
-
-    @staticmethod
-    def _busy() -> float:
-        """Seconds that all cores have worked for others so far."""
-        every = psutil.cpu_times()
-        idle = every.idle + getattr(every, "iowait", 0.0)
-        guests = getattr(every, "guest", 0.0) + getattr(every, "guest_nice", 0.0)  # in user, too
-        own = os.times()
-        return sum(every) - idle - guests - own.user - own.system
