@@ -64,7 +64,7 @@ class Run:
     out: Path
     dry: bool
     deadline: float = 0.0  # of the current stage, by time.monotonic()
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: dict[str, str] = field(default_factory=dict)  # beside what is there
 
     def call(
         self, log: str, command: Sequence[object], limit: float = 600, **environment: str
@@ -78,7 +78,7 @@ class Run:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=results.ROOT,
-                env={**self.environment, **environment},
+                env={**os.environ, **self.environment, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that its children end with it
