@@ -1,119 +1,187 @@
-"""What is measured: one tensor of each size, and the parameter lists of models; in which order."""
+"""What is measured, in one list: parameters, and how a step finds the memory."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from .models import ALL_MODELS, MODELS
+from .models import MODELS, Shape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ALL_DTYPES = {**DTYPES, "float64": torch.float64}
-# The most telling first: what comes last is what a lack of time costs.
-FIRST, MIDDLE, REST = (26, 28), (20, 30), (24, 22, 18, 16, 14, 12, 10)
-# Of all_cases.
-POWERS = range(10, 30, 2)
-NEW, COLD = ", gradients new", ", caches cold"  # in names of settings
-TENSORS = (1, 10, 100, 1000, 10000)
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
+NEW, COLD = ", gradients new", ", caches cold"  # in names
+TRANSFORMER, CONVNET = "training a transformer", "training a convnet"
+_QUICK, _FULL, _GPU = frozenset({"quick", "full"}), frozenset({"full"}), frozenset({"gpu"})
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
+    """One set of parameters.
+
+    Attributes:
+        kind: "step" times steps alone, "training" steps within training (bench/training.py),
+            "memory" is the peak of a step (bench/memory.py).
+        new_gradients: other tensors at every step, as after zero_grad(set_to_none=True).
+        cold: caches are swept before every step. On a GPU they always are.
+        grad_dtype: of gradients that differ from their parameters.
+        sharded: parameters are DTensors.
+        sets: those of "quick", "full" and "gpu" that the case belongs to.
+    """
+
     name: str
-    dtype: torch.dtype
-    shapes: Sequence[tuple[int, ...]]
-    host: bool = False  # measure the host with gradients new at each step, too
+    dtype: torch.dtype = torch.float32
+    shapes: Sequence[Shape] = ()
+    kind: str = "step"
+    new_gradients: bool = False
+    cold: bool = False
+    grad_dtype: torch.dtype | None = None
+    sharded: bool = False
+    sets: frozenset[str] = _FULL
 
     @property
     def elements(self) -> int:
         return sum(map(prod, self.shapes))
 
+    def moved(self, traffic: Callable[[int], int]) -> int:
+        """Bytes for each element, of a step that moves so many where gradients are as wide."""
+        grad = self.grad_dtype or self.dtype
+        return traffic(self.dtype.itemsize) - self.dtype.itemsize + grad.itemsize
+
     def make(self, device: torch.device) -> list[Tensor]:
         """Parameters with gradients, random: zeros can run faster than real data."""
         params = []
         for shape in self.shapes:
-            param = torch.randn(shape, dtype=self.dtype, device=device).requires_grad_()
-            param.grad = torch.randn_like(param)
+            values = torch.randn(shape, dtype=self.dtype, device=device)
+            param = Parameter(_shard(values) if self.sharded else values)
+            if self.grad_dtype:
+                param.grad_dtype = None  # any
+            param.grad = torch.randn_like(param, dtype=self.grad_dtype)
             params.append(param)
         return params
 
-
-class Setting(NamedTuple):
-    """A case, and how its steps find the memory."""
-
-    case: Case
-    new_gradients: bool = False  # at each step, as after zero_grad(set_to_none=True)
-    cold: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.case.name + NEW * self.new_gradients + COLD * self.cold
-
-
-def size_case(power: int, dtype: str) -> str:
-    return f"2^{power} {dtype}"
-
-
-def model_case(model: str, dtype: str) -> str:
-    return f"{model} {dtype}"
-
-
-def list_case(tensors: int, dtype: str) -> str:
-    return f"{tensors:,} tensor{'s' * (tensors > 1)} of 64 {dtype}"
+    def tiny(self) -> "Case":
+        """The same name with a few elements, to try the code."""
+        shapes = [tuple(min(n, 40) for n in shape) for shape in self.shapes[:3]]
+        return replace(self, shapes=shapes)
 
 
 def renew_gradients(params: Sequence[Tensor]) -> None:
-    """As zero_grad and a backward pass do: an old one lives until the new one does, elsewhere."""
+    """As zero_grad and a backward pass do: the old one lives until the new one exists."""
     for param in params:
         param.grad = param.grad.clone()
 
 
-def cases(dry_run: bool) -> list[Case]:
-    """All of them in order; a dry run has the same names, and a few elements of each."""
+def size(power: int, dtype: str = "float32") -> str:
+    return f"2^{power} {dtype}"
 
-    def sizes(powers: Sequence[int]) -> list[Case]:
-        names = [(power, dtype) for power in powers for dtype in DTYPES]
-        return [
-            Case(size_case(power, d), DTYPES[d], [(power if dry_run else 1 << power,)])
-            for power, d in names
-        ]
 
-    def models(dtype: str) -> list[Case]:
-        return [
-            Case(model_case(name, dtype), DTYPES[dtype], shapes(name), host=True) for name in MODELS
-        ]
+def small(tensors: int, dtype: str = "float32") -> str:
+    return f"{tensors:,} tensor{'s' * (tensors > 1)} of 64 {dtype}"
 
-    def shapes(name: str) -> list[tuple[int, ...]]:
-        found = list(MODELS[name].shapes().values())
-        return [tuple(min(n, 3) for n in s) for s in found[:3]] if dry_run else found
 
-    small = Case(
-        list_case(1000, "float32"), torch.float32, [(64,)] * (3 if dry_run else 1000), host=True
+def model(name: str, dtype: str = "float32") -> str:
+    return f"{name} {dtype}"
+
+
+# What FSDP2's CPUOffloadPolicy hands to an optimizer: new float32 gradients on the host that a
+# device wrote, so that no cache has them. FSDP2 casts to the parameter's dtype on the device,
+# before the copy, whatever MixedPrecisionPolicy.reduce_dtype says (foreach_reduce in
+# torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
+OFFLOAD = "CPU offload, GPT-2 124M float32"
+# An engine of one's own can send half the bytes: float32 parameters then have bfloat16 gradients.
+OFFLOAD_HALF = OFFLOAD + ", bfloat16 gradients"
+
+
+def one(power: int, dtype: str, sets: frozenset[str]) -> Case:
+    return Case(size(power, dtype), DTYPES[dtype], [(1 << power,)], sets=sets)
+
+
+def many(tensors: int, sets: frozenset[str] = _QUICK) -> Case:
+    return Case(small(tensors), shapes=[(64,)] * tensors, sets=sets)
+
+
+def of_model(name: str, dtype: str, sets: frozenset[str]) -> Case:
+    return Case(model(name, dtype), DTYPES[dtype], MODELS[name].shapes(), sets=sets)
+
+
+def renewed(case: Case, sets: frozenset[str]) -> Case:
+    return replace(case, name=case.name + NEW, new_gradients=True, sets=sets)
+
+
+def cold(case: Case, sets: frozenset[str]) -> Case:
+    return replace(case, name=case.name + COLD, cold=True, sets=sets)
+
+
+def all_cases() -> list[Case]:
+    """All of them, in the order in which tables show them."""
+    thousand = many(1000, _QUICK | _GPU)
+    offload = cold(renewed(of_model("GPT-2 124M", "float32", _QUICK), _QUICK), _QUICK)
+    resnet, gpt2, llama = (
+        of_model(name, "float32", sets | _GPU)
+        for name, sets in {"ResNet-50": _QUICK, "GPT-2 124M": _QUICK, "Llama 3.2 1B": _FULL}.items()
     )
     return [
-        *sizes(FIRST), *models("float32"), small, *models("bfloat16"), *sizes(MIDDLE), *sizes(REST)
-    ]  # fmt: skip
+        *(Case(name, kind="training", sets=_QUICK | _GPU) for name in (TRANSFORMER, CONVNET)),
+        *(one(power, "float32", _QUICK | _GPU) for power in range(10, 28, 2)),
+        one(28, "float32", _FULL | _GPU),
+        one(30, "float32", _GPU),
+        *(many(tensors) for tensors in (1, 10, 100)),
+        thousand,
+        renewed(thousand, _QUICK | _GPU),
+        cold(renewed(thousand, _QUICK), _QUICK),
+        many(10_000),
+        *(resnet, gpt2, llama),
+        *(renewed(case, _GPU) for case in (resnet, gpt2, llama)),
+        of_model("ViT-B/16", "float32", _FULL),
+        of_model("BERT-base", "float32", _FULL),
+        replace(offload, name=OFFLOAD),
+        replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16),
+        *(_sharded(tensors) for tensors in (300, 1000)),
+        *(one(power, "bfloat16", _GPU) for power in range(10, 20, 2)),
+        one(20, "bfloat16", _FULL | _GPU),
+        *(one(power, "bfloat16", _GPU) for power in (22, 24)),
+        one(26, "bfloat16", _QUICK | _GPU),
+        one(28, "bfloat16", _FULL | _GPU),
+        one(30, "bfloat16", _GPU),
+        of_model("ResNet-50", "bfloat16", _FULL | _GPU),
+        of_model("GPT-2 124M", "bfloat16", _FULL | _GPU),
+        of_model("Llama 3.2 1B", "bfloat16", _GPU),
+        one(22, "float64", _FULL),
+        # What malloc keeps of blocks below 32 MB, which it need not map, is chance.
+        *(_memory(one(power, "float32", _QUICK)) for power in (24, 25)),
+        *(_memory(many(tensors)) for tensors in (1000, 10_000)),
+    ]
 
 
-def all_cases(dtype: str) -> dict[str, Case]:
-    """What is measured at leisure, by names that `pytest -k` takes."""
-    kind = ALL_DTYPES[dtype]
-    sizes = {
-        f"one_{_short(1 << power)}": Case(size_case(power, dtype), kind, [(1 << power,)])
-        for power in POWERS
-    }
-    lists = {f"{n}_of_64": Case(list_case(n, dtype), kind, [(64,)] * n) for n in TENSORS}
-    models = {
-        re.sub(r"\W+", "-", name): Case(
-            model_case(name, dtype), kind, list(model.shapes().values())
-        )
-        for name, model in ALL_MODELS.items()
-    }
-    return {**sizes, **lists, **models}
+def select(which: str) -> list[Case]:
+    """The cases of a set. A GPU is lent for minutes: there the most telling come first."""
+    chosen = [case for case in all_cases() if which in case.sets]
+    return sorted(chosen, key=_urgency) if which == "gpu" else chosen
 
 
-def _short(number: int) -> str:
-    """1024 is 1K."""
-    return f"{number >> 20}M" if number >> 20 else f"{number >> 10}K"
+def _urgency(case: Case) -> int:
+    if len(case.shapes) != 1:
+        return 2
+    return {1 << 26: 1, 1 << 28: 1, 1 << 20: 3, 1 << 30: 3}.get(case.elements, 4)
+
+
+def _sharded(tensors: int) -> Case:
+    case = Case(f"{tensors:,} DTensors of 64 float32", shapes=[(64,)] * tensors, sharded=True)
+    return renewed(case, _FULL)
+
+
+def _memory(case: Case) -> Case:
+    return replace(case, name=f"memory, {case.name}", kind="memory")
+
+
+def _shard(values: Tensor) -> Tensor:
+    """A DTensor on a mesh of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.device_mesh.init_device_mesh(values.device.type, (1,))
+    return distribute_tensor(values, mesh, [Shard(0)])

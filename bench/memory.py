@@ -1,60 +1,65 @@
-"""What is left out, and the word for it: what is not here, takes too long, or does not fit."""
+"""Memory that a step takes beyond parameters, gradients and moments: the peak of a fresh process.
 
+Linux tells it, in STATUS. A GPU's is measured with its times (bench/timing.py).
+"""
+
+import multiprocessing
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .cases import Case
-from .contenders import REFERENCE, Contender
+from .correctness import MEASURED, NOT_MEASURED
+from .optimizers import BY_NAME, Optimizer
+from .timing import OUT_OF_TIME, Row, describe, left_out
 
-PART = 0.8  # of what is free
-COMPILED_TENSORS = 200  # compiling a step of more takes many minutes
-
-
-def left_out(case: Case, contender: Contender, device: torch.device, held: int = 0) -> str | None:
-    """Why a contender can't be measured beside `held` bytes of the case; None if it can."""
-    if contender.compiled and len(case.shapes) > COMPILED_TENSORS:
-        return f"compiling takes too long for {len(case.shapes)} tensors"
-    return contender.absent or no_room(case, contender, device, held)
+STATUS = Path("/proc/self/status")
+SLOW_IMPORTS = ("torch._dynamo", "optimi", "pytorch_optimizer")  # by a first step; once for all
 
 
-def no_room(case: Case, contender: Contender, device: torch.device, held: int = 0) -> str | None:
-    """Why the case does not fit beside `held` bytes of it that are there; None if it does."""
-    needed, free = needs(case, contender, device) - held, PART * available(device)
-    if needed <= free:
-        return None
-    return f"memory: {case.name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB may be taken"
+def measure(
+    case: Case,
+    optimizers: Sequence[Optimizer],
+    device: torch.device,
+    *,
+    deadline: float,
+    **_: object,
+) -> list[Row]:
+    """A row for each optimizer."""
+    rows = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        for optimizer in optimizers:
+            reason = left_out(case, optimizer, "cpu")
+            if not STATUS.exists():
+                reason = f"no {STATUS} here"
+            elif optimizer.form == "compiled":
+                reason = "compiling takes memory of its own"
+            elif time.monotonic() > deadline:
+                reason = OUT_OF_TIME
+            row = {**describe(case), "optimizer": optimizer.name, "reason": reason}
+            row["status"] = NOT_MEASURED if reason else MEASURED
+            if not reason:
+                row["extra_bytes"] = pool.apply(extra_bytes, (optimizer.name, case))
+            rows.append(row)
+    return rows
 
 
-def needs(case: Case, contender: Contender, device: torch.device) -> int:
-    """Bytes, at most: the streams, what a GPU's limit copies, and temporaries."""
-    size = case.dtype.itemsize
-    wide = max(4, size)
-    streams = 2 * size + 2 * wide
-    limit = contender.bytes if device.type == "cuda" else 0
-    # torch's fused steps and ours take nothing more; a flat buffer is one more of parameters.
-    temporaries = size if contender.flat else 0 if _in_place(contender) else 3 * wide
-    return case.elements * (streams + limit + temporaries)
+def extra_bytes(name: str, case: Case) -> int:
+    """In this process, which must not have had more memory at any time before."""
+    torch.set_num_threads(1)  # threads take no part in it, and on a busy machine they wait long
+    device, size, row = torch.device("cpu"), case.dtype.itemsize, BY_NAME[name]
+    # A first step loads code, which is not the question.
+    row.start(Case("", case.dtype, [(1,)]).make(device))
+    params = case.make(device)
+    before = _peak()
+    row.start(params)
+    return _peak() - before - case.elements * (row.traffic(size) - 3 * size) // 2
 
 
-def available(device: torch.device) -> int:
-    """Bytes that are free, within the process's control group too, as far as Linux tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        info = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 8 << 30
-    free = 1024 * int(info.partition("MemAvailable:")[2].split()[0])
-    group = Path("/sys/fs/cgroup")
-    try:
-        most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free, int(most) - int(now))
-    except (OSError, ValueError):  # no group, or one without a limit
-        return free
-
-
-def _in_place(contender: Contender) -> bool:
-    name = contender.name
-    ours = name.startswith("radam_kernels") and name != REFERENCE
-    return ours or "fused" in name or contender.make is None
+def _peak() -> int:
+    """Bytes of memory that this process has had at once, at most."""
+    return 1024 * int(STATUS.read_text().partition("VmHWM:")[2].split()[0])

@@ -1,151 +1,159 @@
-"""What a step costs on this CPU, against every other RAdam and Adam: `python -m bench.report`.
+"""What a step costs here, against every other RAdam and Adam: `python -m bench report`.
 
 About two minutes on 2 otherwise idle cores; --full takes larger sizes, more models and more
-optimizers. Leaves a table on the screen, and report.json, report.csv and three pictures in a
-folder. The optimizers of a case take turns, and no RAdam is timed before its step agrees with the
-formula in float64. Ctrl-C keeps what was measured. For a GPU there is bench/gpu_report.sh.
+optimizers, --device cuda what is meant for a GPU. Leaves results.json, results.csv and three
+pictures in a folder. No RAdam is timed before its step agrees with the formula in float64. Ctrl-C
+keeps what was measured.
 """
 
 import argparse
-import json
+import gc
+import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from . import machine
-from .cases import DTYPES, Case, Setting, all_cases
-from .contenders import QUICK, REFERENCE, TRITON, Contender, everyone
-from .folders import results_folder
-from .gpu_time import fault, write
-from .peak import STATUS, Point, extra_bytes
-from .report_files import draw, write_csv
-from .report_lines import table
-from .rounds import DEVICE, measure
-from .turns import Row
+from . import cases, goals, memory, plots, tables, timing, training
+from .cases import Case
+from .correctness import NOT_MEASURED, WRONG, refusals
+from .optimizers import select
+from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write
+from .timing import DeviceLostError, Row, describe
 
-SCHEMA = 1
-FILE = "report.json"
-FULL_ONLY = {"one_256M", "Llama-3-2-1B", "ViT-B-16", "BERT-base"}  # float32
-HALF = {False: ("one_64M",), True: ("one_1M", "one_64M", "one_256M", "ResNet-50", "GPT-2-124M")}
-SLOW = 1 << 25  # elements; beyond it only what tells most has time and room
-NO_SPEED = (REFERENCE, TRITON)  # with all that begin so: for reading, and interpreted
-# Elements, tensors. What malloc keeps of blocks below 32 MB, which it need not map, is chance.
-MEMORY = [(1 << 24, 1), (1 << 25, 1), (64, 1000), (64, 10_000)]
+KINDS = {"step": timing.measure, "training": training.measure, "memory": memory.measure}
+SECONDS = {"quick": 1.0, "full": 5.0, "gpu": 4.0}  # for a case
+LEVELS = {"quick": 1, "full": 2, "gpu": 2}  # of optimizers
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--full", action="store_true", help="all there is: some 12 minutes")
-    parser.add_argument(
-        "--out", type=Path, help="folder (radam_report; with --full bench/results/<CPU>)"
-    )
-    parser.add_argument("--only", default="", metavar="REGEX", help="of the cases, and 'memory'")
-    parser.add_argument("--seconds", type=float, help="for a case (1; with --full 5)")
-    parser.add_argument("--draw", action="store_true", help="what the folder has; time nothing")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench report", description=__doc__.split(":")[0])
+    parser.add_argument("--full", action="store_true", help="all there is: some 15 minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="folder (radam_report, or bench/results/<device>)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of the cases' names")
+    parser.add_argument("--seconds", type=float, help=f"for a case ({SECONDS})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="in all")
+    parser.add_argument("--resume", action="store_true", help="keep what the folder has")
+    parser.add_argument("--dry-run", action="store_true", help="a GPU's path on the CPU, tiny")
+    parser.add_argument("--once", metavar="CASE", help="one step of our kernels, for a profiler")
     args = parser.parse_args(arguments)
-    default = results_folder(machine.cpu_name()) if args.full else Path("radam_report")
-    file = (args.out or default) / FILE
-    if args.draw:
-        results = json.loads(file.read_text())
-    else:
-        torch.manual_seed(0)
-        chosen = [s for s in settings(args.full) if re.search(args.only, s.name)]
-        seconds = args.seconds if args.seconds is not None else 5 if args.full else 1
-        results = run(chosen, file, args.full, seconds, bool(re.search(args.only, "memory")))
-    print("\n".join(table(results)))
-    write_csv(results, file.with_suffix(".csv"))
-    for picture in draw(results, file.parent):
+    deadline = time.monotonic() + 60 * args.minutes
+    gpu = args.dry_run or args.device == "cuda"
+    if gpu and not args.dry_run and not torch.cuda.is_available():
+        print("torch finds no GPU; --dry-run tries the code without one", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    device = torch.device("cpu" if args.dry_run else args.device)
+    which = "gpu" if gpu else "full" if args.full else "quick"
+    chosen = [case for case in cases.select(which) if re.search(args.only, case.name)]
+    if args.dry_run:
+        chosen = [case.tiny() for case in chosen]
+    if args.once:
+        chosen = [case for case in chosen if case.name == args.once]
+        return once(chosen[0], device) if chosen else parser.error(f"--once: no case {args.once!r}")
+    folder = Path("radam_report")
+    if which != "quick" and not args.dry_run:
+        folder = results_folder(torch.cuda.get_device_name() if gpu else cpu_name())
+    file = (args.out or folder) / FILE
+    seconds = SECONDS[which] if args.seconds is None else args.seconds
+    results = run(chosen, device, file, which, seconds, deadline, args.resume, args.dry_run)
+    print(summary(results))
+    frame(results).to_csv(file.with_suffix(".csv"), index=False)
+    for picture in plots.draw(results, file.parent):
         print(picture)
-    rows = [row for case in results["cases"].values() for row in case["rows"].values()]
-    return 130 if results["interrupted"] else int(any("wrong" in row for row in rows))
-
-
-def settings(full: bool) -> Iterator[Setting]:
-    """What is measured, in order."""
-    float32, bfloat16 = (all_cases(dtype) for dtype in DTYPES)
-    for key, case in float32.items():
-        if full or key not in FULL_ONLY:
-            yield Setting(case)
-        if key == "1000_of_64":
-            yield Setting(case, new_gradients=True)
-            yield Setting(case, new_gradients=True, cold=True)
-    yield from (Setting(bfloat16[key]) for key in HALF[full])
-
-
-def competitors(dtype: torch.dtype, full: bool) -> list[Contender]:
-    everybody = [c for c in everyone(dtype, "cpu") if not c.name.startswith(NO_SPEED)]
-    return [c for c in everybody if full or c.make is None or c.name in QUICK]
+    wrong = any(row["status"] == WRONG for row in results["rows"])
+    return 130 if results["interrupted"] else int(wrong)
 
 
 def run(
-    chosen: Sequence[Setting], file: Path, full: bool, seconds: float, memory: bool
+    chosen: Sequence[Case],
+    device: torch.device,
+    file: Path,
+    which: str,
+    seconds: float,
+    deadline: float = math.inf,
+    resume: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Measures the settings, then memory; writes the file after each. Ctrl-C ends it early."""
-    results: dict[str, Any] = {
-        "schema": SCHEMA,
-        "set": "full" if full else "quick",
-        **machine.facts(DEVICE),
-        "interrupted": True,  # until all is measured
-        "cases": {},
-        "memory": {},
-    }
-    peers = {dtype: competitors(dtype, full) for dtype in DTYPES.values()}
-    points = [
-        Point(c.name, *work)
-        for c in peers[torch.float32]
-        for work in MEMORY
-        if memory and STATUS.exists() and c.make and not c.absent and not c.compiled
-    ]
+    """Measures the cases in turn; writes the file and prints a table after each."""
+    head = {"schema": SCHEMA, "set": which, "dry_run": dry_run, **facts(device)}
+    results = {**head, "interrupted": True, "rows": kept(file, head) if resume else []}
+    there = {row["case"] for row in results["rows"]}
+    refused: dict[torch.dtype, dict[str, Row]] = {}
+    lost = ""
+    gc.collect()
+    gc.freeze()  # what exists now stays: collecting the optimizers of each turn is quick then
     try:
-        with tqdm(total=len(chosen) + len(points), smoothing=0, disable=None) as bar:
-            bar.set_description("checking results")
-            dtypes = {setting.case.dtype for setting in chosen}
-            wrong = {dtype: faults(peers[dtype], dtype) for dtype in dtypes}
-            for setting in chosen:
-                bar.set_description(setting.name)
-                of = peers[setting.case.dtype]
-                slow = {c.name: why for c in of if (why := too_slow(c, setting.case))}
-                refused = {name: {"not_measured": why} for name, why in slow.items()}
-                refused |= wrong[setting.case.dtype]
-                results["cases"][setting.name] = measure(setting, of, refused, seconds)
-                write(file, results)
-                bar.update()
-            for point, extra in zip(points, extra_bytes(points), strict=True):
-                bar.set_description(f"memory of {point.optimizer}")
-                found = {"elements": point.elements, "tensors": point.tensors, "extra_bytes": extra}
-                results["memory"].setdefault(point.optimizer, []).append(found)
-                bar.update()
+        for case in chosen:
+            if case.name in there:
+                continue
+            optimizers = select(case.dtype, "cuda" if which == "gpu" else "cpu", LEVELS[which])
+            rows: list[Row] = []
+            try:
+                if not lost and case.dtype not in refused:
+                    refused[case.dtype] = refusals(optimizers, device, case.dtype, deadline)
+                if not lost:
+                    rows = KINDS[case.kind](
+                        case,
+                        optimizers,
+                        device,
+                        seconds=seconds,
+                        deadline=deadline,
+                        refused=refused[case.dtype],
+                        dry_run=dry_run,
+                    )
+            except DeviceLostError as error:
+                lost = str(error)
+            if lost:
+                reason = {"status": NOT_MEASURED, "reason": lost}
+                rows = [{**describe(case), "optimizer": o.name, **reason} for o in optimizers]
+            results["rows"] += rows
+            write(file, results)
+            print(tables.case_table(frame({"rows": rows})), flush=True)
         results["interrupted"] = False
     except KeyboardInterrupt:
-        pass
+        print("\ninterrupted: this is not all")
+    gc.unfreeze()
     write(file, results)
     return results
 
 
-def faults(contenders: Sequence[Contender], dtype: torch.dtype) -> dict[str, Row]:
-    """Rows of the RAdams that are wrong, or do not work here."""
-    return {
-        c.name: row
-        for c in contenders
-        if c.radam and not c.absent and (row := fault(c, DEVICE, dtype))
-    }
+def summary(results: dict[str, Any]) -> str:
+    """What is said after the cases."""
+    table = frame(results)
+    device = "cuda" if results["set"] == "gpu" else "cpu"
+    aims = "Goals" + " (a dry run: these say nothing)" * results["dry_run"]
+    return "\n\n".join(
+        [
+            tables.LEGEND,
+            tables.machine(results),
+            tables.growth_table(table),
+            f"{aims}:\n{goals.lines(table, device)}",
+            f"Left out:\n{tables.left_out(table)}",
+        ]
+    )
 
 
-def too_slow(contender: Contender, case: Case) -> str | None:
-    """Why timing it would take minutes, or tell nothing new."""
-    if contender.absent or not contender.make:
-        return None
-    if case.elements > SLOW and (contender.flat or contender.name not in QUICK):
-        return f"time: measured up to {SLOW >> 20}M elements only"
-    if contender.compiled and len(case.shapes) > 1:
-        return "time: compiled for one tensor only"
-    return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def once(case: Case, device: torch.device) -> int:
+    """One step of each of our kernels between cudaProfilerStart and Stop."""
+    params = case.make(device)
+    for row in select(case.dtype, "cuda", 0):
+        if not row.backend or row.form:
+            continue
+        session = row.start(params)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        session.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        print(
+            f"{case.name}: one step of {row.name}, {case.moved(row.traffic) * case.elements} bytes"
+        )
+    return 0

@@ -38,15 +38,9 @@ class Instruction:
     def local(self) -> bool:
         return self.name.startswith(("LDL", "STL", "scratch_"))
 
-    @property
-    def fused(self) -> bool:
-        """Whether it multiplies and adds floats with one rounding."""
-        fma = r"[FD]FMA2?\b|v_(pk_)?(fma|fmac|fmak|fmamk|mad|mac|fma_mix\w*)_f(16|32|64)"
-        return re.match(fma, self.name) is not None
-
 
 def main_path(code: list[Instruction]) -> list[Instruction]:
-    """What lies between the most 16-byte loads that one path holds, and the stores after them.
+    """What lies between the most 16-byte loads that one path holds, and the widest stores after it.
 
     A kernel has several such paths, for whole chunks and for single vectors. Calls are passed over.
     """
@@ -74,7 +68,8 @@ def main_path(code: list[Instruction]) -> list[Instruction]:
             i += step
         return i
 
-    ends = reach([block(i, 1) for i, one in enumerate(code) if one.stores >= 16], before)
+    widest = max((one.stores for one in code), default=0)
+    ends = reach([block(i, 1) for i, one in enumerate(code) if one.stores == widest], before)
     best: set[int] = set()
     for first in (i for i, one in enumerate(code) if one.loads >= 16):
         if first in best:

@@ -64,7 +64,7 @@ class Run:
     out: Path
     dry: bool
     deadline: float = 0.0  # of the current stage, by time.monotonic()
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: dict[str, str] = field(default_factory=dict)  # beside what is there
 
     def call(
         self, log: str, command: Sequence[object], limit: float = 600, **environment: str
@@ -78,7 +78,7 @@ class Run:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=results.ROOT,
-                env={**self.environment, **environment},
+                env={**os.environ, **self.environment, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that its children end with it
@@ -171,19 +171,21 @@ def sanitize(run: Run) -> Outcome:
 
 def times(run: Run) -> Outcome:
     """The benchmark: results.json, which is rewritten after each case."""
-    return _measure(run, "time", "report", "--device", "cuda", "--resume", "--out", run.out)
+    return _measure(
+        run, "time", "bench", "report", "--device", "cuda", "--resume", "--out", run.out
+    )
 
 
 def tune(run: Run) -> Outcome:
     """Variants of the kernels: tune.json."""
-    return _measure(run, "tune", "tune", "--out", run.out)
+    return _measure(run, "tune", "bench.gpu.tune", "--out", run.out)
 
 
 def _measure(run: Run, log: str, *words: object) -> Outcome:
     # It ends by itself before the stage would be stopped, and says what it had no time for.
     minutes = (run.deadline - time.monotonic() - RESERVE) / 60
     limit = ["--dry-run"] if run.dry else ["--minutes", minutes]
-    status = run.call(log, [sys.executable, "-m", "bench", *words, *limit])
+    status = run.call(log, [sys.executable, "-m", *words, *limit])
     return failed(run.why(log, status)) if status else ok(f"{log}.log")
 
 

@@ -16,8 +16,6 @@ Codes = tuple[int, int, int]  # dtypes of param, grad and moments, as in radam_k
 # float32, float64, and 16-bit types as parameter, with gradient, and throughout.
 SETS: tuple[Codes, ...] = ((0, 0, 0), (3, 3, 3), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 2))
 TARGETS = ("sm_90", "sm_100", "gfx942")
-# Where a kernel of nothing but one square root and one division is compiled too.
-YARDSTICKS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @dataclass
@@ -26,18 +24,16 @@ class Compiled:
 
     codes: Codes
     arch: str
-    yardstick: bool = False  # not the step, but a square root and a division
     signature: dict[str, str] = field(default_factory=dict)
     options: dict[str, bool | int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    refused: str = ""  # why Triton did not compile it
 
     def text(self, kind: str) -> str:
         return Path(self.files[kind]).read_text()
 
 
 def compile_all(folder: Path) -> list[Compiled]:
-    """SETS for every one of TARGETS, and the yardsticks, as files in `folder`."""
+    """SETS for every one of TARGETS, as files in `folder`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     done = subprocess.run(
@@ -57,7 +53,6 @@ def compile_all(folder: Path) -> list[Compiled]:
 def _compile_all(folder: Path) -> Iterator[Compiled]:
     import torch
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -68,43 +63,13 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
     step = triton_kernel.radam_step_kernel
 
     class Recorder:
+        """Takes the place of the kernel, and keeps the arguments of its launch."""
+
         def __getitem__(self, grid: object) -> "Recorder":
             return self
 
         def __call__(self, *args: object, **options: bool | int) -> None:
             self.args, self.options = args, options
-
-    def build(
-        compiled: Compiled, kernel: triton.JITFunction, constants: dict, aligned: dict
-    ) -> Compiled:
-        gpu = compiled.arch.startswith("sm_")
-        target = (
-            GPUTarget("cuda", int(compiled.arch[3:]), 32)
-            if gpu
-            else GPUTarget("hip", compiled.arch, 64)
-        )
-        source = ASTSource(kernel, compiled.signature, constants, aligned)
-        try:
-            built = triton.compile(source, target=target, options=compiled.options)
-        except Exception as error:  # of whatever kind: its reason belongs into the table
-            compiled.refused = f"{type(error).__name__}: {error}".splitlines()[0]
-            return compiled
-        name = f"{kernel.__name__}-{'-'.join(map(str, compiled.codes))}-{compiled.arch}"
-        for kind in ("cubin", "ptx") if gpu else ("amdgcn",):
-            path = folder / f"{name}.{kind}"
-            what = built.asm[kind]
-            path.write_bytes(what if isinstance(what, bytes) else what.encode())
-            compiled.files[kind] = str(path)
-        return compiled
-
-    @triton.jit
-    def yardstick(a, b, BLOCK: tl.constexpr):
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        x, y = tl.load(a + at), tl.load(b + at)
-        if x.dtype == tl.float64:  # where the plain ones are exact, and there are no others
-            tl.store(a + at, x / tl.sqrt(y))
-        else:
-            tl.store(a + at, tl.div_rn(x, tl.sqrt_rn(y)))
 
     for codes in SETS:
         triton_kernel.radam_step_kernel = recorder = Recorder()
@@ -117,18 +82,18 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
                 signature[parameter.name] = pointers[arg.dtype]
             else:
                 signature[parameter.name] = "i32" if isinstance(arg, int) else repr(arg)
+        source = ASTSource(step, signature, constants, {})
         for arch in TARGETS:
-            compiled = Compiled(
-                codes, arch, signature=dict(signature), options=dict(recorder.options)
-            )
-            yield build(compiled, step, constants, {})
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(2)}
-    for codes, pointer in (((0, 0, 0), "*fp32"), ((3, 3, 3), "*fp64")):
-        for arch in YARDSTICKS:
-            options = {"num_warps": 8, "enable_fp_fusion": False}
-            signature = {"a": pointer, "b": pointer, "BLOCK": "constexpr"}
-            compiled = Compiled(codes, arch, True, signature, options)
-            yield build(compiled, yardstick, {(2,): 2048}, aligned)
+            compiled = Compiled(codes, arch, signature, recorder.options)
+            nvidia = arch.startswith("sm_")
+            target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+            built = triton.compile(source, target=target, options=recorder.options)
+            for kind in ("cubin", "ptx") if nvidia else ("amdgcn",):
+                path = folder / f"{'-'.join(map(str, codes))}-{arch}.{kind}"
+                what = built.asm[kind]
+                path.write_bytes(what if isinstance(what, bytes) else what.encode())
+                compiled.files[kind] = str(path)
+            yield compiled
 
 
 if __name__ == "__main__":

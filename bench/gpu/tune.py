@@ -29,6 +29,7 @@ from radam_kernels.backends import cuda, triton_kernel
 
 from .. import cases, correctness, results, timing
 from ..cases import Case
+from ..correctness import MEASURED, NOT_MEASURED, WRONG
 from ..optimizers import Optimizer, narrow, wide
 from . import machine_code
 
@@ -108,9 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder (bench/results/<device>)")
     parser.add_argument("--dry-run", action="store_true", help="two variants on the CPU, tiny")
     parser.add_argument("--only", default="", metavar="REGEX", help="of the variants' names")
-    parser.add_argument("--minutes", type=float, default=5, help="in all (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="in all (5; dry: 0.2)")
     args = parser.parse_args(arguments)
-    deadline = time.monotonic() + 60 * args.minutes
+    minutes = args.minutes or (0.2 if args.dry_run else 5)
+    deadline = time.monotonic() + 60 * minutes
     chosen = [v for v in variants() if re.search(args.only, v.name)]
     if args.dry_run:
         name, device = "dry-run", torch.device("cpu")
@@ -120,11 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     else:
         name, device = torch.cuda.get_device_name(), torch.device("cuda")
-        build_all(chosen, deadline - 60 * args.minutes * (1 - BUILD_PART))
+        build_all(chosen, deadline - 60 * minutes * (1 - BUILD_PART))
     file = (args.out or results.results_folder(name)) / FILE
     rows = measure(chosen, device, file, deadline)
     print(table(rows, chosen))
-    wrong = [r for r in rows if r["optimizer"] == TODAY and r["status"] == correctness.WRONG]
+    wrong = [r for r in rows if r["optimizer"] == TODAY and r["status"] == WRONG]
     return 1 if wrong else 0
 
 
@@ -216,42 +218,38 @@ def measure(
     before = cuda._cuda, triton_kernel.CHUNK, triton_kernel.WARPS
     try:
         for i, (case, half) in enumerate(todo):
-            refused = {
-                variant.name: {"status": status, "reason": reason}
-                for variant in chosen
-                for status, reason in [refusal(variant, case.dtype, half, device)]
-                if reason
-            }
+            optimizers = [variant.optimizer(half) for variant in chosen]
             rows += timing.measure(
                 case,
-                [variant.optimizer(half) for variant in chosen],
+                optimizers,
                 device,
+                refused=refusals(chosen, optimizers, case.dtype, device),
                 seconds=(deadline - time.monotonic()) / (len(todo) - i),
                 deadline=deadline,
-                refused=refused,
                 dry_run=device.type == "cpu",
             )
-            data = {"registers": {v.name: v.registers for v in chosen}, "rows": rows}
-            results.write(file, {**results.facts(device), **data})
+            registers = {variant.name: variant.registers for variant in chosen}
+            results.write(file, {**results.facts(device), "registers": registers, "rows": rows})
             print(f"{case.name}: measured", flush=True)
     finally:
         cuda._cuda, triton_kernel.CHUNK, triton_kernel.WARPS = before
     return rows
 
 
-def refusal(
-    variant: Variant, dtype: torch.dtype, half: bool, device: torch.device
-) -> tuple[str, str]:
-    """The status and reason of a variant that is wrong or does not work; empty if it does."""
-    if variant.reason:
-        return correctness.NOT_MEASURED, variant.reason
-    row = variant.optimizer(half)
-    if reason := correctness.check(row, device, dtype):
-        return correctness.WRONG, reason
-    try:
-        return correctness.WRONG, other_bits(row, dtype, device)
-    except Exception as error:
-        return correctness.NOT_MEASURED, correctness.brief(error)
+def refusals(
+    chosen: Sequence[Variant],
+    optimizers: Sequence[Optimizer],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, dict[str, str]]:
+    """The status and reason of variants that are not there, are wrong, or give other bits."""
+    absent = {v.name: {"status": NOT_MEASURED, "reason": v.reason} for v in chosen if v.reason}
+    there = [optimizer for optimizer in optimizers if optimizer.name not in absent]
+    found = correctness.refusals(there, device, dtype)
+    for optimizer in there:
+        if optimizer.name not in found and (reason := other_bits(optimizer, dtype, device)):
+            found[optimizer.name] = {"status": WRONG, "reason": reason}
+    return absent | found
 
 
 def other_bits(row: Optimizer, dtype: torch.dtype, device: torch.device) -> str:
@@ -289,7 +287,7 @@ def table(rows: list[timing.Row], chosen: Sequence[Variant]) -> str:
     frame = frame[frame["optimizer"].isin([variant.name for variant in chosen])]
 
     def cell(row: Any) -> str:
-        if row.status != correctness.MEASURED:
+        if row.status != MEASURED:
             return row.reason
         return f"{row.ms:.4f} ms" + f", {row.limit_share:.1%}" * pd.notna(row.limit_share)
 

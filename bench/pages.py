@@ -1,0 +1,117 @@
+"""Pages made of results: `python -m bench publish [FOLDER ...]`.
+
+Writes README.md and pictures beside each results.json (of bench/results, if no folder is given),
+and its part of the project's README between the markers of `bench`. --check writes nothing, and
+fails where a page is not what its results give.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cases, goals, plots, tables
+from .cases import COLD, NEW, model, size, small
+from .optimizers import OPTIMIZERS
+from .results import FILE, RESULTS, ROOT, frame, insert, read
+
+README = ROOT / "README.md"
+MARKER = "bench"
+THOUSAND = small(1000)
+MAIN = [
+    *(size(power) for power in (10, 14, 18, 20, 22, 26, 28, 30)),
+    *(THOUSAND, THOUSAND + NEW, THOUSAND + NEW + COLD),
+    *(model(name) for name in ("ResNet-50", "GPT-2 124M", "Llama 3.2 1B")),
+    *(cases.OFFLOAD, cases.OFFLOAD_HALF),
+    *(size(26, "bfloat16"), model("GPT-2 124M", "bfloat16")),
+    *(cases.TRANSFORMER, cases.CONVNET),
+]
+HEAD = [size(26), "", model("ResNet-50"), model("GPT-2 124M"), model("GPT-2 124M", "bfloat16")]
+HEAD.append(cases.TRANSFORMER)
+HOW = """\
+Medians of whole steps. Ours with their share of what memory can do: a loop (on a GPU, a copy) that
+moves as many bytes, in the same rounds. The others with their time against ours."""
+GROWTH = """\
+Lines fitted to float32: elements of one tensor from 2^22 on, and tensors of 64. Extra bytes are
+those beyond parameters, gradients and two moments."""
+NOTES = "\\* The device waited for the host: more launches than its queue holds."
+NOTHING = "Nothing has been measured yet: `python -m bench report --full` does."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench publish", description=__doc__.split(":")[0])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if pages differ")
+    parser.add_argument("--readme", type=Path, default=README, help="(%(default)s)")
+    args = parser.parse_args(arguments)
+    found = read(RESULTS)
+    if args.folders:
+        found = {folder: json.loads((folder / FILE).read_text()) for folder in args.folders}
+    differing = [
+        (file, text)
+        for file, text in pages(found, args.readme)
+        if not file.exists() or file.read_text() != text
+    ]
+    for file, text in differing:
+        print(f"{file}: not what its results give" if args.check else file)
+        if not args.check:
+            file.write_text(text)
+    if args.check:
+        return int(bool(differing))
+    for folder, results in found.items():
+        print(*plots.draw(results, folder), sep="\n")
+    return 0
+
+
+def pages(found: Mapping[Path, dict[str, Any]], readme: Path) -> Iterator[tuple[Path, str]]:
+    """Every page and what it should say; the README only where it has the markers."""
+    for folder, results in found.items():
+        yield folder / "README.md", page(results)
+    if f"<!-- {MARKER}:begin -->" in (text := readme.read_text()):
+        yield readme, insert(text, MARKER, readme_part(found, readme.parent))
+
+
+def readme_part(found: Mapping[Path, dict[str, Any]], root: Path) -> str:
+    """Six rows for each machine, and where they come from; dry runs tell nothing."""
+    parts = []
+    for folder, results in found.items():
+        if results["dry_run"]:
+            continue
+        gpu = results["set"] == "gpu"
+        # On a GPU caches are cold anyway.
+        rows = [case or THOUSAND + NEW + COLD * (not gpu) for case in HEAD]
+        link = folder.relative_to(root) if folder.is_relative_to(root) else folder
+        parts += [
+            tables.comparison(frame(results), rows, _columns(gpu)),
+            f"{tables.machine(results)}: [all of it]({link.as_posix()}/README.md).",
+        ]
+    return "\n\n".join(parts) or NOTHING
+
+
+def page(results: dict[str, Any]) -> str:
+    """All that was measured on a machine."""
+    table, gpu = frame(results), results["set"] == "gpu"
+    every = table.case.unique()
+    columns = [*_columns(gpu), *(row.name for row in OPTIMIZERS if row.form == "half")]
+    parts = [
+        f"# {results['device' if gpu else 'cpu']['name']}",
+        f"`python -m bench publish` made this of [{FILE}]({FILE}). {tables.machine(results)}.",
+        "**A dry run: these numbers say nothing.**" * results["dry_run"],
+        "**The run was interrupted: some cases are missing.**" * results["interrupted"],
+        f"{HOW}\n\n{tables.comparison(table, MAIN, columns)}\n\n{NOTES}",
+        "\n\n".join(f"![{title}]({name}.png)" for name, (title, _) in plots.PICTURES.items()),
+        f"## Every case\n\n{tables.LEGEND}",
+        *(tables.case_table(table[table.case == case]) for case in every),
+        f"## As work grows\n\n{GROWTH}\n\n{tables.growth_table(table)}",
+        f"## Goals\n\n{goals.lines(table, 'cuda' if gpu else 'cpu')}",
+        f"## Left out\n\n{tables.left_out(table)}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _columns(gpu: bool) -> list[str]:
+    """What a machine's first table compares."""
+    kind = "cuda" if gpu else "cpu"
+    rows = (row for row in OPTIMIZERS if row.level < 2 and not row.form)
+    return [row.name for row in rows if not row.backend or kind in row.kinds]

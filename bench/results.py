@@ -1,0 +1,150 @@
+"""Results in files: what they were measured on, a row for each case and optimizer, and pages."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from radam_kernels.fingerprint import measured_fingerprint
+from radam_kernels.modules import cpu, load_optional
+
+from .optimizers import OPTIMIZERS, version_of
+from .timing import DEVICE_FAILED, OUT_OF_TIME, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+FILE = "results.json"
+SCHEMA = 2
+ALWAYS = ("case", "kind", "optimizer", "status", "ms", "extra_bytes")  # columns, though empty
+
+
+def results_folder(device_name: str) -> Path:
+    """bench/results/<device>, in letters that any file system takes."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a measurement is made on: device, versions, commit and sources."""
+    packages = ("triton", *(row.package for row in OPTIMIZERS if row.package))
+    return {
+        "device": _device(device),
+        "cpu": {
+            "name": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": cpu.instruction_sets[0],
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package: version_of(package) for package in packages},
+            "cuda runtime of torch": torch.version.cuda,
+            "cuda runtime of the kernels": _runtime(),
+            "nvcc": _answer(["nvcc", "--version"], r"release \S+ V(\S+)"),
+        },
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "sources": measured_fingerprint(ROOT),
+    }
+
+
+def commit() -> str:
+    """Of the tree, or RADAM_COMMIT where the tree came without its history."""
+    described = _answer(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], r"(\S+)")
+    return os.environ.get("RADAM_COMMIT") or described or "unknown"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "cpu")
+
+
+def frame(results: dict[str, Any]) -> pd.DataFrame:
+    """The rows as one tidy table."""
+    table = pd.DataFrame(results["rows"])
+    return table.assign(**{key: None for key in ALWAYS if key not in table})
+
+
+def write(file: Path, data: dict[str, Any]) -> None:
+    """Writes JSON, all of it or nothing: a run that is cut off leaves a whole file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(new, file)
+
+
+def read(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The results of every machine, by their folders."""
+    files = sorted(folder.glob(f"*/{FILE}"))
+    return {file.parent: json.loads(file.read_text()) for file in files}
+
+
+def kept(file: Path, now: dict[str, Any]) -> list[Row]:
+    """The rows that a file has of the same device, versions and sources.
+
+    Without the cases in which one lacked time, or the device failed.
+    """
+    try:
+        old = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    if any(old.get(key) != now[key] for key in ("schema", "device", "cpu", "versions", "sources")):
+        return []
+    lacking = {row["case"] for row in old["rows"] if must_repeat(row)}
+    return [row for row in old["rows"] if row["case"] not in lacking]
+
+
+def must_repeat(row: Row) -> bool:
+    return row["reason"] == OUT_OF_TIME or DEVICE_FAILED in row["reason"]
+
+
+def insert(text: str, name: str, part: str) -> str:
+    """The text with the part between the markers of that name; ValueError if there are none."""
+    begins, ends = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(begins)
+    _, end, after = rest.partition(ends)
+    if not begin or not end:
+        raise ValueError(f"expected the lines {begins} and {ends} in the page; put them there")
+    return f"{before}{begins}\n{part}\n{ends}{after}"
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"name": "cpu"}
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "driver": _answer(query, r"(\S+)"),
+    }
+
+
+def _answer(command: list[str], pattern: str) -> str | None:
+    """What a tool says, or None where it is missing or says something else."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(pattern, said)
+    return found[1] if found else None
+
+
+def _runtime() -> str | None:
+    if not (cuda := load_optional("_cuda")):
+        return None
+    number = cuda.runtime_version()
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,395 @@
+"""Measures steps, on the CPU and on GPUs: in each round the optimizers take turns.
+
+So a drift of the machine meets all of them. Between them runs what memory can do, on the same
+tensors (bench/roofline.py).
+"""
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from .cases import Case, renew_gradients
+from .correctness import MEASURED, NOT_MEASURED, WRONG, brief, wrong
+from .optimizers import ADAM, DRY_RUN, RADAM, Optimizer, Session
+from .roofline import COPY, STREAM, limit, limit_name
+
+Row = dict[str, Any]
+
+ROUNDS, MOST_ROUNDS = 5, 50  # the first are for what the goals speak of; others have one at least
+STEPS = (3, 20)  # timed in a turn, at least and at most
+HOST_SWEEP = 64 << 20  # bytes written before a step to find a CPU's caches cold
+SWEEP = 3  # the same on a GPU, in sizes of its L2 cache
+LONGEST_LEAD = 0.1  # seconds
+OUT_OF_TIME, DEVICE_FAILED = "out of time", "the device failed"  # reasons
+SLOW = 1 << 25  # elements; beyond it a CPU times only what tells most
+LARGE = 1 << 22  # elements that no cache of a CPU holds, with their gradients and moments
+COMPILED_TENSORS = 200  # compiling a step of more takes many minutes
+FREE_PART = 0.8  # of the memory that is free
+DISTURBED = 0.3  # cores that other processes kept busy
+RATIOS = {"vs_adam_fused": ADAM, "vs_radam_foreach": RADAM}
+
+
+class DeviceLostError(RuntimeError):
+    """The device has failed: nothing that follows can be measured in this process."""
+
+
+class Sample(NamedTuple):
+    """Seconds of a step."""
+
+    device: float
+    host: float  # of the call alone, which waits for nothing
+    waited: bool  # the host was late, so `device` may hold time in which nothing ran
+
+
+class CudaClock:
+    """CUDA events around a step that is enqueued behind a sleep, so that gaps are the device's own.
+
+    triton.testing.do_bench has no such sleep: where the host is slower than the device, as with
+    many small tensors, its times hold gaps in which the device waits for the host. The sweep
+    writes rather than reads: it leaves dirty lines which the step must evict, as it leaves some
+    itself that it never pays for. Rotated buffers would need several times the memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        l2 = getattr(properties, "L2_cache_size", 64 << 20)
+        self._sweep = torch.empty(SWEEP * l2, dtype=torch.uint8, device=device)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._cycles = 1_000_000 / self._sleep_seconds(1_000_000)  # a second
+
+    def sample(self, step: Callable[[], object], lead: float) -> Sample:
+        """Times a step; the device sleeps for `lead` seconds first, for the host to be ahead."""
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(lead * self._cycles))
+        self._sweep.fill_(1)
+        self._begin.record()
+        begin = time.perf_counter()
+        step()
+        host = time.perf_counter() - begin
+        self._end.record()
+        waited = self._begin.query()
+        self._end.synchronize()
+        return Sample(self._begin.elapsed_time(self._end) / 1e3, host, waited)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def _sleep_seconds(self, cycles: int) -> float:
+        for _ in range(3):  # the first loads code, and wakes the clocks up
+            self._begin.record()
+            torch.cuda._sleep(cycles)
+            self._end.record()
+            self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
+
+
+class HostClock:
+    """time.perf_counter: torch.utils.benchmark.Timer would set the number of threads to one, and
+    its blocks of calls leave no room for a sweep between them."""
+
+    def __init__(self, sweep: int) -> None:
+        self._sweep = torch.empty(sweep, dtype=torch.uint8)
+
+    def sample(self, step: Callable[[], object], lead: float) -> Sample:
+        self._sweep.fill_(1)
+        begin = time.perf_counter()
+        step()
+        host = time.perf_counter() - begin
+        return Sample(host, host, False)
+
+    def synchronize(self) -> None:
+        pass
+
+
+Clock = CudaClock | HostClock
+
+
+def make_clock(device: torch.device, cold: bool = False) -> Clock:
+    if device.type == "cuda":
+        return CudaClock(device)
+    return HostClock(HOST_SWEEP if cold else 1)
+
+
+def find_lead(clock: Clock, step: Callable[[], object]) -> float:
+    """Seconds for the device to sleep, so that the host is done before the step begins.
+
+    0 where no sleep helps: a step of more launches than the device's queue holds (some 1,000)
+    stops the host until the sleep is over, and its host time would be that of the sleep.
+    """
+    lead = 1e-3
+    while lead <= LONGEST_LEAD:
+        sample = clock.sample(step, lead)
+        if not sample.waited:
+            return min(2 * sample.host + 1e-4, LONGEST_LEAD)
+        lead = 2 * max(lead, sample.host)
+    return 0.0
+
+
+class OtherWork:
+    """How many cores other processes kept busy on average, inside a `with`."""
+
+    cores = 0.0
+
+    def __enter__(self) -> "OtherWork":
+        self._begin, self._before = time.perf_counter(), self._busy()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self._begin
+        self.cores = max(0.0, (self._busy() - self._before) / seconds)
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds that all cores have worked for others so far."""
+        every, own = psutil.cpu_times()._asdict(), os.times()
+        unused = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice, too
+        return sum(s for name, s in every.items() if name not in unused) - own.user - own.system
+
+
+@dataclass
+class _Player:
+    """An optimizer or a limit, and what its turns gave."""
+
+    row: Optimizer
+    bytes: int  # for each element
+    refused: Row
+    session: Session | None = None
+    checked: bool = False
+    samples: list[Sample] = field(default_factory=list)
+    extra_bytes: int | None = None
+
+
+def measure(
+    case: Case,
+    optimizers: Sequence[Optimizer],
+    device: torch.device,
+    *,
+    seconds: float,
+    deadline: float = math.inf,
+    refused: Mapping[str, Row] | None = None,
+    dry_run: bool = False,
+) -> list[Row]:
+    """A row for each optimizer and limit: numbers, or the reason why there are none.
+
+    On the CPU optimizers stay between their turns. A GPU lacks the room and warms them up in no
+    time: there each turn starts its optimizer.
+
+    Args:
+        seconds: after which no turn begins but those that are due to everyone.
+        deadline: of time.monotonic(), after which no turn begins at all.
+        refused: the status and reason of those that are not to be measured.
+        dry_run: takes the path of a GPU on the CPU.
+
+    Raises:
+        DeviceLostError: after an error that the device does not recover from.
+    """
+    gc.collect()  # optimizers are in cycles: those of the last case are still there
+    kind = DRY_RUN if dry_run else device.type
+    players = _players(case, optimizers, refused or {}, kind)
+    rounds, keep = 0, kind == "cpu"
+    with OtherWork() as others:
+        try:
+            rounds = _Turns(case, players, device, keep).play(seconds, deadline)
+        except torch.OutOfMemoryError as error:
+            for player in players:
+                player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
+    facts = {
+        **describe(case),
+        "caches": "warm" if keep and not case.cold else "cold",
+        "rounds": rounds,
+        "cores_of_others": others.cores,
+    }
+    return compare([{**facts, **_row(case, player, keep)} for player in players])
+
+
+def _players(
+    case: Case, optimizers: Sequence[Optimizer], refused: Mapping[str, Row], kind: str
+) -> list[_Player]:
+    """The optimizers, and after the first RAdam that moves so many bytes their limit."""
+    # In cold caches the loop waits for its own tables, and is no limit of small tensors.
+    limited = not case.cold or case.elements >= LARGE
+    players: list[_Player] = []
+    for row in optimizers:
+        reason = left_out(case, row, kind)
+        why = {"status": NOT_MEASURED, "reason": reason} if reason else {}
+        player = _Player(row, case.moved(row.traffic), refused.get(row.name, why))
+        known = any(other.bytes == player.bytes and other.row.radam for other in players)
+        players.append(player)
+        if limited and row.radam and not known:
+            players.append(_Player(_limit_of(player, kind), player.bytes, {}))
+    return players
+
+
+def _limit_of(player: _Player, kind: str) -> Optimizer:
+    def optimizer() -> torch.optim.Optimizer | None:
+        return player.session and player.session.optimizer
+
+    return limit(player.bytes, STREAM if kind == "cpu" else COPY, optimizer)
+
+
+class _Turns:
+    """The rounds of one case; keep: optimizers stay between their turns."""
+
+    def __init__(
+        self, case: Case, players: Sequence[_Player], device: torch.device, keep: bool
+    ) -> None:
+        self._case, self._players, self._device, self._keep = case, players, device, keep
+        self._params = case.make(device)
+        self._clock = make_clock(device, case.cold)
+
+    def play(self, seconds: float, deadline: float) -> int:
+        """Fills the players' samples; returns the number of rounds."""
+        begin, rounds = time.monotonic(), 0
+        share = seconds / ROUNDS / len(self._players)
+        while rounds < MOST_ROUNDS and not all(player.refused for player in self._players):
+            if rounds >= ROUNDS and time.monotonic() > begin + seconds:
+                break
+            for player in self._players:
+                now = time.monotonic()
+                due = rounds < (ROUNDS if player.row.level == 0 else 1)
+                if now > deadline:
+                    return rounds
+                if not player.refused and (due or now < begin + seconds):
+                    self._turn(player, min(share, deadline - now))
+            rounds += 1
+        return rounds
+
+    def _turn(self, player: _Player, seconds: float) -> None:
+        """Samples of one optimizer, or the reason why it has none."""
+        try:
+            player.session = player.session or self._start(player)
+            if not player.refused:
+                self._sample(player, player.session, seconds)
+        except Exception as error:
+            player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
+            try:
+                self._clock.synchronize()
+            except Exception as lost:
+                name = f"{player.row.name}, {self._case.name}"
+                raise DeviceLostError(f"{name}: {DEVICE_FAILED}: {brief(lost)}") from error
+        if player.refused or not self._keep:
+            player.session = None
+            gc.collect()  # optimizers and graphs are in cycles
+            if self._device.type == "cuda":
+                left, total = torch.cuda.mem_get_info()
+                if left < total // 2:
+                    torch.cuda.empty_cache()
+
+    def _start(self, player: _Player) -> Session:
+        row = player.row
+        own = row.form == "flat"  # it would move the parameters of the others
+        session = row.start(self._case.make(self._device) if own else self._params)
+        if row.radam and not player.checked and (fault := wrong(row, session)):
+            player.refused = {"status": WRONG, "reason": fault}
+        player.checked = True
+        return session
+
+    def _sample(self, player: _Player, session: Session, seconds: float) -> None:
+        clock, cuda = self._clock, self._device.type == "cuda"
+        lead = find_lead(clock, session.step)  # the first step brings the optimizer's memory near
+        clock.synchronize()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        gc.disable()
+        try:
+            begin = time.monotonic()
+            for i in range(STEPS[1]):
+                if self._case.new_gradients:
+                    renew_gradients(session.params)
+                player.samples.append(clock.sample(session.step, lead))
+                if i + 1 >= STEPS[0] and time.monotonic() - begin > seconds:
+                    break
+        finally:
+            gc.enable()
+        if cuda and not self._case.new_gradients:
+            player.extra_bytes = torch.cuda.max_memory_allocated() - before
+
+
+def _row(case: Case, player: _Player, keep: bool) -> Row:
+    row: Row = {"optimizer": player.row.name, "bytes": player.bytes * case.elements}
+    if player.refused:
+        return {**row, **player.refused}
+    if not player.samples:
+        return {**row, "status": NOT_MEASURED, "reason": OUT_OF_TIME}
+    row |= numbers(row["bytes"], [sample.device for sample in player.samples])
+    if not keep:
+        row |= spread([sample.host for sample in player.samples], 1e6, "host_us")
+        # Nothing to do about a step of more launches than the queue holds, but to say it.
+        row["host_bound"] = sum(s.waited for s in player.samples) > len(player.samples) // 2
+        row["extra_bytes"] = player.extra_bytes
+    return row
+
+
+def numbers(moved: int, seconds: Sequence[float]) -> Row:
+    """What a row says of steps that were measured."""
+    row = {"status": MEASURED, "reason": "", "count": len(seconds), **spread(seconds, 1e3, "ms")}
+    return {**row, "gb_s": moved / row["ms"] / 1e6}
+
+
+def spread(values: Sequence[float], unit: float, key: str) -> Row:
+    """The median, and how far the middle three fifths reach."""
+    low = high = values[0]
+    if len(values) > 1:
+        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    middle = statistics.median(values)
+    return {key: unit * middle, f"{key}_p20": unit * low, f"{key}_p80": unit * high}
+
+
+def describe(case: Case) -> Row:
+    """What the rows of a case have in common."""
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "elements": case.elements,
+        "tensors": len(case.shapes),
+        "gradients": "new" if case.new_gradients else "held",
+    }
+
+
+def compare(rows: list[Row]) -> list[Row]:
+    """Adds shares of the limit, and how many times as fast each is as torch's optimizers."""
+    by_name = {row["optimizer"]: row for row in rows if "ms" in row}
+    for row in by_name.values():
+        for kind in (STREAM, COPY):
+            if found := by_name.get(limit_name(row["bytes"] // row["elements"], kind)):
+                row["limit_gb_s"] = found["gb_s"]
+                row["limit_share"] = found["ms"] / row["ms"]
+        for key, peer in RATIOS.items():
+            row[key] = by_name[peer]["ms"] / row["ms"] if peer in by_name else None
+        if "host_us" in row and "host_us" in by_name.get(ADAM, {}):
+            row["host_vs_adam_fused"] = by_name[ADAM]["host_us"] / row["host_us"]
+    return rows
+
+
+def left_out(case: Case, row: Optimizer, kind: str) -> str:
+    """Why an optimizer is not measured on a case, or nothing; `kind` is of device, or DRY_RUN."""
+    if reason := row.absent(kind):
+        return reason
+    if row.form == "compiled" and (kind != "cpu" or len(case.shapes) > COMPILED_TENSORS):
+        return "compiling takes too long, for many tensors or on a device lent for minutes"
+    if row.form == "graph" and case.new_gradients:
+        return "a graph reads gradients where they were captured"
+    if row.form == "flat" and case.sharded:
+        return "sharded parameters can't be flattened"
+    if kind != "cpu":
+        return ""  # a GPU's allocator says itself what does not fit
+    if case.elements > SLOW and (row.level > 1 or row.form == "flat"):
+        return f"time: measured up to {SLOW >> 20}M elements only"
+    # Parameters, gradients, moments and temporaries; torch's fused steps and ours have none.
+    size = case.dtype.itemsize
+    temporaries = 0 if row.backend or "fused" in row.name else 3 * max(4, size)
+    need = case.elements * (2 * size + (row.traffic(size) - 3 * size) // 2 + temporaries)
+    most = FREE_PART * psutil.virtual_memory().available
+    if need > most:
+        return f"memory: needs {need / 1e9:.1f} GB, {most / 1e9:.1f} GB may be taken"
+    return ""
