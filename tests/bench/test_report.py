@@ -59,7 +59,7 @@ def few(monkeypatch):
 
 @pytest.mark.usefixtures("few")
 def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsys, monkeypatch):
-    words = ["--out", str(tmp_path), "--only", r"^2.10 float32|^10 tensors|convnet"]
+    words = ["--out", str(tmp_path), "--only", r"^2.10 float32|^10 tensors|transformer"]
     assert report.main([*words, "--seconds", "0"]) == 0
     found = json.loads((tmp_path / FILE).read_text())
     assert {row["status"] for row in found["rows"]} == {"measured"}
