@@ -379,8 +379,8 @@ def left_out(case: Case, row: Optimizer, kind: str) -> str:
         return "compiling takes too long, for many tensors or on a device lent for minutes"
     if row.form == "graph" and case.new_gradients:
         return "a graph reads gradients where they were captured"
-    if row.form == "flat" and case.sharded:
-        return "sharded parameters can't be flattened"
+    if case.sharded and (row.form == "flat" or row.package):
+        return "sharded parameters: only ours and torch's take them"  # DeepSpeed's crashes
     if kind != "cpu":
         return ""  # a GPU's allocator says itself what does not fit
     if case.elements > SLOW and (row.level > 1 or row.form == "flat"):
