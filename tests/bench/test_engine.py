@@ -5,6 +5,7 @@ import math
 import time
 from itertools import count
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from bench import timing, training
 from bench.cases import CONVNET, Case
 from bench.correctness import check, radam_float64, refusals
-from bench.optimizers import ADAM, BY_NAME, CPU, CUDA, RADAM, WARM_UP, Optimizer, narrow, select
+from bench.optimizers import ADAM, BY_NAME, CPU, CUDA, RADAM, WARM_UP, Optimizer, select
 from bench.timing import OUT_OF_TIME, ROUNDS, CudaClock, DeviceLostError, Sample, find_lead
 
 DEVICE = torch.device("cpu")
@@ -112,13 +113,10 @@ def test_what_is_absent_refused_or_too_large_gets_a_reason(monkeypatch):
     assert "memory" in timing.left_out(large, BY_NAME[CPU], "cpu")
 
 
-def test_a_device_without_room_is_told():
-    class Big(Case):
-        def make(self, device):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
-
-    found = measure(FEW, Big("big", shapes=[(3,)]))
-    assert all("out of memory" in row["reason"] for row in found.values())
+def test_a_device_without_room_is_told(monkeypatch):
+    full = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(Case, "make", full)
+    assert all("out of memory" in row["reason"] for row in measure(FEW).values())
 
 
 def test_all_take_turns_and_the_judged_have_five_rounds_whatever_they_take(monkeypatch):
@@ -230,33 +228,18 @@ def test_a_step_is_timed_between_events_behind_a_sleep_and_a_sweep(monkeypatch):
 
 
 def test_a_graph_is_captured_after_a_warm_up_and_replayed(monkeypatch):
-    did = []
-
-    class Context:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            did.append("begin")
-
-        def __exit__(self, *_):
-            did.append("end")
-
-        def wait_stream(self, other):
-            pass
-
-    graph = SimpleNamespace(replay=lambda: did.append("replay"))
-    for name, fake in {
-        "Stream": Context, "stream": Context, "graph": Context,
-        "current_stream": Context, "CUDAGraph": lambda: graph,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, fake)
-    optimizer = SimpleNamespace(step=lambda: did.append("step"))
-    params = [
-        SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=1, grad=SimpleNamespace(dtype=1))
-    ]
-    Optimizer("graph", lambda *_: optimizer, narrow, form="graph").start(params).step()
-    assert did == ["begin", *["step"] * WARM_UP, "end", "begin", "step", "end", "replay"]
+    cuda, step = MagicMock(), MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    params = [MagicMock(device=SimpleNamespace(type="cuda"))]
+    params[0].grad.dtype = params[0].dtype
+    graph = Optimizer("graph", lambda *_: SimpleNamespace(step=step), form="graph")
+    step.side_effect = lambda: cuda.step()
+    graph.start(params).step()
+    names = [name for name, _, _ in cuda.mock_calls]
+    captured = names.index("graph")
+    assert names[:captured].count("step") == WARM_UP
+    assert names[captured:].count("step") == 1
+    assert names[-1] == "CUDAGraph().replay"
 
 
 def test_training_tells_the_share_of_the_step():

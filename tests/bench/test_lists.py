@@ -44,25 +44,12 @@ def test_names_are_unique_and_each_set_has_what_its_goals_ask_for():
         assert set(goal.cases) <= sets["gpu"] | sets["full"]
 
 
-def test_a_gpu_has_the_most_telling_cases_first():
-    first = [case.name for case in select("gpu")][:4]
-    assert first == [cases.size(p, d) for d in ("float32", "bfloat16") for p in (26, 28)]
-
-
 def test_sharded_parameters_are_stepped_too():
     case = next(case for case in all_cases() if case.sharded)
     params = case.tiny().make(torch.device("cpu"))
     before = params[0].to_local().clone()
     BY_NAME[CPU].start(params).step()
     assert not torch.equal(params[0].to_local(), before)
-
-
-def test_a_peer_is_one_row():
-    """No other module of bench names a package that a row brings."""
-    packages = {row.package for row in OPTIMIZERS if row.package} - {"pytorch_optimizer"}
-    for file in (ROOT / "bench").glob("*.py"):
-        if file.name != "optimizers.py":
-            assert not [name for name in packages if f'"{name}' in file.read_text()], file
 
 
 def test_plain_pytest_runs_the_tests_alone():

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from bench import goals, growth, pages, report, results, tables
-from bench.__main__ import COMMANDS, main
 from bench.cases import NEW, model, size, small
 from bench.optimizers import ADAM, BY_NAME, CPU, CUDA, RADAM
 from bench.results import FILE, frame
@@ -183,10 +182,3 @@ def test_costs_grow_with_elements_and_tensors():
 
 def test_published_pages_equal_their_results():
     assert pages.main(["--check"]) == 0
-
-
-def test_commands_are_listed(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bench", "--help"])
-    assert main() == 0
-    said = capsys.readouterr().err
-    assert all(name in said for name in COMMANDS)
