@@ -57,7 +57,7 @@ class Case:
             param = Parameter(_shard(values) if self.sharded else values)
             if self.grad_dtype:
                 param.grad_dtype = None  # any
-            param.grad = torch.randn_like(param, dtype=self.grad_dtype)
+            param.grad = _placed(torch.randn_like(values, dtype=self.grad_dtype), param)
             params.append(param)
         return params
 
@@ -70,7 +70,12 @@ class Case:
 def renew_gradients(params: Sequence[Tensor]) -> None:
     """As zero_grad and a backward pass do: the old one lives until the new one exists."""
     for param in params:
-        param.grad = param.grad.clone()
+        param.grad = _placed(local(param.grad).clone(), param)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that is here; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def size(power: int, dtype: str = "float32") -> str:
@@ -185,3 +190,12 @@ def _shard(values: Tensor) -> Tensor:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.device_mesh.init_device_mesh(values.device.type, (1,))
     return distribute_tensor(values, mesh, [Shard(0)])
+
+
+def _placed(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient as FSDP2 hands it over: with the spec object of its parameter."""
+    if not hasattr(param, "to_local"):
+        return grad
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(grad, param._spec, requires_grad=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .cases import local
 from .optimizers import Optimizer, Session
 
 MEASURED, WRONG, NOT_MEASURED = "measured", "wrong", "not measured"  # what a row can be
@@ -118,7 +119,6 @@ def _expected(row: Optimizer, optimizer: torch.optim.Optimizer, param: Tensor) -
 
 
 def _ends(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    flat = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).reshape(-1)
+    flat = local(tensor.detach()).reshape(-1)
     ends = flat if flat.numel() <= 2 * EDGE else torch.cat([flat[:EDGE], flat[-EDGE:]])
     return ends.cpu().double()

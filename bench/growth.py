@@ -36,9 +36,7 @@ def growth(frame: pd.DataFrame, optimizer: str) -> dict[tuple[str, str], Line | 
     held = (frame.optimizer == optimizer) & (frame.dtype == "float32") & (frame.gradients == "held")
     found = {}
     for kind, cost in (("step", "ms"), ("memory", "extra_bytes")):
-        points = (
-            frame[held & (frame.kind == kind)].reindex(columns=[*frame, cost]).dropna(subset=cost)
-        )
+        points = frame[held & (frame.kind == kind)].dropna(subset=cost)
         large = points[(points.tensors == 1) & (points.elements >= LARGE)]
         lists = points[points.elements == 64 * points.tensors]
         for work, some in (("elements", large), ("tensors", lists)):

@@ -86,7 +86,7 @@ def readme_part(found: Mapping[Path, dict[str, Any]], root: Path) -> str:
             tables.comparison(frame(results), rows, _columns(gpu)),
             f"{tables.machine(results)}: [all of it]({link.as_posix()}/README.md).",
         ]
-    return "\n\n".join(parts) or NOTHING
+    return "\n\n".join(part for part in parts if part) or NOTHING
 
 
 def page(results: dict[str, Any]) -> str:

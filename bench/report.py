@@ -114,7 +114,7 @@ def run(
                 rows = [{**describe(case), "optimizer": o.name, **reason} for o in optimizers]
             results["rows"] += rows
             write(file, results)
-            print(tables.case_table(frame({"rows": rows})), flush=True)
+            print(f"\n{tables.case_table(frame({'rows': rows}))}", flush=True)
         results["interrupted"] = False
     except KeyboardInterrupt:
         print("\ninterrupted: this is not all")

@@ -17,6 +17,7 @@ from torch.utils import cpp_extension
 from radam_kernels.flat import is_dense
 from radam_kernels.modules import DTYPES, cpu
 
+from .cases import local
 from .optimizers import Optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,11 +121,7 @@ def streams(params: Sequence[Tensor], moved: int, state: dict[Tensor, dict]) -> 
 
     lists = [params, [param.grad for param in params]]
     lists += [[moment(param, key) for param in params] for key in ("exp_avg", "exp_avg_sq")]
-    return [[_local(tensor.detach()) for tensor in tensors] for tensors in lists]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return [[local(tensor.detach()) for tensor in tensors] for tensors in lists]
 
 
 @cache

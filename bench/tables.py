@@ -68,7 +68,8 @@ def markdown(table: pd.DataFrame) -> str:
     """Nothing for no rows."""
     if table.empty:
         return ""
-    return table.to_markdown(index=False, floatfmt=".3g", missingval="")
+    table = table.astype(object).where(table.notna(), None)
+    return table.to_markdown(index=False, floatfmt=".4g", missingval="")
 
 
 def case_table(frame: pd.DataFrame) -> str:

@@ -31,7 +31,6 @@ LONGEST_LEAD = 0.1  # seconds
 OUT_OF_TIME, DEVICE_FAILED = "out of time", "the device failed"  # reasons
 SLOW = 1 << 25  # elements; beyond it a CPU times only what tells most
 LARGE = 1 << 22  # elements that no cache of a CPU holds, with their gradients and moments
-COMPILED_TENSORS = 200  # compiling a step of more takes many minutes
 FREE_PART = 0.8  # of the memory that is free
 DISTURBED = 0.3  # cores that other processes kept busy
 RATIOS = {"vs_adam_fused": ADAM, "vs_radam_foreach": RADAM}
@@ -220,7 +219,7 @@ def _players(
     for row in optimizers:
         reason = left_out(case, row, kind)
         why = {"status": NOT_MEASURED, "reason": reason} if reason else {}
-        player = _Player(row, case.moved(row.traffic), refused.get(row.name, why))
+        player = _Player(row, case.moved(row.traffic), why or refused.get(row.name, {}))
         known = any(other.bytes == player.bytes and other.row.radam for other in players)
         players.append(player)
         if limited and row.radam and not known:
@@ -375,12 +374,12 @@ def left_out(case: Case, row: Optimizer, kind: str) -> str:
     """Why an optimizer is not measured on a case, or nothing; `kind` is of device, or DRY_RUN."""
     if reason := row.absent(kind):
         return reason
-    if row.form == "compiled" and (kind != "cpu" or len(case.shapes) > COMPILED_TENSORS):
-        return "compiling takes too long, for many tensors or on a device lent for minutes"
+    if row.form == "compiled" and (kind != "cpu" or len(case.shapes) > 1):
+        return "time: compiled for one tensor on a CPU only"
     if row.form == "graph" and case.new_gradients:
         return "a graph reads gradients where they were captured"
-    if row.form == "flat" and case.sharded:
-        return "sharded parameters can't be flattened"
+    if case.sharded and (row.form == "flat" or row.package):
+        return "sharded parameters: only ours and torch's take them"  # DeepSpeed's crashes
     if kind != "cpu":
         return ""  # a GPU's allocator says itself what does not fit
     if case.elements > SLOW and (row.level > 1 or row.form == "flat"):

@@ -1,0 +1,253 @@
+"""bench.timing: what is wrong, refused, too slow or lost is told, and the rest is timed fairly."""
+
+import gc
+import math
+import time
+from itertools import count
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from bench import timing, training
+from bench.cases import CONVNET, Case
+from bench.correctness import check, radam_float64, refusals
+from bench.optimizers import ADAM, BY_NAME, CPU, CUDA, RADAM, WARM_UP, Optimizer, select
+from bench.timing import OUT_OF_TIME, ROUNDS, CudaClock, DeviceLostError, Sample, find_lead
+
+DEVICE = torch.device("cpu")
+CASE = Case("small", shapes=[(300,), (5, 7)])
+FEW = [BY_NAME[name] for name in (CPU, ADAM, RADAM)]
+
+
+class Forgetful(torch.optim.RAdam):
+    """Never steps the last element of a tensor."""
+
+    def step(self):
+        kept = [p[-1].clone() for p in self.param_groups[0]["params"]]
+        super().step()
+        with torch.no_grad():
+            for p, last in zip(self.param_groups[0]["params"], kept, strict=True):
+                p[-1] = last
+
+
+LATE = Optimizer("late", lambda params, lr: Forgetful(params, lr=lr), radam=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small steps on more threads wait long for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # collecting the optimizers of each turn is quick then
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+def measure(optimizers, case=CASE, seconds=0.0, **options):
+    rows = timing.measure(case, optimizers, DEVICE, seconds=seconds, **options)
+    return {row["optimizer"]: row for row in rows}
+
+
+def test_the_formula_is_that_of_torch_in_float64():
+    param = torch.randn(50, dtype=torch.float64).requires_grad_()
+    param.grad = torch.randn_like(param)
+    optimizer = torch.optim.RAdam([param], lr=0.1, betas=(0.8, 0.99))
+    p, m, v = param.detach().clone(), torch.zeros(50).double(), torch.zeros(50).double()
+    for t in range(1, 11):  # on both sides of the threshold
+        options = dict(t=t, lr=0.1, beta1=0.8, beta2=0.99, eps=1e-8)
+        p, m, v = radam_float64(p, param.grad, m, v, **options)
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), p, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_every_radam_here_agrees_with_the_formula(dtype):
+    rows = [row for row in select(dtype, "cpu", 2) if row.radam and not row.absent("cpu")]
+    assert len(rows) >= 5
+    assert refusals(rows, DEVICE, dtype) == {}
+
+
+def test_a_tail_that_is_not_stepped_is_wrong_and_has_no_time():
+    assert check(LATE, DEVICE, torch.float32).startswith("param of tensor 0 is off by")
+    found = measure([*FEW, LATE])
+    assert found["late"]["status"] == "wrong"
+    assert "param of tensor" in found["late"]["reason"]
+    assert "ms" not in found["late"]
+    assert found[CPU]["status"] == "measured"
+
+
+def test_rows_have_their_bytes_bandwidth_and_ratios_in_the_same_rounds():
+    found = measure(FEW)
+    assert found[CPU]["rounds"] == ROUNDS
+    medians = {name: row["ms"] for name, row in found.items()}
+    for row in found.values():
+        assert row["bytes"] == 28 * 335
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
+        assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert row["vs_adam_fused"] == pytest.approx(medians[ADAM] / row["ms"])
+        assert row["vs_radam_foreach"] == pytest.approx(medians[RADAM] / row["ms"])
+        assert row["limit_share"] == pytest.approx(medians["stream of 28 B"] / row["ms"])
+
+
+def test_what_is_absent_refused_or_too_large_gets_a_reason(monkeypatch):
+    def refuse(params, lr):
+        raise NotImplementedError("capturable=True\nand more")
+
+    rows = [*FEW, Optimizer("no", refuse), Optimizer("missing", refuse, package="no-such-package")]
+    found = measure(rows, refused={RADAM: {"status": "wrong", "reason": "said before"}})
+    assert found["no"]["reason"] == "NotImplementedError: capturable=True"
+    assert found["missing"]["reason"] == "no-such-package is not installed"
+    assert found[RADAM]["reason"] == "said before"
+    assert found[CPU]["vs_radam_foreach"] is None
+    large = Case("large", shapes=[(1 << 26,)])
+    assert "up to 32M" in timing.left_out(large, BY_NAME["torch RAdam(for-loop)"], "cpu")
+    assert "only" in timing.left_out(CASE, BY_NAME[CUDA], "cpu")
+    monkeypatch.setattr(timing.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 30))
+    assert timing.left_out(large, BY_NAME[CPU], "cpu") == ""
+    assert timing.left_out(large, BY_NAME[RADAM], "cpu").startswith("memory: needs 1.")
+    monkeypatch.setattr(timing.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    assert "memory" in timing.left_out(large, BY_NAME[CPU], "cpu")
+
+
+def test_a_device_without_room_is_told(monkeypatch):
+    full = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(Case, "make", full)
+    assert all("out of memory" in row["reason"] for row in measure(FEW).values())
+
+
+def test_all_take_turns_and_the_judged_have_five_rounds_whatever_they_take(monkeypatch):
+    turns = []
+
+    def turn(self, player, seconds):
+        turns.append(player.row.name)
+        player.samples.append(Sample(1.0, 1.0, False))
+
+    monkeypatch.setattr(timing._Turns, "_turn", turn)
+    slow = Optimizer("slow", lambda params, lr: torch.optim.SGD(params, lr))
+    measure([BY_NAME[ADAM], slow])
+    assert turns == [ADAM, "slow", *[ADAM] * (ROUNDS - 1)]
+
+
+def test_time_that_runs_out_costs_the_last_rows(monkeypatch):
+    ticks = count()
+    monkeypatch.setattr(
+        timing,
+        "time",
+        SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter),
+    )
+    rows = list(measure(FEW, deadline=8).values())
+    assert rows[0]["status"] == "measured"
+    assert rows[-1]["reason"] == OUT_OF_TIME
+
+
+def test_gradients_are_new_and_caches_swept_where_that_is_asked_for(monkeypatch):
+    seen = []
+    real = timing.HostClock.sample
+    params = CASE.make(DEVICE)
+
+    def sample(self, step, lead):
+        seen.append((params[0].grad, self._sweep.nbytes))
+        return real(self, step, lead)
+
+    monkeypatch.setattr(timing.HostClock, "sample", sample)
+    monkeypatch.setattr(Case, "make", lambda self, device: params)
+    measure([BY_NAME[ADAM]])
+    assert len({id(grad) for grad, _ in seen}) == 1
+    assert max(size for _, size in seen) == 1
+    seen.clear()
+    row = measure([BY_NAME[ADAM]], Case("c", shapes=CASE.shapes, new_gradients=True, cold=True))[
+        ADAM
+    ]
+    assert (row["gradients"], row["caches"]) == ("new", "cold")
+    assert {size for _, size in seen} == {timing.HOST_SWEEP}
+    timed = row["count"]
+    assert len({id(grad) for grad, _ in seen}) >= timed
+
+
+def test_gradients_of_another_dtype_are_converted_within_the_step_of_a_peer():
+    case = Case("offload", shapes=[(64,)], grad_dtype=torch.bfloat16)
+    params = case.make(DEVICE)
+    session = BY_NAME[ADAM].start(params)
+    assert params[0].grad.dtype == torch.bfloat16
+    before = params[0].detach().clone()
+    session.step()
+    assert not torch.equal(params[0], before)
+    found = measure(FEW, case)
+    assert {row["status"] for row in found.values()} == {"measured"}
+    assert found[CPU]["bytes"] == 26 * 64
+
+
+def test_a_dry_run_takes_the_path_of_a_gpu():
+    rows = [BY_NAME[CUDA], BY_NAME[ADAM], BY_NAME[f"{CUDA}, graph"]]
+    found = measure(rows, dry_run=True)
+    assert {"host_us", "host_bound", "host_vs_adam_fused"} <= found[CUDA].keys()
+    assert found[CUDA]["caches"] == "cold"
+    assert "copy of 28 B" in found
+    assert "CUDA graphs need a GPU" in found[f"{CUDA}, graph"]["reason"]
+
+
+def test_a_device_that_fails_is_lost(monkeypatch):
+    def fail(params, lr):
+        monkeypatch.setattr(timing.HostClock, "synchronize", fail)
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    with pytest.raises(DeviceLostError, match=r"broken, small: the device failed"):
+        measure([Optimizer("broken", fail)])
+
+
+@pytest.mark.parametrize(("host", "lead"), [(0.002, 0.0041), (0.2, 0.0)])
+def test_the_device_sleeps_until_the_host_is_ahead_where_that_helps(host, lead):
+    clock = SimpleNamespace(sample=lambda step, lead: Sample(0.001, host, lead < host))
+    assert find_lead(clock, lambda: None) == pytest.approx(lead)
+
+
+def test_a_step_is_timed_between_events_behind_a_sleep_and_a_sweep(monkeypatch):
+    did = []
+    event = SimpleNamespace(
+        record=lambda: did.append("event"), elapsed_time=lambda other: 2.0, query=lambda: False,
+        synchronize=lambda: None,
+    )  # fmt: skip
+    for name, fake in {
+        "Event": lambda enable_timing: event,
+        "_sleep": lambda cycles: did.append(f"sleep {cycles}"),
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 20),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = CudaClock(DEVICE)
+    assert clock._sweep.nbytes == 3 << 20
+    did.clear()
+    clock._sweep = SimpleNamespace(fill_=lambda value: did.append("sweep"))
+    sample = clock.sample(lambda: did.append("step"), 0.001)
+    assert did == ["sleep 500000", "sweep", "event", "step", "event"]
+    assert sample.device == 0.002
+
+
+def test_a_graph_is_captured_after_a_warm_up_and_replayed(monkeypatch):
+    cuda, step = MagicMock(), MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    params = [MagicMock(device=SimpleNamespace(type="cuda"))]
+    params[0].grad.dtype = params[0].dtype
+    graph = Optimizer("graph", lambda *_: SimpleNamespace(step=step), form="graph")
+    step.side_effect = lambda: cuda.step()
+    graph.start(params).step()
+    names = [name for name, _, _ in cuda.mock_calls]
+    captured = names.index("graph")
+    assert names[:captured].count("step") == WARM_UP
+    assert names[captured:].count("step") == 1
+    assert names[-1] == "CUDAGraph().replay"
+
+
+def test_training_tells_the_share_of_the_step():
+    rows = training.measure(
+        Case(CONVNET, kind="training"), FEW, DEVICE, seconds=0, deadline=math.inf, dry_run=True
+    )
+    for row in rows:
+        assert row["status"] == "measured"
+        assert row["tensors"] == 26
+        assert 0 < row["step_share"] < 1
+        assert row["step_share"] == pytest.approx(row["ms"] / row["iteration_ms"])
