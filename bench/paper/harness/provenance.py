@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ...folders import RESULTS as ALL_RESULTS
-from ...machine import facts
-from ...markers import insert as insert
+from ...results import RESULTS as ALL_RESULTS
+from ...results import facts
+from ...results import insert as insert
 
 RESULTS = ALL_RESULTS / "paper"
 PAGE = Path(__file__).parents[1] / "README.md"
