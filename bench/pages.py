@@ -27,8 +27,6 @@ MAIN = [
     *(size(26, "bfloat16"), model("GPT-2 124M", "bfloat16")),
     *(cases.TRANSFORMER, cases.CONVNET),
 ]
-HEAD = [size(26), "", model("ResNet-50"), model("GPT-2 124M"), model("GPT-2 124M", "bfloat16")]
-HEAD.append(cases.TRANSFORMER)
 HOW = """\
 Medians of whole steps. Ours with their share of what memory can do: a loop (on a GPU, a copy) that
 moves as many bytes, in the same rounds. The others with their time against ours."""
@@ -79,8 +77,12 @@ def readme_part(found: Mapping[Path, dict[str, Any]], root: Path) -> str:
         if results["dry_run"]:
             continue
         gpu = results["set"] == "gpu"
-        # On a GPU caches are cold anyway.
-        rows = [case or THOUSAND + NEW + COLD * (not gpu) for case in HEAD]
+        rows = [
+            size(26),
+            THOUSAND + NEW + COLD * (not gpu),  # a GPU's caches are cold anyway
+            *(model("ResNet-50"), model("GPT-2 124M"), model("GPT-2 124M", "bfloat16")),
+            cases.TRANSFORMER,
+        ]
         link = folder.relative_to(root) if folder.is_relative_to(root) else folder
         parts += [
             tables.comparison(frame(results), rows, _columns(gpu)),

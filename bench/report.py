@@ -22,7 +22,7 @@ from . import cases, goals, memory, plots, tables, timing, training
 from .cases import Case
 from .correctness import NOT_MEASURED, WRONG, refusals
 from .optimizers import select
-from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write
+from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write, write_text
 from .timing import DeviceLostError, Row, describe
 
 KINDS = {"step": timing.measure, "training": training.measure, "memory": memory.measure}
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [case for case in cases.select(which) if re.search(args.only, case.name)]
     if args.dry_run:
         chosen = [case.tiny() for case in chosen]
+        torch.set_num_threads(1)  # tiny steps on more wait long for each other on a busy machine
     if args.once:
         chosen = [case for case in chosen if case.name == args.once]
         return once(chosen[0], device) if chosen else parser.error(f"--once: no case {args.once!r}")
@@ -60,10 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if which != "quick" and not args.dry_run:
         folder = results_folder(torch.cuda.get_device_name() if gpu else cpu_name())
     file = (args.out or folder) / FILE
-    seconds = SECONDS[which] if args.seconds is None else args.seconds
+    seconds = args.seconds
+    if seconds is None:
+        seconds = 0 if args.dry_run else SECONDS[which]
     results = run(chosen, device, file, which, seconds, deadline, args.resume, args.dry_run)
     print(summary(results))
-    frame(results).to_csv(file.with_suffix(".csv"), index=False)
+    write_text(file.with_suffix(".csv"), frame(results).to_csv(index=False))
     for picture in plots.draw(results, file.parent):
         print(picture)
     wrong = any(row["status"] == WRONG for row in results["rows"])

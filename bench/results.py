@@ -76,10 +76,15 @@ def frame(results: dict[str, Any]) -> pd.DataFrame:
 
 
 def write(file: Path, data: dict[str, Any]) -> None:
-    """Writes JSON, all of it or nothing: a run that is cut off leaves a whole file."""
+    """Writes JSON."""
+    write_text(file, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes all of it or nothing: a run that is cut off leaves a whole file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
-    new.write_text(json.dumps(data, indent=1) + "\n")
+    new.write_text(text)
     os.replace(new, file)
 
 

@@ -23,6 +23,7 @@ COLUMNS = {
     "vs_radam_foreach": ("x RAdam", 1),
     "step_share": ("% of training", 100),
     "extra_bytes": ("extra (MB)", 1e-6),
+    "note": ("note", 1),
 }
 GROWTH = {  # titles; what was fitted, which part of the line, and a factor
     "ps an element": (("ms", "elements"), "each", 1e9),

@@ -320,6 +320,8 @@ def _row(case: Case, player: _Player, keep: bool) -> Row:
     if not player.samples:
         return {**row, "status": NOT_MEASURED, "reason": OUT_OF_TIME}
     row |= numbers(row["bytes"], [sample.device for sample in player.samples])
+    if case.grad_dtype and not player.row.any_gradient:
+        row["note"] = "its step converts the gradients first"
     if not keep:
         row |= spread([sample.host for sample in player.samples], 1e6, "host_us")
         # Nothing to do about a step of more launches than the queue holds, but to say it.

@@ -179,6 +179,7 @@ def test_gradients_of_another_dtype_are_converted_within_the_step_of_a_peer():
     found = measure(FEW, case)
     assert {row["status"] for row in found.values()} == {"measured"}
     assert found[CPU]["bytes"] == 26 * 64
+    assert "converts" in found[ADAM]["note"]
 
 
 def test_a_dry_run_takes_the_path_of_a_gpu():
