@@ -7,7 +7,6 @@ keeps what was measured.
 """
 
 import argparse
-import gc
 import math
 import re
 import sys
@@ -89,8 +88,6 @@ def run(
     there = {row["case"] for row in results["rows"]}
     refused: dict[torch.dtype, dict[str, Row]] = {}
     lost = ""
-    gc.collect()
-    gc.freeze()  # what exists now stays: collecting the optimizers of each turn is quick then
     try:
         for case in chosen:
             if case.name in there:
@@ -121,7 +118,6 @@ def run(
         results["interrupted"] = False
     except KeyboardInterrupt:
         print("\ninterrupted: this is not all")
-    gc.unfreeze()
     write(file, results)
     return results
 

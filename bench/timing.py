@@ -191,6 +191,7 @@ def measure(
         DeviceLostError: after an error that the device does not recover from.
     """
     gc.collect()  # optimizers are in cycles: those of the last case are still there
+    gc.freeze()  # what exists now stays: collecting the optimizers of each turn is quick then
     kind = DRY_RUN if dry_run else device.type
     players = _players(case, optimizers, refused or {}, kind)
     rounds, keep = 0, kind == "cpu"
@@ -200,6 +201,8 @@ def measure(
         except torch.OutOfMemoryError as error:
             for player in players:
                 player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
+        finally:
+            gc.unfreeze()
     facts = {
         **describe(case),
         "caches": "warm" if keep and not case.cold else "cold",

@@ -1,6 +1,5 @@
 """bench.timing: what is wrong, refused, too slow or lost is told, and the rest is timed fairly."""
 
-import gc
 import math
 import time
 from itertools import count
@@ -40,10 +39,7 @@ def one_thread():
     """Small steps on more threads wait long for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # collecting the optimizers of each turn is quick then
     yield
-    gc.unfreeze()
     torch.set_num_threads(before)
 
 
