@@ -178,14 +178,15 @@ def times(run: Run) -> Outcome:
 
 def tune(run: Run) -> Outcome:
     """Variants of the kernels: tune.json."""
-    return _measure(run, "tune", "bench.gpu.tune", "--out", run.out)
+    interpreted = {"TRITON_INTERPRET": "1"} if run.dry else {}
+    return _measure(run, "tune", "bench.gpu.tune", "--out", run.out, **interpreted)
 
 
-def _measure(run: Run, log: str, *words: object) -> Outcome:
+def _measure(run: Run, log: str, *words: object, **environment: str) -> Outcome:
     # It ends by itself before the stage would be stopped, and says what it had no time for.
     minutes = (run.deadline - time.monotonic() - RESERVE) / 60
     limit = ["--dry-run"] if run.dry else ["--minutes", minutes]
-    status = run.call(log, [sys.executable, "-m", *words, *limit])
+    status = run.call(log, [sys.executable, "-m", *words, *limit], **environment)
     return failed(run.why(log, status)) if status else ok(f"{log}.log")
 
 
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out.resolve(), args.dry_run)
     if args.dry_run:
-        run.environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        run.environment["CUDA_VISIBLE_DEVICES"] = ""
         chosen = args.stages or list(STAGES)
     else:
         chosen = args.stages or [name for name in STAGES if name not in NOT_BY_DEFAULT]
