@@ -142,7 +142,7 @@ def all_cases() -> list[Case]:
         of_model("ViT-B/16", "float32", _FULL),
         of_model("BERT-base", "float32", _FULL),
         replace(offload, name=OFFLOAD),
-        replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16),
+        replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16, sets=_FULL),
         *(_sharded(tensors) for tensors in (300, 1000)),
         *(one(power, "bfloat16", _GPU) for power in range(10, 20, 2)),
         one(20, "bfloat16", _FULL | _GPU),

@@ -56,6 +56,6 @@ def test_step(case: Case, row: Optimizer, benchmark) -> None:
 
     benchmark.group = f"{case.name} on {KIND}"
     benchmark(step)
-    moved = case.elements * (row.traffic(case.dtype.itemsize) - case.moved_less)
+    moved = case.elements * case.moved(row.traffic)
     if benchmark.stats:  # none under --benchmark-disable
         benchmark.extra_info["gb_s"] = moved / benchmark.stats.stats.median / 1e9

@@ -24,7 +24,7 @@ from .roofline import COPY, STREAM, limit, limit_name
 Row = dict[str, Any]
 
 ROUNDS, MOST_ROUNDS = 5, 50  # the first are for what the goals speak of; others have one at least
-STEPS = (3, 20)  # timed in a turn, at least and at most
+STEPS = (2, 20)  # timed in a turn, at least and at most
 HOST_SWEEP = 64 << 20  # bytes written before a step to find a CPU's caches cold
 SWEEP = 3  # the same on a GPU, in sizes of its L2 cache
 LONGEST_LEAD = 0.1  # seconds

@@ -1,5 +1,8 @@
 """Cases, models, optimizers and the streaming limit are what they say."""
 
+import json
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 
@@ -52,7 +55,16 @@ def test_sharded_parameters_are_stepped_too():
     assert not torch.equal(params[0].to_local(), before)
 
 
-def test_plain_pytest_runs_the_tests_alone():
+def test_pytest_times_single_cases_of_bench_and_plain_pytest_none(tmp_path):
+    file = tmp_path / "out.json"
+    words = ["-m", "pytest", "-p", "no:cacheprovider", "bench", f"--benchmark-json={file}"]
+    command = [sys.executable, *words, "-k", "2_10_float32 and (Adam_fused or kernels_cpu)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    rows = json.loads(file.read_text())["benchmarks"]
+    assert {row["group"] for row in rows} == {"2^10 float32 on cpu"}
+    for row in rows:
+        assert row["extra_info"]["gb_s"] == pytest.approx((28 << 10) / row["stats"]["median"] / 1e9)
     assert 'testpaths = ["tests"]\n' in (ROOT / "pyproject.toml").read_text()
 
 
