@@ -54,9 +54,10 @@ def launch(
         for run, bucket in steps:
             run(bucket)
         plan.commit()
-        with torch.no_grad():
-            for owner, param in write_backs:
-                owner.copy_(param)
+        if write_backs:
+            with torch.no_grad():
+                for owner, param in write_backs:
+                    owner.copy_(param)
 
 
 def _check_capture(steps: list[tuple[Callable, object]]) -> None:

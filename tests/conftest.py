@@ -25,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the benchmark."""
+    for item in items:
+        if "bench" in item.path.relative_to(Path(__file__).parent).parts:
+            item.add_marker("bench")
+
+
 def asks_for_gpu_tests(expression: str) -> bool:
     """Whether a marker expression (`-m`) selects tests of a GPU, and no others."""
 

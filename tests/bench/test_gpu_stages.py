@@ -34,6 +34,7 @@ def tool(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_stage(tmp_path):
     status = stages.main(["--dry-run", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "stages.json").read_text())

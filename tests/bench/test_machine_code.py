@@ -58,20 +58,22 @@ def triton_kernels(compiled) -> dict[tuple[str, Codes], Kernel]:
     return {key: machine_code.read_triton(made) for key, made in compiled.items()}
 
 
-CUDA_CASES = [("cuda", *case) for case in product(CUDA_ARCHITECTURES, CUDA_SETS)]
-TRITON_CASES = [("triton", *case) for case in product(TARGETS, SETS)]
+def case(backend: str, arch: str, codes: Codes) -> object:
+    """A parameter of `kernel`; compiling Triton's takes long."""
+    marks = [pytest.mark.slow] if backend == "triton" else []
+    return pytest.param((backend, arch, codes), id=f"{backend}-{arch}-{name(codes)}", marks=marks)
 
 
-def case_id(case: tuple[str, str, Codes]) -> str:
-    return f"{case[0]}-{case[1]}-{name(case[2])}"
+CASES = [case("cuda", *c) for c in product(CUDA_ARCHITECTURES, CUDA_SETS)]
+CASES += [case("triton", *c) for c in product(TARGETS, SETS)]
 
 
 def only(arch: str) -> pytest.MarkDecorator:
-    cases = [case for case in CUDA_CASES + TRITON_CASES if case[1] == arch]
-    return pytest.mark.parametrize("kernel", cases, ids=case_id, indirect=True)
+    cases = [case for case in CASES if case.values[0][1] == arch]
+    return pytest.mark.parametrize("kernel", cases, indirect=True)
 
 
-@pytest.fixture(params=CUDA_CASES + TRITON_CASES, ids=case_id)
+@pytest.fixture(params=CASES)
 def kernel(request) -> Kernel:
     backend, *case = request.param
     kernels = request.getfixturevalue(f"{backend}_kernels")
@@ -149,6 +151,7 @@ def test_cuda_ptx_rounds_each_operation(embedded_ptx, codes):
     assert free == []
 
 
+@pytest.mark.slow
 def test_triton_ptx_rounds_each_operation(from_triton):
     assert from_triton.options["enable_fp_fusion"] is False  # ptxas is told so too
     if "ptx" in from_triton.files:
@@ -167,6 +170,7 @@ def test_triton_on_amd_keeps_subnormals_and_divides_exactly(kernel, compiled):
     assert counts[f"v_div_scale_{width}"] == 2 * kernel.elements
 
 
+@pytest.mark.slow
 def test_triton_kernel_takes_tables_and_no_float(from_triton):
     signature = from_triton.signature
     assert [signature[table] for table in ("segments", "grads", "work", "scalars")] == [
@@ -179,6 +183,7 @@ def test_triton_kernel_takes_tables_and_no_float(from_triton):
     assert others <= {"constexpr", "i32", "i64"}
 
 
+@pytest.mark.slow
 def test_triton_narrows_scalars_once(from_triton):
     if "ptx" in from_triton.files:
         narrowed = ptx_instructions(from_triton.text("ptx"))["cvt.rn.f32.f64"]
