@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in stages: `python -m bench gpu`.
 
-Each stage has a time limit, and all but `tune` fit into ten minutes. No network is needed. Logs and
-results go to bench/results/<device>; stages.json there tells what came of each stage. A stage that
-succeeded with these sources is not run again, unless it is named.
+Each stage has a time limit, and all but `tune` fit into ten minutes. No network is needed. Results
+go to bench/results/<device>, logs to its folder `logs`; stages.json tells what came of each stage.
+A stage that succeeded with these sources is not run again, unless it is named.
 """
 
 import argparse
@@ -62,19 +62,22 @@ class Run:
     """Where the stages run, and how."""
 
     out: Path
-    dry: bool
+    dry: bool = False
     deadline: float = 0.0  # of the current stage, by time.monotonic()
     environment: dict[str, str] = field(default_factory=dict)  # beside what is there
 
-    def call(
-        self, log: str, command: Sequence[object], limit: float = 600, **environment: str
-    ) -> int:
+    @property
+    def logs(self) -> Path:
+        return self.out / "logs"
+
+    def call(self, log: str, command: Sequence[object], **environment: str) -> int:
         """Runs a command with its output in a log, for no longer than the stage has left.
 
         Returns its exit status, or 124 where time ran out.
         """
-        left = min(limit, self.deadline - time.monotonic())
-        with (self.out / f"{log}.log").open("w") as output:
+        left = self.deadline - time.monotonic()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with (self.logs / f"{log}.log").open("w") as output:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=results.ROOT,
@@ -94,13 +97,13 @@ class Run:
 
     def why(self, log: str, status: int) -> str:
         """The status of a command that failed, and the last line of its log."""
-        lines = (self.out / f"{log}.log").read_text(errors="replace").strip().splitlines() or [""]
+        lines = (self.logs / f"{log}.log").read_text(errors="replace").strip().splitlines() or [""]
         return "out of time" if status == 124 else f"exit status {status}: {lines[-1][:200]}"
 
     def tests(self, name: str) -> dict[str, int]:
         """Counts of a junit file; none where there is no such file."""
         try:
-            root = ElementTree.parse(self.out / name).getroot()
+            root = ElementTree.parse(self.logs / name).getroot()
         except (OSError, ElementTree.ParseError):
             return {}
         [suite] = root.iter("testsuite")
@@ -123,7 +126,7 @@ def build(run: Run) -> Outcome:
 
 def test(run: Run) -> Outcome:
     """The tests that need a GPU."""
-    junit = run.out / "tests.xml"
+    junit = run.logs / "tests.xml"
     words = ["-m", "gpu", "--junitxml", junit, "--continue-on-collection-errors"]
     environment = {}
     if importlib.util.find_spec("xdist") and not run.dry:
@@ -148,7 +151,7 @@ def sanitize(run: Run) -> Outcome:
     command = ["compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", WRONG]
 
     def one(tool: str) -> Outcome:
-        junit = run.out / f"{tool}.xml"
+        junit = run.logs / f"{tool}.xml"
         # torch's allocator would hide what is out of a tensor's bounds but inside its pool.
         status = run.call(
             tool,
@@ -197,14 +200,14 @@ def ncu(run: Run) -> Outcome:
     command += ["-k", "regex:radam_step_kernel", "--metrics", ",".join(METRICS)]
     found = []
     for case in PROFILED:
-        outcome = _profile(run, "ncu", [*command, "--log-file", run.out / "ncu.csv"], case)
+        outcome = _profile(run, "ncu", [*command, "--log-file", run.logs / "ncu.csv"], case)
         if outcome.status != "ok":
             return outcome
-        lines = (run.out / "ncu.csv").read_text().splitlines()
+        lines = (run.logs / "ncu.csv").read_text().splitlines()
         header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
         if header is None:
             return skipped(f"ncu saw no radam_step_kernel: {lines[-1:]}")
-        table = pd.read_csv(run.out / "ncu.csv", skiprows=header)
+        table = pd.read_csv(run.logs / "ncu.csv", skiprows=header)
         values = [
             f"{row['Metric Value']} {row['Metric Unit']} {METRICS[row['Metric Name']]}"
             for _, row in table.iterrows()
@@ -216,7 +219,7 @@ def ncu(run: Run) -> Outcome:
 def nsys(run: Run) -> Outcome:
     """A trace of one step by Nsight Systems."""
     command = ["nsys", "profile", "--trace=cuda,nvtx", "--stats=true", "--force-overwrite=true"]
-    return _profile(run, "nsys", [*command, f"--output={run.out / 'nsys'}"], PROFILED[0])
+    return _profile(run, "nsys", [*command, f"--output={run.logs / 'nsys'}"], PROFILED[0])
 
 
 def _profile(run: Run, tool: str, command: Sequence[object], case: str) -> Outcome:

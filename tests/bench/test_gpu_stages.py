@@ -17,7 +17,7 @@ from radam_kernels.fingerprint import measured_fingerprint
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run(tmp_path, dry=False, deadline=time.monotonic() + 60)
+    return Run(tmp_path, deadline=time.monotonic() + 60)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_command_that_takes_too_long_ends_with_its_children(run):
     begin = time.monotonic()
     assert run.call("log", ["sh", "-c", "sleep 60 & echo $! && wait"]) == 124
     assert time.monotonic() - begin < 30
-    child = int((run.out / "log.log").read_text())
+    child = int((run.logs / "log.log").read_text())
     state = Path(f"/proc/{child}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
     assert run.why("log", 124) == "out of time"
