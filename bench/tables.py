@@ -133,13 +133,15 @@ def growth_table(frame: pd.DataFrame) -> str:
 
 
 def left_out(frame: pd.DataFrame) -> str:
-    """What was not measured, why, and where."""
-    missing = frame[frame.status != MEASURED]
-    if missing.empty:
+    """What was not measured, why, and where; a case that one reason left out is listed once."""
+    absent = frame.status != MEASURED
+    if not absent.any():
         return "Nothing."
-    every = frame.case.nunique()
-    cases = missing.groupby(["optimizer", "status", "reason"], sort=False).case.agg(tuple)
-    where = cases.map(lambda names: "every case" if len(names) == every else "; ".join(names))
+    whole = absent & (frame.groupby("case").reason.transform("nunique") == 1)
+    missing = frame.assign(optimizer=frame.optimizer.mask(whole, "every optimizer"))[absent]
+    tried = set(frame[~whole].case)
+    cases = missing.groupby(["optimizer", "status", "reason"], sort=False).case.unique()
+    where = cases.map(lambda names: "every case" if set(names) == tried else "; ".join(names))
     alike = where.reset_index().groupby(["status", "reason", "case"], sort=False).optimizer
     return "\n".join(
         f"- {', '.join(names)}: {'WRONG: ' * (status == WRONG)}{reason} ({where_})"

@@ -122,10 +122,13 @@ def test_a_dry_run_goes_the_way_of_a_gpu(tmp_path, capsys, monkeypatch):
     assert {"copy of 28 B", "copy of 22 B", CUDA} <= {row["optimizer"] for row in found["rows"]}
     assert {row["elements"] for row in found["rows"]} == {40, 120}
     assert "a dry run: these say nothing" in capsys.readouterr().out
+    monkeypatch.setattr(report.Case, "make", None)  # no case may cost anything when time is up
     assert report.main([*words, "--minutes", "0"]) == 0
     found = json.loads((tmp_path / FILE).read_text())
     assert {row["reason"] for row in found["rows"]} == {OUT_OF_TIME}
+    assert tables.left_out(frame(found)).count("\n") == 0
     assert pages.readme_part({tmp_path: found}, tmp_path) == pages.NOTHING
+    monkeypatch.undo()
     assert report.main(["--dry-run", "--once", size(10)]) == 0
     assert f"one step of {CUDA}, 1120 bytes" in capsys.readouterr().out
     monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
@@ -157,7 +160,12 @@ def test_a_page_shows_shares_ratios_and_what_is_wrong():
     assert "2^26  (!)" in text
     assert "45.2 ms, 100%" in text
     assert "245 ms, 5.42x" in text
-    assert "WRONG: param is off (every case)" in pages.page(found)
+    late = {CPU: OUT_OF_TIME, ADAM: OUT_OF_TIME}
+    found["rows"] += made({size(10): late, size(12): late})["rows"]
+    page = pages.page({**found, "interrupted": True})
+    assert "- torch Adam(fused): WRONG: param is off (every case)\n- every optimizer: " in page
+    assert page.endswith(f"{OUT_OF_TIME} (2^10 float32; 2^12 float32)\n")
+    assert "some cases are missing" in page
     gpu = made({size(26): {CUDA: 1.0}}, set="gpu", device={"name": "A GPU", "driver": "1"})
     assert pages.page(gpu).startswith("# A GPU\n")
     part = pages.readme_part({pages.ROOT / "bench/results/a": found}, pages.ROOT)
