@@ -241,7 +241,13 @@ def test_a_graph_is_captured_after_a_warm_up_and_replayed(monkeypatch):
 
 def test_training_tells_the_share_of_the_step():
     rows = training.measure(
-        Case(CONVNET, kind="training"), FEW, DEVICE, seconds=0, deadline=math.inf, dry_run=True
+        Case(CONVNET, kind="training"),
+        FEW,
+        DEVICE,
+        seconds=0,
+        deadline=math.inf,
+        refused={},
+        dry_run=True,
     )
     for row in rows:
         assert row["status"] == "measured"
