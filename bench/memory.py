@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .correctness import MEASURED
+from .correctness import MEASURED, NOT_MEASURED, brief
 from .optimizers import BY_NAME, Optimizer
 from .timing import Row, describe, refusal
 
@@ -34,8 +34,11 @@ def measure(
         for optimizer in optimizers:
             row = refusal(case, optimizer, device.type, refused, deadline)
             if not row:
-                extra = pool.apply(extra_bytes, (optimizer.name, case))
-                row = {"status": MEASURED, "reason": "", "extra_bytes": extra}
+                try:
+                    extra = pool.apply(extra_bytes, (optimizer.name, case))
+                    row = {"status": MEASURED, "reason": "", "extra_bytes": extra}
+                except Exception as error:
+                    row = {"status": NOT_MEASURED, "reason": brief(error)}
             rows.append({**describe(case), "optimizer": optimizer.name, **row})
     return rows
 

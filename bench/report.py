@@ -21,7 +21,7 @@ from . import cases, goals, memory, plots, tables, timing, training
 from .cases import Case
 from .correctness import NOT_MEASURED, WRONG, refusals
 from .optimizers import select
-from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write, write_text
+from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write
 from .timing import OUT_OF_TIME, DeviceLostError, Row, describe
 
 KINDS = {"step": timing.measure, "training": training.measure, "memory": memory.measure}
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.seconds = 0 if args.dry_run else SECONDS[which]
     results = run(chosen, device, file, which, args)
     print(summary(results))
-    write_text(file.with_suffix(".csv"), frame(results).to_csv(index=False))
+    frame(results).to_csv(file.with_suffix(".csv"), index=False)
     for picture in plots.draw(results, file.parent):
         print(picture)
     wrong = any(row["status"] == WRONG for row in results["rows"])

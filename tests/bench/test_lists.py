@@ -120,25 +120,13 @@ def test_the_loop_runs_on_the_tensors_of_the_optimizer():
         streams(params, 15, {})
 
 
-def test_tensors_that_no_step_has_are_refused():
-    p, g, m, v = (tensors[0] for tensors in lists_of(28, sizes=(64,)))
-    for rows in (
-        ([p], [g], [m], [v.double()]),
-        ([p], [g], [m], [v[:9]]),
-        ([p[::2]], [g[::2]], [m[::2]], [v[::2]]),
-        ([], [], [], []),
-    ):
-        with pytest.raises(ValueError, match="expected"):
-            Stream(*rows)
-
-
 def test_without_a_compiler_a_limit_says_why_there_is_none(monkeypatch):
     def load(*_, **__):
-        raise OSError("no compiler")
+        raise RuntimeError("no compiler")
 
     monkeypatch.setattr(roofline.cpp_extension, "load", load)
     monkeypatch.setattr(roofline, "library", roofline.library.__wrapped__)
     limit = roofline.limit(28, roofline.STREAM)
     assert isinstance(limit, Optimizer)
-    with pytest.raises(RuntimeError, match="no streaming loop: no compiler"):
+    with pytest.raises(RuntimeError, match="no compiler"):
         limit.start(cases.Case("", shapes=[(64,)]).make(torch.device("cpu")))
