@@ -5,12 +5,11 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 
-from bench import cases, roofline, timing
+from bench import cases
 from bench.cases import all_cases, select
 from bench.goals import GOALS
 from bench.models import MODELS
@@ -108,11 +107,3 @@ def test_the_loop_runs_on_the_tensors_of_the_optimizer():
     assert [t[0].data_ptr() for t in found] == [t.data_ptr() for t in expected]
     with pytest.raises(ValueError, match="no loop moves 15 bytes"):
         streams(params, 15, {})
-
-
-def test_without_a_compiler_a_limit_says_why_there_is_none(monkeypatch):
-    monkeypatch.setattr(roofline, "library", Mock(side_effect=RuntimeError("no compiler")))
-    rows = timing.measure(
-        cases.Case("", shapes=[(64,)]), [BY_NAME[CPU]], torch.device("cpu"), seconds=0
-    )
-    assert [row["reason"] for row in rows] == ["", "RuntimeError: no compiler"]

@@ -1,6 +1,7 @@
 """bench.report from end to end, and the pages and verdicts made of its rows."""
 
 import json
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -82,12 +83,10 @@ def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsy
     lacking = next(row for row in found["rows"] if row["case"] == size(10))
     lacking |= {"status": "not measured", "reason": OUT_OF_TIME}
     (tmp_path / FILE).write_text(json.dumps(found))
-    again = []
-    real = report.KINDS["step"]
-    spy = lambda case, *a, **k: again.append(case.name) or real(case, *a, **k)  # noqa: E731
+    spy = Mock(side_effect=report.KINDS["step"])
     monkeypatch.setitem(report.KINDS, "step", spy)
     assert report.main([*words, "--seconds", "0", "--resume"]) == 0
-    assert again == [size(10)]
+    assert [call.args[0].name for call in spy.call_args_list] == [size(10)]
     now = {"schema": 2, **results.facts(report.torch.device("cpu"))}
     assert results.kept(tmp_path / FILE, now)
     assert not results.kept(tmp_path / FILE, {**now, "sources": "others"})
@@ -95,12 +94,8 @@ def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsy
 
 @pytest.mark.usefixtures("few")
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    def measure(case, *_, **__):
-        if case.name == size(12):
-            raise KeyboardInterrupt
-        return made({case.name: {CPU: 1.0}})["rows"]
-
-    monkeypatch.setitem(report.KINDS, "step", measure)
+    measured = made({size(10): {CPU: 1.0}})["rows"]
+    monkeypatch.setitem(report.KINDS, "step", Mock(side_effect=[measured, KeyboardInterrupt]))
     assert report.main(["--out", str(tmp_path), "--only", "^2.1"]) == 130
     found = json.loads((tmp_path / FILE).read_text())
     assert [row["case"] for row in found["rows"]] == [size(10)]
