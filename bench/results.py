@@ -49,24 +49,18 @@ def facts(device: torch.device) -> dict[str, Any]:
             "nvcc": _answer(["nvcc", "--version"], r"release \S+ V(\S+)"),
         },
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
+        # A tree that came without its history is given its commit.
+        "commit": os.environ.get("RADAM_COMMIT")
+        or _answer(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], r"(\S+)")
+        or "unknown",
         "sources": measured_fingerprint(ROOT),
     }
 
 
-def commit() -> str:
-    """Of the tree, or RADAM_COMMIT where the tree came without its history."""
-    described = _answer(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], r"(\S+)")
-    return os.environ.get("RADAM_COMMIT") or described or "unknown"
-
-
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "cpu")
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def frame(results: dict[str, Any]) -> pd.DataFrame:
@@ -123,8 +117,7 @@ def _answer(command: list[str], pattern: str) -> str | None:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(pattern, said)
-    return found[1] if found else None
+    return found[1] if (found := re.search(pattern, said)) else None
 
 
 def _runtime() -> str | None:

@@ -105,16 +105,7 @@ class HostClock:
         pass
 
 
-Clock = CudaClock | HostClock
-
-
-def make_clock(device: torch.device, cold: bool = False) -> Clock:
-    if device.type == "cuda":
-        return CudaClock(device)
-    return HostClock(HOST_SWEEP if cold else 1)
-
-
-def find_lead(clock: Clock, step: Callable[[], object]) -> float:
+def find_lead(clock: CudaClock | HostClock, step: Callable[[], object]) -> float:
     """Seconds for the device to sleep, so that the host is done before the step begins.
 
     0 where no sleep helps: a step of more launches than the device's queue holds (some 1,000)
@@ -229,29 +220,35 @@ class _Turns:
     ) -> None:
         self._case, self._players, self._device, self._keep = case, players, device, keep
         self._params = case.make(device)
-        self._clock = make_clock(device, case.cold)
+        sweep = HOST_SWEEP if case.cold else 1
+        self._clock = CudaClock(device) if device.type == "cuda" else HostClock(sweep)
 
     def play(self, seconds: float, deadline: float) -> int:
         """Fills the players' samples; returns the number of rounds."""
-        begin, rounds = time.monotonic(), 0
+        end, rounds = time.monotonic() + seconds, 0
         share = seconds / ROUNDS / len(self._players)
         while rounds < MOST_ROUNDS and not all(player.refused for player in self._players):
-            if rounds >= ROUNDS and time.monotonic() > begin + seconds:
+            if rounds >= ROUNDS and time.monotonic() > end:
                 break
             for player in self._players:
                 now = time.monotonic()
                 due = rounds < (ROUNDS if player.row.level == 0 else 1)
                 if now > deadline:
                     return rounds
-                if not player.refused and (due or now < begin + seconds):
+                if not player.refused and (due or now < end):
                     self._turn(player, min(share, deadline - now))
             rounds += 1
         return rounds
 
     def _turn(self, player: _Player, seconds: float) -> None:
         """Samples of one optimizer, or the reason why it has none."""
+        row = player.row
         try:
-            player.session = player.session or self._start(player)
+            if not player.session:
+                own = row.form == "flat"  # it would move the parameters of the others
+                player.session = row.start(self._case.make(self._device) if own else self._params)
+                if row.radam and not player.samples and (fault := wrong(row, player.session)):
+                    player.refused = {"status": WRONG, "reason": fault}
             if not player.refused:
                 self._sample(player, player.session, seconds)
         except Exception as error:
@@ -259,7 +256,7 @@ class _Turns:
             try:
                 self._clock.synchronize()
             except Exception as lost:
-                name = f"{player.row.name}, {self._case.name}"
+                name = f"{row.name}, {self._case.name}"
                 raise DeviceLostError(f"{name}: {DEVICE_FAILED}: {brief(lost)}") from error
         if player.refused or not self._keep:
             player.session = None
@@ -268,14 +265,6 @@ class _Turns:
                 left, total = torch.cuda.mem_get_info()
                 if left < total // 2:
                     torch.cuda.empty_cache()
-
-    def _start(self, player: _Player) -> Session:
-        row = player.row
-        own = row.form == "flat"  # it would move the parameters of the others
-        session = row.start(self._case.make(self._device) if own else self._params)
-        if row.radam and not player.samples and (fault := wrong(row, session)):
-            player.refused = {"status": WRONG, "reason": fault}
-        return session
 
     def _sample(self, player: _Player, session: Session, seconds: float) -> None:
         clock, cuda = self._clock, self._device.type == "cuda"

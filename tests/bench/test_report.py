@@ -14,17 +14,15 @@ from bench.timing import OUT_OF_TIME, compare
 
 FEW = [BY_NAME[name] for name in (CPU, CUDA, ADAM, RADAM)]
 HEAD = {
-    "schema": results.SCHEMA,
-    "set": "quick",
-    "dry_run": False,
-    "interrupted": False,
-    "device": {"name": "cpu"},
+    **{"schema": results.SCHEMA, "set": "quick", "dry_run": False, "interrupted": False},
+    **{"device": {"name": "cpu"}, "date": "2026-01-02", "commit": "abc", "sources": "01234"},
     "cpu": {"name": "Some CPU", "threads": 3, "instruction_set": "baseline"},
     "versions": {"torch": "9.9", "triton": None, "cuda runtime of the kernels": "13.0"},
-    "date": "2026-01-02T03:04:05Z",
-    "commit": "abc",
-    "sources": "0123456789ab",
 }
+
+
+def read(folder):
+    return json.loads((folder / FILE).read_text())
 
 
 def made(times, **head):
@@ -56,7 +54,7 @@ def few(monkeypatch, one_thread):
 def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsys, monkeypatch):
     words = ["--out", str(tmp_path), "--only", r"^2.10 float32|^10 tensors|transformer"]
     assert report.main([*words, "--seconds", "0"]) == 0
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert {row["status"] for row in found["rows"]} == {"measured"}
     assert frame(found).case.nunique() == 3
     said = capsys.readouterr().out
@@ -70,19 +68,19 @@ def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsy
     page = tmp_path / "project.md"
     page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     monkeypatch.setattr(pages, "README", page)
-    publish = [str(tmp_path)]
-    assert pages.main([*publish, "--check"]) == 1
-    assert pages.main(publish) == 0
-    assert pages.main([*publish, "--check"]) == 0
+    check = [str(tmp_path), "--check"]
+    assert pages.main(check) == 1
+    assert pages.main([str(tmp_path)]) == 0
+    assert pages.main(check) == 0
     assert page.read_text().startswith("before\n<!-- bench:begin -->\n| step of")
     assert page.read_text().endswith("<!-- bench:end -->\nafter\n")
     found["rows"][0]["ms"] *= 2
-    (tmp_path / FILE).write_text(json.dumps(found))
-    assert pages.main([*publish, "--check"]) == 1
+    results.write(tmp_path / FILE, found)
+    assert pages.main(check) == 1
 
     lacking = next(row for row in found["rows"] if row["case"] == size(10))
     lacking |= {"status": "not measured", "reason": OUT_OF_TIME}
-    (tmp_path / FILE).write_text(json.dumps(found))
+    results.write(tmp_path / FILE, found)
     spy = Mock(side_effect=report.KINDS["step"])
     monkeypatch.setitem(report.KINDS, "step", spy)
     assert report.main([*words, "--seconds", "0", "--resume"]) == 0
@@ -97,7 +95,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     measured = made({size(10): {CPU: 1.0}})["rows"]
     monkeypatch.setitem(report.KINDS, "step", Mock(side_effect=[measured, KeyboardInterrupt]))
     assert report.main(["--out", str(tmp_path), "--only", "^2.1"]) == 130
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert [row["case"] for row in found["rows"]] == [size(10)]
     assert found["interrupted"]
     assert "interrupted" in capsys.readouterr().out
@@ -107,13 +105,13 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_goes_the_way_of_a_gpu(tmp_path, capsys, monkeypatch):
     words = ["--dry-run", "--seconds", "0", "--out", str(tmp_path), "--only", "^2.2[68]|^1,000"]
     assert report.main(words) == 0
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert {"copy of 28 B", "copy of 22 B", CUDA} <= {row["optimizer"] for row in found["rows"]}
     assert {row["elements"] for row in found["rows"]} == {40, 120}
     assert "a dry run: these say nothing" in capsys.readouterr().out
     monkeypatch.setattr(report.Case, "make", None)  # no case may cost anything when time is up
     assert report.main([*words, "--minutes", "0"]) == 0
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert {row["reason"] for row in found["rows"]} == {OUT_OF_TIME}
     assert tables.left_out(frame(found)).count("\n") == 0
     assert pages.readme_part({tmp_path: found}) == pages.NOTHING
@@ -130,8 +128,8 @@ def test_goals_are_met_missed_open_or_not_measured():
     times[size(26)] = {CUDA: 1.0, "copy of 28 B": 0.96}
     table = frame(made(times))
     lines = goals.lines(table, "cpu").splitlines()
-    assert len(lines) == 10
     said = dict(line[2:].split(": ", 1) for line in lines)
+    assert len(said) == 10
     assert said["1,000 tensors of 64, gradients new, at least 4.80"].startswith("met, 12.0")
     assert said[f"float32 to 2^12, times {ADAM}, at least 2.50"].startswith("missed, 2.400")
     assert said["bfloat16, share of the limit for 22 bytes, at least 0.93"] == "not measured"
