@@ -10,6 +10,7 @@ from .growth import growth
 from .optimizers import BY_NAME
 from .timing import DISTURBED
 
+MOST_NAMES = 6  # of cases in a line of what was left out
 # Of a case's table, where it has them: titles, and factors.
 COLUMNS = {
     "optimizer": ("optimizer", 1),
@@ -141,9 +142,17 @@ def left_out(frame: pd.DataFrame) -> str:
     missing = frame.assign(optimizer=frame.optimizer.mask(whole, "every optimizer"))[absent]
     tried = set(frame[~whole].case)
     cases = missing.groupby(["optimizer", "status", "reason"], sort=False).case.unique()
-    where = cases.map(lambda names: "every case" if set(names) == tried else "; ".join(names))
+    where = cases.map(lambda names: _where(names, tried))
     alike = where.reset_index().groupby(["status", "reason", "case"], sort=False).optimizer
     return "\n".join(
         f"- {', '.join(names)}: {'WRONG: ' * (status == WRONG)}{reason} ({where_})"
         for (status, reason, where_), names in alike
     )
+
+
+def _where(names: Sequence[str], tried: set[str]) -> str:
+    if set(names) == tried:
+        return "every case"
+    if len(names) > MOST_NAMES and tried.issuperset(names):
+        return f"{len(names)} of {len(tried)} cases"
+    return "; ".join(names)

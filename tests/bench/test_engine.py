@@ -48,23 +48,20 @@ def test_every_radam_here_agrees_with_the_formula(dtype):
 def test_a_tail_that_is_stepped_wrongly_has_no_time():
     assert check(WRONG, DEVICE, torch.float32).startswith("param of tensor 0 is off by")
     found = measure([*FEW, WRONG])
-    assert found["wrong"]["status"] == "wrong"
     assert "param of tensor" in found["wrong"]["reason"]
-    assert "ms" not in found["wrong"]
-    assert found[CPU]["status"] == "measured"
+    assert [row["status"] for row in found.values() if "ms" not in row] == ["wrong"]
 
 
 def test_rows_have_their_bytes_bandwidth_and_ratios_in_the_same_rounds():
     found = measure(FEW)
     assert found[CPU]["rounds"] == ROUNDS
-    medians = {name: row["ms"] for name, row in found.items()}
     for row in found.values():
         assert row["bytes"] == 28 * 335
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
-        assert row["vs_adam_fused"] == pytest.approx(medians[ADAM] / row["ms"])
-        assert row["vs_radam_foreach"] == pytest.approx(medians[RADAM] / row["ms"])
-        assert row["limit_share"] == pytest.approx(medians["stream of 28 B"] / row["ms"])
+        assert row["vs_adam_fused"] == pytest.approx(found[ADAM]["ms"] / row["ms"])
+        assert row["vs_radam_foreach"] == pytest.approx(found[RADAM]["ms"] / row["ms"])
+        assert row["limit_share"] == pytest.approx(found["stream of 28 B"]["ms"] / row["ms"])
 
 
 def test_what_is_absent_refused_or_too_large_gets_a_reason(monkeypatch):
@@ -88,9 +85,8 @@ def test_what_is_absent_refused_or_too_large_gets_a_reason(monkeypatch):
 
 
 def test_a_device_without_room_is_told(monkeypatch):
-    full = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
-    monkeypatch.setattr(Case, "make", full)
-    assert all("out of memory" in row["reason"] for row in measure(FEW).values())
+    monkeypatch.setattr(Case, "make", MagicMock(side_effect=torch.OutOfMemoryError("no room")))
+    assert all("no room" in row["reason"] for row in measure(FEW).values())
 
 
 def test_all_take_turns_and_the_judged_have_five_rounds_whatever_they_take(monkeypatch):
@@ -137,16 +133,14 @@ def test_gradients_are_new_and_caches_swept_where_that_is_asked_for(monkeypatch)
 
 
 def test_gradients_of_another_dtype_are_converted_within_the_step_of_a_peer():
-    case = Case("offload", shapes=[(64,)], grad_dtype=torch.bfloat16)
-    found = measure(FEW, case)
+    found = measure(FEW, Case("offload", shapes=[(64,)], grad_dtype=torch.bfloat16))
     assert {row["status"] for row in found.values()} == {"measured"}
     assert found[CPU]["bytes"] == 26 * 64
     assert "converts" in found[ADAM]["note"]
 
 
 def test_a_dry_run_takes_the_path_of_a_gpu():
-    rows = [BY_NAME[CUDA], BY_NAME[ADAM], BY_NAME[f"{CUDA}, graph"]]
-    found = measure(rows, dry_run=True)
+    found = measure([BY_NAME[name] for name in (CUDA, ADAM, f"{CUDA}, graph")], dry_run=True)
     assert {"host_us", "host_bound", "host_vs_adam_fused"} <= found[CUDA].keys()
     assert found[CUDA]["caches"] == "cold"
     assert "copy of 28 B" in found
@@ -185,17 +179,15 @@ def test_a_step_is_timed_between_events_behind_a_sleep_and_a_sweep(monkeypatch):
 
 
 def test_a_graph_is_captured_after_a_warm_up_and_replayed(monkeypatch):
-    cuda, step = MagicMock(), MagicMock()
+    cuda, params = MagicMock(), [MagicMock()]
     monkeypatch.setattr(torch, "cuda", cuda)
-    params = [MagicMock(device=SimpleNamespace(type="cuda"))]
+    params[0].device.type = "cuda"
     params[0].grad.dtype = params[0].dtype
-    graph = Optimizer("graph", lambda *_: SimpleNamespace(step=step), form="graph")
-    step.side_effect = lambda: cuda.step()
-    graph.start(params).step()
+    Optimizer("graph", lambda *_: cuda.optimizer, form="graph").start(params).step()
     names = [name for name, _, _ in cuda.mock_calls]
     captured = names.index("graph")
-    assert names[:captured].count("step") == WARM_UP
-    assert names[captured:].count("step") == 1
+    assert names[:captured].count("optimizer.step") == WARM_UP
+    assert names[captured:].count("optimizer.step") == 1
     assert names[-1] == "CUDAGraph().replay"
 
 
@@ -203,8 +195,8 @@ def test_training_tells_the_share_of_the_step():
     case = Case(CONVNET, kind="training")
     options = dict(seconds=0, deadline=math.inf, refused={}, dry_run=True)
     rows = training.measure(case, FEW, DEVICE, **options)
+    assert len(rows) == len(FEW)
     for row in rows:
-        assert row["status"] == "measured"
         assert row["tensors"] == 26
         assert 0 < row["step_share"] < 1
         assert row["step_share"] == pytest.approx(row["ms"] / row["iteration_ms"])

@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import torch
 
 from bench import goals, growth, pages, report, results, tables
 from bench.cases import NEW, model, size, small
@@ -14,10 +15,11 @@ from bench.timing import OUT_OF_TIME, compare
 
 FEW = [BY_NAME[name] for name in (CPU, CUDA, ADAM, RADAM)]
 HEAD = {
-    **{"schema": results.SCHEMA, "set": "quick", "dry_run": False, "interrupted": False},
-    **{"device": {"name": "cpu"}, "date": "2026-01-02", "commit": "abc", "sources": "01234"},
-    "cpu": {"name": "Some CPU", "threads": 3, "instruction_set": "baseline"},
-    "versions": {"torch": "9.9", "triton": None, "cuda runtime of the kernels": "13.0"},
+    "schema": results.SCHEMA,
+    "set": "quick",
+    "dry_run": False,
+    "interrupted": False,
+    **results.facts(torch.device("cpu")),
 }
 
 
@@ -25,23 +27,22 @@ def read(folder):
     return json.loads((folder / FILE).read_text())
 
 
-def made(times, **head):
+def made(times):
     """Results of these milliseconds, by case and optimizer; a text is why there are none."""
     rows = []
     for case, by_optimizer in times.items():
         facts = {"case": case, "kind": "step", "dtype": case.split()[-1], "gradients": "held"}
-        facts |= {"elements": 64_000, "tensors": 1000 if "tensors" in case else 1}
-        if case.startswith("2^"):
-            facts["elements"] = 1 << int(case[2:].split()[0])
+        tensors = 1000 if "tensors" in case else 1
+        elements = 1 << int(case[2:].split()[0]) if case.startswith("2^") else 64_000
+        facts |= {"elements": elements, "tensors": tensors, "bytes": 28 * elements}
         found = []
         for name, ms in by_optimizer.items():
-            row = {**facts, "optimizer": name, "bytes": 28 * facts["elements"]}
-            if isinstance(ms, str):
-                found.append({**row, "status": "wrong", "reason": ms})
-            else:
-                found.append({**row, "status": "measured", "reason": "", "ms": ms, "gb_s": 1.0})
+            measured = {"status": "measured", "reason": "", "ms": ms, "gb_s": 1.0}
+            absent = {"status": "wrong", "reason": ms}
+            row = absent if isinstance(ms, str) else measured
+            found.append({**facts, "optimizer": name, **row})
         rows += compare(found)
-    return {**HEAD, "rows": rows, **head}
+    return {**HEAD, "rows": rows}
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsy
     monkeypatch.setitem(report.KINDS, "step", spy)
     assert report.main([*words, "--seconds", "0", "--resume"]) == 0
     assert [call.args[0].name for call in spy.call_args_list] == [size(10)]
-    now = {"schema": 2, **results.facts(report.torch.device("cpu"))}
+    now = {**HEAD, **results.facts(torch.device("cpu"))}
     assert results.kept(tmp_path / FILE, now)
     assert not results.kept(tmp_path / FILE, {**now, "sources": "others"})
 
@@ -118,7 +119,7 @@ def test_a_dry_run_goes_the_way_of_a_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     assert report.main(["--dry-run", "--once", size(10)]) == 0
     assert f"one step of {CUDA}, 1120 bytes" in capsys.readouterr().out
-    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert report.main(["--device", "cuda"]) == 2
 
 
@@ -146,14 +147,17 @@ def test_a_page_shows_shares_ratios_and_what_is_wrong():
     assert "2^26  (!)" in text
     assert "45.2 ms, 100%" in text
     assert "245 ms, 5.42x" in text
+    every = pd.concat([frame(made({f"{n} cases": {CPU: 1.0, ADAM: "off"}})) for n in range(9)])
+    every.loc[(every.case == "8 cases") & (every.optimizer == ADAM), "status"] = "measured"
+    assert tables.left_out(every) == f"- {ADAM}: WRONG: off (8 of 9 cases)"
     late = {CPU: OUT_OF_TIME, ADAM: OUT_OF_TIME}
     found["rows"] += made({size(10): late, size(12): late})["rows"]
     page = pages.page({**found, "interrupted": True})
     assert "- torch Adam(fused): WRONG: param is off (every case)\n- every optimizer: " in page
     assert page.endswith(f"{OUT_OF_TIME} (2^10 float32; 2^12 float32)\n")
     assert "some cases are missing" in page
-    gpu = made({size(26): {CUDA: 1.0}}, set="gpu", device={"name": "A GPU", "driver": "1"})
-    assert pages.page(gpu).startswith("# A GPU\n")
+    gpu = {"set": "gpu", "device": {"name": "A GPU", "driver": "1"}}
+    assert pages.page({**made({size(26): {CUDA: 1.0}}), **gpu}).startswith("# A GPU\n")
     part = pages.readme_part({pages.ROOT / "bench/results/a": found})
     assert "(bench/results/a/README.md)" in part
 
