@@ -18,7 +18,7 @@ from .optimizers import OPTIMIZERS
 from .results import FILE, RESULTS, ROOT, frame
 
 README = ROOT / "README.md"
-PART = r"(?s)(?<=<!-- bench:begin -->\n).*(?=\n<!-- bench:end -->)"
+PART = r"(?s)(?<=<!-- bench:begin -->\n).*?(?=<!-- bench:end -->)"
 THOUSAND = small(1000)
 MAIN = [
     *(size(power) for power in (10, 14, 18, 20, 22, 26, 28, 30)),
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = args.folders or sorted(file.parent for file in RESULTS.glob(f"*/{FILE}"))
     found = {folder: json.loads((folder / FILE).read_text()) for folder in folders}
     pages = {folder / "README.md": page(results) for folder, results in found.items()}
-    pages[README] = re.sub(PART, lambda _: readme_part(found), README.read_text())
+    pages[README] = re.sub(PART, lambda _: readme_part(found) + "\n", README.read_text())
     differing = {
         file: text for file, text in pages.items() if not file.exists() or file.read_text() != text
     }

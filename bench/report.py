@@ -121,15 +121,14 @@ def summary(results: dict[str, Any]) -> str:
     table = frame(results)
     device = "cuda" if results["set"] == "gpu" else "cpu"
     aims = "Goals" + " (a dry run: these say nothing)" * results["dry_run"]
-    return "\n\n".join(
-        [
-            tables.LEGEND,
-            tables.machine(results),
-            tables.growth_table(table),
-            f"{aims}:\n{goals.lines(table, device)}",
-            f"Left out:\n{tables.left_out(table)}",
-        ]
-    )
+    parts = [
+        tables.LEGEND,
+        tables.machine(results),
+        tables.growth_table(table),
+        f"{aims}:\n{goals.lines(table, device)}",
+        f"Left out:\n{tables.left_out(table)}",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def once(case: Case, device: torch.device) -> int:
@@ -146,7 +145,6 @@ def once(case: Case, device: torch.device) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-        print(
-            f"{case.name}: one step of {row.name}, {case.moved(row.traffic) * case.elements} bytes"
-        )
+        moved = case.moved(row.traffic) * case.elements
+        print(f"{case.name}: one step of {row.name}, {moved} bytes")
     return 0

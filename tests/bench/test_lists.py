@@ -35,8 +35,7 @@ def test_models_have_their_published_counts(name):
 
 
 def test_names_are_unique_and_each_set_has_what_its_goals_ask_for():
-    names = [case.name for case in all_cases()]
-    assert len(names) == len(set(names))
+    assert len({case.name for case in all_cases()}) == len(all_cases())
     assert len(BY_NAME) == len(OPTIMIZERS)
     sets = {which: {case.name for case in select(which)} for which in ("quick", "full", "gpu")}
     assert sets["quick"] < sets["full"]
