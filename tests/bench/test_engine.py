@@ -191,7 +191,7 @@ def test_a_graph_is_captured_after_a_warm_up_and_replayed(monkeypatch):
     assert names[-1] == "CUDAGraph().replay"
 
 
-def test_training_tells_the_share_of_the_step():
+def test_training_tells_the_share_of_the_step_and_ends_in_time():
     case = Case(CONVNET, kind="training")
     options = dict(seconds=0, deadline=math.inf, refused={}, dry_run=True)
     rows = training.measure(case, FEW, DEVICE, **options)
@@ -200,3 +200,7 @@ def test_training_tells_the_share_of_the_step():
         assert row["tensors"] == 26
         assert 0 < row["step_share"] < 1
         assert row["step_share"] == pytest.approx(row["ms"] / row["iteration_ms"])
+    begin = time.monotonic()
+    rows = training.measure(case, FEW, DEVICE, **{**options, "deadline": 0, "seconds": 3})
+    assert {row["reason"] for row in rows} == {OUT_OF_TIME}
+    assert time.monotonic() < begin + 3
