@@ -10,7 +10,6 @@ from torch.nn import Parameter
 
 from .models import MODELS, Shape
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
 NEW, COLD = ", gradients new", ", caches cold"  # in names
 TRANSFORMER, CONVNET = "training a transformer", "training a convnet"
 _QUICK, _FULL, _GPU = frozenset({"quick", "full"}), frozenset({"full"}), frozenset({"gpu"})
@@ -100,7 +99,7 @@ OFFLOAD_HALF = OFFLOAD + ", bfloat16 gradients"
 
 
 def one(power: int, dtype: str, sets: frozenset[str]) -> Case:
-    return Case(size(power, dtype), DTYPES[dtype], [(1 << power,)], sets=sets)
+    return Case(size(power, dtype), getattr(torch, dtype), [(1 << power,)], sets=sets)
 
 
 def many(tensors: int, sets: frozenset[str] = _QUICK) -> Case:
@@ -108,7 +107,7 @@ def many(tensors: int, sets: frozenset[str] = _QUICK) -> Case:
 
 
 def of_model(name: str, dtype: str, sets: frozenset[str]) -> Case:
-    return Case(model(name, dtype), DTYPES[dtype], MODELS[name].shapes(), sets=sets)
+    return Case(model(name, dtype), getattr(torch, dtype), MODELS[name].shapes(), sets=sets)
 
 
 def renewed(case: Case, sets: frozenset[str]) -> Case:
@@ -120,7 +119,7 @@ def cold(case: Case, sets: frozenset[str]) -> Case:
 
 
 def all_cases() -> list[Case]:
-    """All of them, in the order in which tables show them."""
+    """All of them, the most telling first: a GPU is lent for minutes."""
     thousand = many(1000, _QUICK | _GPU)
     offload = cold(renewed(of_model("GPT-2 124M", "float32", _QUICK), _QUICK), _QUICK)
     resnet, gpt2, llama = (
@@ -128,31 +127,28 @@ def all_cases() -> list[Case]:
         for name, sets in {"ResNet-50": _QUICK, "GPT-2 124M": _QUICK, "Llama 3.2 1B": _FULL}.items()
     )
     return [
-        *(Case(name, kind="training", sets=_QUICK | _GPU) for name in (TRANSFORMER, CONVNET)),
-        *(one(power, "float32", _QUICK | _GPU) for power in range(10, 28, 2)),
+        one(26, "float32", _QUICK | _GPU),
         one(28, "float32", _FULL | _GPU),
-        one(30, "float32", _GPU),
-        *(many(tensors) for tensors in (1, 10, 100)),
-        thousand,
-        renewed(thousand, _QUICK | _GPU),
-        cold(renewed(thousand, _QUICK), _QUICK),
-        many(10_000),
+        one(26, "bfloat16", _QUICK | _GPU),
+        one(28, "bfloat16", _FULL | _GPU),
+        *(Case(name, kind="training", sets=_QUICK | _GPU) for name in (TRANSFORMER, CONVNET)),
+        *(thousand, renewed(thousand, _QUICK | _GPU), cold(renewed(thousand, _QUICK), _QUICK)),
         *(resnet, gpt2, llama),
         *(renewed(case, _GPU) for case in (resnet, gpt2, llama)),
+        of_model("ResNet-50", "bfloat16", _FULL | _GPU),
+        of_model("GPT-2 124M", "bfloat16", _FULL | _GPU),
+        of_model("Llama 3.2 1B", "bfloat16", _GPU),
+        one(20, "float32", _QUICK | _GPU),
+        one(20, "bfloat16", _FULL | _GPU),
+        *(one(30, dtype, _GPU) for dtype in ("float32", "bfloat16")),
+        *(one(power, "float32", _QUICK | _GPU) for power in (10, 12, 14, 16, 18, 22, 24)),
+        *(one(power, "bfloat16", _GPU) for power in (10, 12, 14, 16, 18, 22, 24)),
+        *(many(tensors) for tensors in (1, 10, 100, 10_000)),
         of_model("ViT-B/16", "float32", _FULL),
         of_model("BERT-base", "float32", _FULL),
         replace(offload, name=OFFLOAD),
         replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16, sets=_FULL),
         *(_sharded(tensors) for tensors in (300, 1000)),
-        *(one(power, "bfloat16", _GPU) for power in range(10, 20, 2)),
-        one(20, "bfloat16", _FULL | _GPU),
-        *(one(power, "bfloat16", _GPU) for power in (22, 24)),
-        one(26, "bfloat16", _QUICK | _GPU),
-        one(28, "bfloat16", _FULL | _GPU),
-        one(30, "bfloat16", _GPU),
-        of_model("ResNet-50", "bfloat16", _FULL | _GPU),
-        of_model("GPT-2 124M", "bfloat16", _FULL | _GPU),
-        of_model("Llama 3.2 1B", "bfloat16", _GPU),
         one(22, "float64", _FULL),
         # What malloc keeps of blocks below 32 MB, which it need not map, is chance.
         *(_memory(one(power, "float32", _QUICK)) for power in (24, 25)),
@@ -161,15 +157,8 @@ def all_cases() -> list[Case]:
 
 
 def select(which: str) -> list[Case]:
-    """The cases of a set. A GPU is lent for minutes: there the most telling come first."""
-    chosen = [case for case in all_cases() if which in case.sets]
-    return sorted(chosen, key=_urgency) if which == "gpu" else chosen
-
-
-def _urgency(case: Case) -> int:
-    if len(case.shapes) != 1:
-        return 2
-    return {1 << 26: 1, 1 << 28: 1, 1 << 20: 3, 1 << 30: 3}.get(case.elements, 4)
+    """The cases of a set."""
+    return [case for case in all_cases() if which in case.sets]
 
 
 def _sharded(tensors: int) -> Case:

@@ -26,17 +26,14 @@ def radam_float64(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, t: int, lr: float, beta1: float, beta2: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The step as in the paper, with torch's threshold: rectified where rho_t is above 5."""
+    """The rectified step, as in the paper."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     m_hat = m / (1 - beta1**t)
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
-    if rho > 5:
-        r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        p = p - lr * math.sqrt(r * (1 - beta2**t)) * m_hat / (v.sqrt() + eps)
-    else:
-        p = p - lr * m_hat
+    r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    p = p - lr * math.sqrt(r * (1 - beta2**t)) * m_hat / (v.sqrt() + eps)
     return p, m, v
 
 

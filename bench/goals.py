@@ -55,16 +55,15 @@ def lines(frame: pd.DataFrame, device: str) -> str:
 
 def verdict(frame: pd.DataFrame, goal: Goal) -> str:
     """Whether the worst of the measured cases reaches the goal, and which were not measured."""
-    measured = {
-        case: value for case in goal.cases if (value := _value(frame, case, goal)) is not None
-    }
+    values = {case: _value(frame, case, goal.optimizer, goal.column) for case in goal.cases}
+    measured = {case: value for case, value in values.items() if value is not None}
     if not measured:
         return "not measured"
     worst = min(measured, key=measured.__getitem__)
     left = [case for case in goal.cases if case not in measured]
     word = "missed" if measured[worst] < goal.least else "open" if left else "met"
     # What a loop that does nothing but stream the same bytes reaches.
-    limit = _value(frame, worst, goal._replace(optimizer=limit_name(28, STREAM)))
+    limit = _value(frame, worst, limit_name(28, STREAM), goal.column)
     return (
         f"{word}, {measured[worst]:.3f} at {worst}"
         + (f"; memory allows {limit:.3f}" if limit and limit < goal.least else "")
@@ -72,7 +71,7 @@ def verdict(frame: pd.DataFrame, goal: Goal) -> str:
     )
 
 
-def _value(frame: pd.DataFrame, case: str, goal: Goal) -> float | None:
-    found = frame[(frame.case == case) & (frame.optimizer == goal.optimizer)]
-    values = found[goal.column].dropna() if goal.column in found else ()
+def _value(frame: pd.DataFrame, case: str, optimizer: str, column: str) -> float | None:
+    rows = frame[(frame.case == case) & (frame.optimizer == optimizer)]
+    values = rows[column].dropna() if column in rows else ()
     return float(values.iloc[0]) if len(values) else None

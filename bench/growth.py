@@ -1,6 +1,5 @@
 """How the cost of a step grows with elements and tensors: lines fitted to what was measured."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +16,13 @@ class Line(NamedTuple):
     error: float  # the largest of a point, as a part of it
 
 
-def fit(work: Sequence[float], cost: Sequence[float], scale: Sequence[float]) -> Line | None:
+def fit(work: pd.Series, cost: pd.Series, scale: pd.Series) -> Line | None:
     """The least squares of errors in parts of `scale`; None for less than two points."""
     if len(work) < 2:
         return None
-    x, y, unit = (np.asarray(values, float) for values in (work, cost, scale))
-    (fixed, each), *_ = np.linalg.lstsq(np.stack([1 / unit, x / unit], 1), y / unit, rcond=None)
-    errors = np.abs(fixed + each * x - y) / unit
-    return Line(float(fixed), float(each), float(errors.max()))
+    each, fixed = np.polyfit(work, cost, 1, w=1 / scale)
+    error = (abs(fixed + each * work - cost) / scale).max()
+    return Line(float(fixed), float(each), float(error))
 
 
 def growth(frame: pd.DataFrame, optimizer: str) -> dict[tuple[str, str], Line | None]:

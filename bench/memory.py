@@ -1,21 +1,19 @@
 """Memory that a step takes beyond parameters, gradients and moments: the peak of a fresh process.
 
-Linux tells it, in STATUS. A GPU's is measured with its times (bench/timing.py).
+Linux tells it, in /proc. A GPU's is measured with its times (bench/timing.py).
 """
 
 import multiprocessing
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .cases import Case
-from .correctness import MEASURED, NOT_MEASURED
+from .correctness import MEASURED, NOT_MEASURED, brief
 from .optimizers import BY_NAME, Optimizer
-from .timing import OUT_OF_TIME, Row, describe, left_out
+from .timing import Row, describe, refusal
 
-STATUS = Path("/proc/self/status")
 SLOW_IMPORTS = ("torch._dynamo", "optimi", "pytorch_optimizer")  # by a first step; once for all
 
 
@@ -25,6 +23,7 @@ def measure(
     device: torch.device,
     *,
     deadline: float,
+    refused: Mapping[str, Row],
     **_: object,
 ) -> list[Row]:
     """A row for each optimizer."""
@@ -33,18 +32,14 @@ def measure(
     context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
     with context.Pool(1, maxtasksperchild=1) as pool:
         for optimizer in optimizers:
-            reason = left_out(case, optimizer, "cpu")
-            if not STATUS.exists():
-                reason = f"no {STATUS} here"
-            elif optimizer.form == "compiled":
-                reason = "compiling takes memory of its own"
-            elif time.monotonic() > deadline:
-                reason = OUT_OF_TIME
-            row = {**describe(case), "optimizer": optimizer.name, "reason": reason}
-            row["status"] = NOT_MEASURED if reason else MEASURED
-            if not reason:
-                row["extra_bytes"] = pool.apply(extra_bytes, (optimizer.name, case))
-            rows.append(row)
+            row = refusal(case, optimizer, device.type, refused, deadline)
+            if not row:
+                try:
+                    extra = pool.apply(extra_bytes, (optimizer.name, case))
+                    row = {"status": MEASURED, "reason": "", "extra_bytes": extra}
+                except Exception as error:
+                    row = {"status": NOT_MEASURED, "reason": brief(error)}
+            rows.append({**describe(case), "optimizer": optimizer.name, **row})
     return rows
 
 
@@ -62,4 +57,4 @@ def extra_bytes(name: str, case: Case) -> int:
 
 def _peak() -> int:
     """Bytes of memory that this process has had at once, at most."""
-    return 1024 * int(STATUS.read_text().partition("VmHWM:")[2].split()[0])
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

@@ -148,10 +148,9 @@ def _ours(backend: str, half: bool = False, **options: object) -> Make:
     def make(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
         # A dry run tries the path of a GPU on the CPU.
         dry = backend == "cuda" and params[0].device.type == "cpu"
-        state = {"state_dtype": params[0].dtype} if half else {}
-        return radam_kernels.RAdam(
-            params, lr, backend="cpu" if dry else backend, **options, **state
-        )
+        if half:
+            options["state_dtype"] = params[0].dtype
+        return radam_kernels.RAdam(params, lr, backend="cpu" if dry else backend, **options)
 
     return make
 

@@ -1,23 +1,24 @@
 """Pages made of results: `python -m bench publish [FOLDER ...]`.
 
 Writes README.md and pictures beside each results.json (of bench/results, if no folder is given),
-and its part of the project's README between the markers of `bench`. --check writes nothing, and
-fails where a page is not what its results give.
+and the part of the project's README between the markers of `bench`, if it has them. --check writes
+nothing, and fails where a page is not what its results give.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import cases, goals, plots, tables
 from .cases import COLD, NEW, model, size, small
 from .optimizers import OPTIMIZERS
-from .results import FILE, RESULTS, ROOT, frame, insert, read
+from .results import FILE, RESULTS, ROOT, frame
 
 README = ROOT / "README.md"
-MARKER = "bench"
+PART = r"(?s)(?<=<!-- bench:begin -->\n).*?(?=<!-- bench:end -->)"
 THOUSAND = small(1000)
 MAIN = [
     *(size(power) for power in (10, 14, 18, 20, 22, 26, 28, 30)),
@@ -41,17 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench publish", description=__doc__.split(":")[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if pages differ")
-    parser.add_argument("--readme", type=Path, default=README, help="(%(default)s)")
     args = parser.parse_args(arguments)
-    found = read(RESULTS)
-    if args.folders:
-        found = {folder: json.loads((folder / FILE).read_text()) for folder in args.folders}
-    differing = [
-        (file, text)
-        for file, text in pages(found, args.readme)
-        if not file.exists() or file.read_text() != text
-    ]
-    for file, text in differing:
+    folders = args.folders or sorted(file.parent for file in RESULTS.glob(f"*/{FILE}"))
+    found = {folder: json.loads((folder / FILE).read_text()) for folder in folders}
+    pages = {folder / "README.md": page(results) for folder, results in found.items()}
+    pages[README] = re.sub(PART, lambda _: readme_part(found) + "\n", README.read_text())
+    differing = {
+        file: text for file, text in pages.items() if not file.exists() or file.read_text() != text
+    }
+    for file, text in differing.items():
         print(f"{file}: not what its results give" if args.check else file)
         if not args.check:
             file.write_text(text)
@@ -62,15 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pages(found: Mapping[Path, dict[str, Any]], readme: Path) -> Iterator[tuple[Path, str]]:
-    """Every page and what it should say; the README only where it has the markers."""
-    for folder, results in found.items():
-        yield folder / "README.md", page(results)
-    if f"<!-- {MARKER}:begin -->" in (text := readme.read_text()):
-        yield readme, insert(text, MARKER, readme_part(found, readme.parent))
-
-
-def readme_part(found: Mapping[Path, dict[str, Any]], root: Path) -> str:
+def readme_part(found: Mapping[Path, dict[str, Any]]) -> str:
     """Six rows for each machine, and where they come from; dry runs tell nothing."""
     parts = []
     for folder, results in found.items():
@@ -83,7 +74,7 @@ def readme_part(found: Mapping[Path, dict[str, Any]], root: Path) -> str:
             *(model("ResNet-50"), model("GPT-2 124M"), model("GPT-2 124M", "bfloat16")),
             cases.TRANSFORMER,
         ]
-        link = folder.relative_to(root) if folder.is_relative_to(root) else folder
+        link = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
         parts += [
             tables.comparison(frame(results), rows, _columns(gpu)),
             f"{tables.machine(results)}: [all of it]({link.as_posix()}/README.md).",

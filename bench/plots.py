@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLES = {row.name: row.style for row in OPTIMIZERS if row.form != "half"}
-LIMITS = {limit_name(28, kind): "C7--" for kind in (STREAM, COPY)}
+STYLES |= {limit_name(28, kind): "C7--" for kind in (STREAM, COPY)}
 LABELS = {"gb_s": "GB/s of bytes that must move", "ms": "time of a step (ms)"}
 
 
@@ -44,7 +44,7 @@ def models(table: pd.DataFrame, axes: "Axes") -> None:
 
 
 def _curves(table: pd.DataFrame, axes: "Axes", x: str, y: str) -> None:
-    for name, line in {**STYLES, **LIMITS}.items():
+    for name, line in STYLES.items():
         points = table[table.optimizer == name].sort_values(x)
         if len(points):
             axes.loglog(points[x], points[y], line, ms=5, label=name)

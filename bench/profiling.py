@@ -25,24 +25,20 @@ import radam_kernels
 from .cases import all_cases, renew_gradients, small
 from .tables import duration
 
-WARM_UP = 7
+WARM_UP, STEPS = 7, 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     every = {case.name: case for case in all_cases()}
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser("python -m bench profile", description=__doc__.split(":")[0])
-    parser.add_argument("--case", default=small(1000), help="(%(default)s)")
+    parser.add_argument("--case", default=small(1000), choices=every, metavar="CASE")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--steps", type=int, default=50, help="(%(default)s)")
     parser.add_argument("--trace", type=Path, default=Path("step_trace.json"), help="(%(default)s)")
     args = parser.parse_args(arguments)
-    if args.case not in every:
-        parser.error(f"--case: expected one of {list(every)}, got {args.case!r}")
     case = every[args.case]
     params = case.make(torch.device(args.device))
-    optimizer = radam_kernels.RAdam(params, backend=args.backend)
+    optimizer = radam_kernels.RAdam(params)
 
     def median(steps: int) -> float:
         times = []
@@ -55,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return statistics.median(times)
 
     median(WARM_UP)
-    plain = median(args.steps)
+    plain = median(STEPS)
     activities = {ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])}
     with profile(activities=activities) as profiler:
-        profiled = median(args.steps)
+        profiled = median(STEPS)
     profiler.export_chrome_trace(str(args.trace))
     stages = [event for event in profiler.key_averages() if "adam" in event.key.lower()]
     for event in stages:
-        print(f"{event.key:40}{duration(event.cpu_time_total / 1e6 / args.steps):>10} a step")
+        print(f"{event.key:40}{duration(event.cpu_time_total / 1e6 / STEPS):>10} a step")
     print(f"{case.name} on {args.device}, host: {duration(plain)} a step, ", end="")
     print(f"{duration(profiled)} under the profiler. Trace: {args.trace}")
     return nsys(args.trace.with_suffix("")) if gpu else 0

@@ -21,8 +21,8 @@ from . import cases, goals, memory, plots, tables, timing, training
 from .cases import Case
 from .correctness import NOT_MEASURED, WRONG, refusals
 from .optimizers import select
-from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write, write_text
-from .timing import DeviceLostError, Row, describe
+from .results import FILE, SCHEMA, cpu_name, facts, frame, kept, results_folder, write
+from .timing import OUT_OF_TIME, DeviceLostError, Row, describe
 
 KINDS = {"step": timing.measure, "training": training.measure, "memory": memory.measure}
 SECONDS = {"quick": 1.0, "full": 5.0, "gpu": 4.0}  # for a case
@@ -41,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="a GPU's path on the CPU, tiny")
     parser.add_argument("--once", metavar="CASE", help="one step of our kernels, for a profiler")
     args = parser.parse_args(arguments)
-    deadline = time.monotonic() + 60 * args.minutes
     gpu = args.dry_run or args.device == "cuda"
     if gpu and not args.dry_run and not torch.cuda.is_available():
         print("torch finds no GPU; --dry-run tries the code without one", file=sys.stderr)
@@ -60,12 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if which != "quick" and not args.dry_run:
         folder = results_folder(torch.cuda.get_device_name() if gpu else cpu_name())
     file = (args.out or folder) / FILE
-    seconds = args.seconds
-    if seconds is None:
-        seconds = 0 if args.dry_run else SECONDS[which]
-    results = run(chosen, device, file, which, seconds, deadline, args.resume, args.dry_run)
+    if args.seconds is None:
+        args.seconds = 0 if args.dry_run else SECONDS[which]
+    results = run(chosen, device, file, which, args)
     print(summary(results))
-    write_text(file.with_suffix(".csv"), frame(results).to_csv(index=False))
+    frame(results).to_csv(file.with_suffix(".csv"), index=False)
     for picture in plots.draw(results, file.parent):
         print(picture)
     wrong = any(row["status"] == WRONG for row in results["rows"])
@@ -73,45 +71,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    chosen: Sequence[Case],
-    device: torch.device,
-    file: Path,
-    which: str,
-    seconds: float,
-    deadline: float = math.inf,
-    resume: bool = False,
-    dry_run: bool = False,
+    chosen: Sequence[Case], device: torch.device, file: Path, which: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measures the cases in turn; writes the file and prints a table after each."""
-    head = {"schema": SCHEMA, "set": which, "dry_run": dry_run, **facts(device)}
-    results = {**head, "interrupted": True, "rows": kept(file, head) if resume else []}
+    deadline = time.monotonic() + 60 * args.minutes
+    head = {"schema": SCHEMA, "set": which, "dry_run": args.dry_run, **facts(device)}
+    results = {**head, "interrupted": True, "rows": kept(file, head) if args.resume else []}
     there = {row["case"] for row in results["rows"]}
     refused: dict[torch.dtype, dict[str, Row]] = {}
-    lost = ""
+    stop = ""  # why nothing more can be measured
     try:
         for case in chosen:
             if case.name in there:
                 continue
             optimizers = select(case.dtype, "cuda" if which == "gpu" else "cpu", LEVELS[which])
+            if not stop and case.dtype not in refused:
+                refused[case.dtype] = refusals(optimizers, device, case.dtype, deadline)
+            if time.monotonic() > deadline:
+                stop = stop or OUT_OF_TIME
             rows: list[Row] = []
-            try:
-                if not lost and case.dtype not in refused:
-                    refused[case.dtype] = refusals(optimizers, device, case.dtype, deadline)
-                if not lost:
+            if not stop:
+                try:
                     rows = KINDS[case.kind](
                         case,
                         optimizers,
                         device,
-                        seconds=seconds,
+                        seconds=args.seconds,
                         deadline=deadline,
                         refused=refused[case.dtype],
-                        dry_run=dry_run,
+                        dry_run=args.dry_run,
                     )
-            except DeviceLostError as error:
-                lost = str(error)
-            if lost:
-                reason = {"status": NOT_MEASURED, "reason": lost}
-                rows = [{**describe(case), "optimizer": o.name, **reason} for o in optimizers]
+                except DeviceLostError as error:
+                    stop = str(error)
+            if stop:
+                reason = {"status": NOT_MEASURED, "reason": stop}
+                rows = [{**describe(case), "optimizer": row.name, **reason} for row in optimizers]
             results["rows"] += rows
             write(file, results)
             print(f"\n{tables.case_table(frame({'rows': rows}))}", flush=True)
@@ -127,15 +121,14 @@ def summary(results: dict[str, Any]) -> str:
     table = frame(results)
     device = "cuda" if results["set"] == "gpu" else "cpu"
     aims = "Goals" + " (a dry run: these say nothing)" * results["dry_run"]
-    return "\n\n".join(
-        [
-            tables.LEGEND,
-            tables.machine(results),
-            tables.growth_table(table),
-            f"{aims}:\n{goals.lines(table, device)}",
-            f"Left out:\n{tables.left_out(table)}",
-        ]
-    )
+    parts = [
+        tables.LEGEND,
+        tables.machine(results),
+        tables.growth_table(table),
+        f"{aims}:\n{goals.lines(table, device)}",
+        f"Left out:\n{tables.left_out(table)}",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def once(case: Case, device: torch.device) -> int:
@@ -152,7 +145,6 @@ def once(case: Case, device: torch.device) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-        print(
-            f"{case.name}: one step of {row.name}, {case.moved(row.traffic) * case.elements} bytes"
-        )
+        moved = case.moved(row.traffic) * case.elements
+        print(f"{case.name}: one step of {row.name}, {moved} bytes")
     return 0

@@ -1,4 +1,4 @@
-"""Results in files: what they were measured on, a row for each case and optimizer, and pages."""
+"""Results in files: what they were measured on, and a row for each case and optimizer."""
 
 import json
 import os
@@ -49,24 +49,18 @@ def facts(device: torch.device) -> dict[str, Any]:
             "nvcc": _answer(["nvcc", "--version"], r"release \S+ V(\S+)"),
         },
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
+        # A tree that came without its history is given its commit.
+        "commit": os.environ.get("RADAM_COMMIT")
+        or _answer(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], r"(\S+)")
+        or "unknown",
         "sources": measured_fingerprint(ROOT),
     }
 
 
-def commit() -> str:
-    """Of the tree, or RADAM_COMMIT where the tree came without its history."""
-    described = _answer(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], r"(\S+)")
-    return os.environ.get("RADAM_COMMIT") or described or "unknown"
-
-
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "cpu")
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def frame(results: dict[str, Any]) -> pd.DataFrame:
@@ -76,22 +70,11 @@ def frame(results: dict[str, Any]) -> pd.DataFrame:
 
 
 def write(file: Path, data: dict[str, Any]) -> None:
-    """Writes JSON."""
-    write_text(file, json.dumps(data, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes all of it or nothing: a run that is cut off leaves a whole file."""
+    """Writes JSON, all of it or nothing: a run that is cut off leaves a whole file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
-    new.write_text(text)
+    new.write_text(json.dumps(data, indent=1) + "\n")
     os.replace(new, file)
-
-
-def read(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The results of every machine, by their folders."""
-    files = sorted(folder.glob(f"*/{FILE}"))
-    return {file.parent: json.loads(file.read_text()) for file in files}
 
 
 def kept(file: Path, now: dict[str, Any]) -> list[Row]:
@@ -105,22 +88,12 @@ def kept(file: Path, now: dict[str, Any]) -> list[Row]:
         return []
     if any(old.get(key) != now[key] for key in ("schema", "device", "cpu", "versions", "sources")):
         return []
-    lacking = {row["case"] for row in old["rows"] if must_repeat(row)}
+    lacking = {
+        row["case"]
+        for row in old["rows"]
+        if row["reason"] == OUT_OF_TIME or DEVICE_FAILED in row["reason"]
+    }
     return [row for row in old["rows"] if row["case"] not in lacking]
-
-
-def must_repeat(row: Row) -> bool:
-    return row["reason"] == OUT_OF_TIME or DEVICE_FAILED in row["reason"]
-
-
-def insert(text: str, name: str, part: str) -> str:
-    """The text with the part between the markers of that name; ValueError if there are none."""
-    begins, ends = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, begin, rest = text.partition(begins)
-    _, end, after = rest.partition(ends)
-    if not begin or not end:
-        raise ValueError(f"expected the lines {begins} and {ends} in the page; put them there")
-    return f"{before}{begins}\n{part}\n{ends}{after}"
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -144,8 +117,7 @@ def _answer(command: list[str], pattern: str) -> str | None:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(pattern, said)
-    return found[1] if found else None
+    return found[1] if (found := re.search(pattern, said)) else None
 
 
 def _runtime() -> str | None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from radam_kernels.flat import is_dense
 from radam_kernels.modules import DTYPES, cpu
 
 from .cases import local
@@ -23,7 +22,6 @@ from .optimizers import Optimizer
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("bench/roofline.cpp", "csrc/cpu/launch_cpu.cpp", "csrc/cpu/threads.cpp")
 STREAM, COPY = "stream of", "copy of"
-SIZES = ((4, 4, 4), (2, 2, 4), (2, 2, 2), (4, 2, 4), (8, 8, 8))  # bytes of p, g, and m and v
 
 
 def limit_name(moved: int, kind: str) -> str:
@@ -31,19 +29,16 @@ def limit_name(moved: int, kind: str) -> str:
 
 
 def limit(moved: int, kind: str, optimizer: Callable[[], object] = lambda: None) -> Optimizer:
-    """A row that only moves so many bytes for each element.
-
-    Args:
-        optimizer: gives the one whose moments are streamed, if it has started.
-    """
+    """A row that only moves so many bytes for each element, of the optimizer's moments if it has
+    started."""
 
     def make(params: Sequence[Tensor], lr: float) -> "Stream | Copy":
         if kind == COPY:
             return Copy(params, moved)
         return Stream(*streams(params, moved, getattr(optimizer(), "state", {})))
 
-    traffic = {"traffic": lambda size: moved}
-    return Optimizer(limit_name(moved, kind), make, level=0, any_gradient=True, **traffic)
+    name = limit_name(moved, kind)
+    return Optimizer(name, make, lambda size: moved, level=0, any_gradient=True)
 
 
 class Copy:
@@ -62,28 +57,16 @@ class Stream:
     """A loop over the tensors of a step, which must stay where they are.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: lists of equal length, on the CPU. Tensors without
+        lists: parameters, gradients and both moments, of equal length, on the CPU. Tensors without
             gaps in memory, of one dtype in a list.
-
-    Raises:
-        RuntimeError: where the loop can't be compiled.
-        ValueError: for other tensors.
     """
 
     def __init__(self, *lists: Sequence[Tensor]) -> None:
         self._library = library()
         self._tensors = lists  # the tables hold addresses only
-        rows = list(zip(*lists, strict=True))
-        kinds = {tuple(tensor.dtype for tensor in row) for row in rows}
-        kind = kinds.pop() if len(kinds) == 1 else ()
-        if tuple(dtype.itemsize for dtype in kind[:3]) not in SIZES or kind[2] != kind[3]:
-            raise ValueError(f"dtypes: expected the same in every row, of {SIZES} bytes")
-        for row in rows:
-            if any(not is_dense(t) or t.numel() != row[0].numel() or t.is_cuda for t in row):
-                raise ValueError("expected CPU tensors of one size in a row, without gaps")
-        self._segments = (Segment * len(rows))(*map(_segment, rows))
-        self._grads = (ctypes.c_void_p * len(rows))(*(grad.data_ptr() for grad in lists[1]))
-        self._codes = [DTYPES.index(dtype) for dtype in kind[:3]]
+        self._segments = (Segment * len(lists[0]))(*map(_segment, *lists))
+        self._grads = (ctypes.c_void_p * len(lists[1]))(*(grad.data_ptr() for grad in lists[1]))
+        self._codes = [DTYPES.index(tensors[0].dtype) for tensors in lists[:3]]
 
     def step(self, mask: int = 0) -> None:
         """One pass; adds the bits of g under the mask to p, m and v, as integers."""
@@ -100,9 +83,9 @@ class Segment(ctypes.Structure):
     ]
 
 
-def _segment(row: Sequence[Tensor]) -> Segment:
-    param, _, exp_avg, exp_avg_sq = (tensor.data_ptr() for tensor in row)
-    return Segment(param, exp_avg, exp_avg_sq, row[0].numel(), 0)
+def _segment(param: Tensor, _: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Segment:
+    addresses = (tensor.data_ptr() for tensor in (param, exp_avg, exp_avg_sq))
+    return Segment(*addresses, param.numel(), 0)
 
 
 def streams(params: Sequence[Tensor], moved: int, state: dict[Tensor, dict]) -> list[list[Tensor]]:
@@ -126,19 +109,16 @@ def streams(params: Sequence[Tensor], moved: int, state: dict[Tensor, dict]) -> 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled loop, for the instruction set of the CPU kernel; RuntimeError without one."""
+    """The compiled loop, for the instruction set of the CPU kernel."""
     best = cpu.instruction_sets[0]
     march = [] if best == "baseline" else [f"-march={best}"]
-    try:
-        file = cpp_extension.load(
-            f"radam_roofline_{best.replace('-', '_')}",
-            [str(ROOT / source) for source in SOURCES],
-            extra_cflags=["-O3", "-fopenmp-simd", "-std=c++17", *march],
-            extra_include_paths=[str(ROOT / "csrc")],
-            is_python_module=False,
-        )
-    except Exception as error:
-        raise RuntimeError(f"no streaming loop: {error}"[:300]) from error
+    file = cpp_extension.load(
+        f"radam_roofline_{best.replace('-', '_')}",
+        [str(ROOT / source) for source in SOURCES],
+        extra_cflags=["-O3", "-fopenmp-simd", "-std=c++17", *march],
+        extra_include_paths=[str(ROOT / "csrc")],
+        is_python_module=False,
+    )
     loaded = ctypes.CDLL(file)
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     counts = [pointer, pointer, ctypes.c_int64, *4 * [integer], ctypes.c_uint64]

@@ -10,6 +10,7 @@ from .growth import growth
 from .optimizers import BY_NAME
 from .timing import DISTURBED
 
+MOST_NAMES = 6  # of cases in a line of what was left out
 # Of a case's table, where it has them: titles, and factors.
 COLUMNS = {
     "optimizer": ("optimizer", 1),
@@ -133,15 +134,25 @@ def growth_table(frame: pd.DataFrame) -> str:
 
 
 def left_out(frame: pd.DataFrame) -> str:
-    """What was not measured, why, and where."""
-    missing = frame[frame.status != MEASURED]
-    if missing.empty:
+    """What was not measured, why, and where; a case that one reason left out is listed once."""
+    absent = frame.status != MEASURED
+    if not absent.any():
         return "Nothing."
-    every = frame.case.nunique()
-    cases = missing.groupby(["optimizer", "status", "reason"], sort=False).case.agg(tuple)
-    where = cases.map(lambda names: "every case" if len(names) == every else "; ".join(names))
+    whole = absent & (frame.groupby("case").reason.transform("nunique") == 1)
+    missing = frame.assign(optimizer=frame.optimizer.mask(whole, "every optimizer"))[absent]
+    tried = set(frame[~whole].case)
+    cases = missing.groupby(["optimizer", "status", "reason"], sort=False).case.unique()
+    where = cases.map(lambda names: _where(names, tried))
     alike = where.reset_index().groupby(["status", "reason", "case"], sort=False).optimizer
     return "\n".join(
         f"- {', '.join(names)}: {'WRONG: ' * (status == WRONG)}{reason} ({where_})"
         for (status, reason, where_), names in alike
     )
+
+
+def _where(names: Sequence[str], tried: set[str]) -> str:
+    if set(names) == tried:
+        return "every case"
+    if len(names) > MOST_NAMES and tried.issuperset(names):
+        return f"{len(names)} of {len(tried)} cases"
+    return "; ".join(names)

@@ -6,7 +6,6 @@ tensors (bench/roofline.py).
 
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +61,13 @@ class CudaClock:
         l2 = getattr(properties, "L2_cache_size", 64 << 20)
         self._sweep = torch.empty(SWEEP * l2, dtype=torch.uint8, device=device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._cycles = 1_000_000 / self._sleep_seconds(1_000_000)  # a second
+        cycles = 1_000_000
+        for _ in range(3):  # the first loads code, and wakes the clocks up
+            self._begin.record()
+            torch.cuda._sleep(cycles)
+            self._end.record()
+            self._end.synchronize()
+        self._cycles = cycles / (self._begin.elapsed_time(self._end) / 1e3)  # a second
 
     def sample(self, step: Callable[[], object], lead: float) -> Sample:
         """Times a step; the device sleeps for `lead` seconds first, for the host to be ahead."""
@@ -80,14 +85,6 @@ class CudaClock:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
-
-    def _sleep_seconds(self, cycles: int) -> float:
-        for _ in range(3):  # the first loads code, and wakes the clocks up
-            self._begin.record()
-            torch.cuda._sleep(cycles)
-            self._end.record()
-            self._end.synchronize()
-        return self._begin.elapsed_time(self._end) / 1e3
 
 
 class HostClock:
@@ -108,16 +105,7 @@ class HostClock:
         pass
 
 
-Clock = CudaClock | HostClock
-
-
-def make_clock(device: torch.device, cold: bool = False) -> Clock:
-    if device.type == "cuda":
-        return CudaClock(device)
-    return HostClock(HOST_SWEEP if cold else 1)
-
-
-def find_lead(clock: Clock, step: Callable[[], object]) -> float:
+def find_lead(clock: CudaClock | HostClock, step: Callable[[], object]) -> float:
     """Seconds for the device to sleep, so that the host is done before the step begins.
 
     0 where no sleep helps: a step of more launches than the device's queue holds (some 1,000)
@@ -138,19 +126,16 @@ class OtherWork:
     cores = 0.0
 
     def __enter__(self) -> "OtherWork":
-        self._begin, self._before = time.perf_counter(), self._busy()
+        self._process = psutil.Process()
+        self._since_the_last_call()
         return self
 
     def __exit__(self, *_: object) -> None:
-        seconds = time.perf_counter() - self._begin
-        self.cores = max(0.0, (self._busy() - self._before) / seconds)
+        self.cores = max(0.0, self._since_the_last_call())
 
-    @staticmethod
-    def _busy() -> float:
-        """Seconds that all cores have worked for others so far."""
-        every, own = psutil.cpu_times()._asdict(), os.times()
-        unused = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice, too
-        return sum(s for name, s in every.items() if name not in unused) - own.user - own.system
+    def _since_the_last_call(self) -> float:
+        every = psutil.cpu_count() * psutil.cpu_percent()
+        return (every - self._process.cpu_percent()) / 100
 
 
 @dataclass
@@ -161,9 +146,11 @@ class _Player:
     bytes: int  # for each element
     refused: Row
     session: Session | None = None
-    checked: bool = False
     samples: list[Sample] = field(default_factory=list)
     extra_bytes: int | None = None
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        return self.session and self.session.optimizer
 
 
 def measure(
@@ -203,12 +190,8 @@ def measure(
                 player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
         finally:
             gc.unfreeze()
-    facts = {
-        **describe(case),
-        "caches": "warm" if keep and not case.cold else "cold",
-        "rounds": rounds,
-        "cores_of_others": others.cores,
-    }
+    caches = "warm" if keep and not case.cold else "cold"
+    facts = {**describe(case), "caches": caches, "rounds": rounds, "cores_of_others": others.cores}
     return compare([{**facts, **_row(case, player, keep)} for player in players])
 
 
@@ -220,21 +203,13 @@ def _players(
     limited = not case.cold or case.elements >= LARGE
     players: list[_Player] = []
     for row in optimizers:
-        reason = left_out(case, row, kind)
-        why = {"status": NOT_MEASURED, "reason": reason} if reason else {}
-        player = _Player(row, case.moved(row.traffic), why or refused.get(row.name, {}))
+        player = _Player(row, case.moved(row.traffic), refusal(case, row, kind, refused))
         known = any(other.bytes == player.bytes and other.row.radam for other in players)
         players.append(player)
         if limited and row.radam and not known:
-            players.append(_Player(_limit_of(player, kind), player.bytes, {}))
+            loop = limit(player.bytes, STREAM if kind == "cpu" else COPY, player.optimizer)
+            players.append(_Player(loop, player.bytes, {}))
     return players
-
-
-def _limit_of(player: _Player, kind: str) -> Optimizer:
-    def optimizer() -> torch.optim.Optimizer | None:
-        return player.session and player.session.optimizer
-
-    return limit(player.bytes, STREAM if kind == "cpu" else COPY, optimizer)
 
 
 class _Turns:
@@ -245,29 +220,35 @@ class _Turns:
     ) -> None:
         self._case, self._players, self._device, self._keep = case, players, device, keep
         self._params = case.make(device)
-        self._clock = make_clock(device, case.cold)
+        sweep = HOST_SWEEP if case.cold else 1
+        self._clock = CudaClock(device) if device.type == "cuda" else HostClock(sweep)
 
     def play(self, seconds: float, deadline: float) -> int:
         """Fills the players' samples; returns the number of rounds."""
-        begin, rounds = time.monotonic(), 0
+        end, rounds = time.monotonic() + seconds, 0
         share = seconds / ROUNDS / len(self._players)
         while rounds < MOST_ROUNDS and not all(player.refused for player in self._players):
-            if rounds >= ROUNDS and time.monotonic() > begin + seconds:
+            if rounds >= ROUNDS and time.monotonic() > end:
                 break
             for player in self._players:
                 now = time.monotonic()
                 due = rounds < (ROUNDS if player.row.level == 0 else 1)
                 if now > deadline:
                     return rounds
-                if not player.refused and (due or now < begin + seconds):
+                if not player.refused and (due or now < end):
                     self._turn(player, min(share, deadline - now))
             rounds += 1
         return rounds
 
     def _turn(self, player: _Player, seconds: float) -> None:
         """Samples of one optimizer, or the reason why it has none."""
+        row = player.row
         try:
-            player.session = player.session or self._start(player)
+            if not player.session:
+                own = row.form == "flat"  # it would move the parameters of the others
+                player.session = row.start(self._case.make(self._device) if own else self._params)
+                if row.radam and not player.samples and (fault := wrong(row, player.session)):
+                    player.refused = {"status": WRONG, "reason": fault}
             if not player.refused:
                 self._sample(player, player.session, seconds)
         except Exception as error:
@@ -275,7 +256,7 @@ class _Turns:
             try:
                 self._clock.synchronize()
             except Exception as lost:
-                name = f"{player.row.name}, {self._case.name}"
+                name = f"{row.name}, {self._case.name}"
                 raise DeviceLostError(f"{name}: {DEVICE_FAILED}: {brief(lost)}") from error
         if player.refused or not self._keep:
             player.session = None
@@ -284,15 +265,6 @@ class _Turns:
                 left, total = torch.cuda.mem_get_info()
                 if left < total // 2:
                     torch.cuda.empty_cache()
-
-    def _start(self, player: _Player) -> Session:
-        row = player.row
-        own = row.form == "flat"  # it would move the parameters of the others
-        session = row.start(self._case.make(self._device) if own else self._params)
-        if row.radam and not player.checked and (fault := wrong(row, session)):
-            player.refused = {"status": WRONG, "reason": fault}
-        player.checked = True
-        return session
 
     def _sample(self, player: _Player, session: Session, seconds: float) -> None:
         clock, cuda = self._clock, self._device.type == "cuda"
@@ -375,10 +347,26 @@ def compare(rows: list[Row]) -> list[Row]:
     return rows
 
 
+def refusal(
+    case: Case,
+    row: Optimizer,
+    kind: str,
+    refused: Mapping[str, Row],
+    deadline: float = math.inf,
+) -> Row:
+    """The status and the reason of an optimizer that is not measured on a case, or nothing."""
+    reason = left_out(case, row, kind) or OUT_OF_TIME * (time.monotonic() > deadline)
+    return {"status": NOT_MEASURED, "reason": reason} if reason else refused.get(row.name, {})
+
+
 def left_out(case: Case, row: Optimizer, kind: str) -> str:
     """Why an optimizer is not measured on a case, or nothing; `kind` is of device, or DRY_RUN."""
     if reason := row.absent(kind):
         return reason
+    if case.kind == "training" and (row.level > 1 or row.form):
+        return "time: not measured within training"
+    if case.kind == "memory" and row.form == "compiled":
+        return "compiling takes memory of its own"
     if row.form == "compiled" and (kind != "cpu" or len(case.shapes) > 1):
         return "time: compiled for one tensor on a CPU only"
     if row.form == "graph" and case.new_gradients:

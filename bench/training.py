@@ -3,7 +3,6 @@
 Each optimizer trains a model of its own from the same seed; they take turns of one iteration.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .cases import TRANSFORMER, Case
 from .correctness import NOT_MEASURED, brief
 from .optimizers import DRY_RUN, WARM_UP, Optimizer
-from .timing import OUT_OF_TIME, OtherWork, Row, compare, describe, left_out, numbers, spread
+from .timing import OtherWork, Row, compare, describe, numbers, refusal, spread
 
 LEAST = 5  # iterations of each optimizer, after those of the warm-up
 LR = 1e-4
@@ -36,37 +35,43 @@ def convnet() -> tuple[nn.Module, Tensor]:
 
 
 class _Trainee:
+    """A model and its optimizer, warmed up; seconds of its steps and iterations."""
+
     def __init__(self, case: Case, row: Optimizer, device: torch.device, dry_run: bool) -> None:
         torch.manual_seed(0)
         model, batch = transformer() if case.name == TRANSFORMER else convnet()
         self._model, self._batch = model.to(device), batch[: 1 if dry_run else None].to(device)
-        self._device = device
-        self._optimizer = row.make(list(model.parameters()), LR)
+        self._device, self._traffic = device, row.traffic(case.dtype.itemsize)
+        self._params = list(model.parameters())
+        self._optimizer = row.make(self._params, LR)
+        self._steps: list[float] = []
+        self._iterations: list[float] = []
         for _ in range(WARM_UP):
             self.iterate()
-        self.steps: list[float] = []
-        self.iterations: list[float] = []
+        self._steps.clear()
+        self._iterations.clear()
 
-    def iterate(self) -> tuple[float, float]:
-        """Seconds of the step, and of all; on a GPU from an idle device to the end."""
+    def iterate(self) -> None:
+        """Times a step, and all of the iteration; on a GPU from an idle device to the end."""
         begin = self._now()
         self._optimizer.zero_grad()
         self._model(self._batch).square().mean().backward()
         before = self._now()
         self._optimizer.step()
         end = self._now()
-        return end - before, end - begin
+        self._steps.append(end - before)
+        self._iterations.append(end - begin)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def row(self, traffic: int) -> Row:
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        elements = sum(param.numel() for param in params)
-        row = {"elements": elements, "tensors": len(params), "bytes": traffic * elements}
-        row |= numbers(row["bytes"], self.steps) | spread(self.iterations, 1e3, "iteration_ms")
+    def row(self) -> Row:
+        elements = sum(param.numel() for param in self._params)
+        moved = self._traffic * elements
+        row = {"elements": elements, "tensors": len(self._params), "bytes": moved}
+        row |= numbers(moved, self._steps) | spread(self._iterations, 1e3, "iteration_ms")
         return {**row, "step_share": row["ms"] / row["iteration_ms"]}
 
 
@@ -76,37 +81,33 @@ def measure(
     device: torch.device,
     *,
     seconds: float,
-    deadline: float = math.inf,
-    refused: Mapping[str, Row] | None = None,
-    dry_run: bool = False,
+    deadline: float,
+    refused: Mapping[str, Row],
+    dry_run: bool,
 ) -> list[Row]:
     """As bench.timing.measure; `ms` is of the step."""
-    rows: dict[str, Row] = {}
+    why: dict[str, Row] = {}
     trainees: dict[str, _Trainee] = {}
+    kind = DRY_RUN if dry_run else device.type
     with OtherWork() as others:
         for row in optimizers:
-            reason = left_out(case, row, DRY_RUN if dry_run else device.type)
-            if row.level > 1 or row.form:
-                reason = "time: not measured within training"
-            elif time.monotonic() > deadline:
-                reason = OUT_OF_TIME
-            rows[row.name] = {"status": NOT_MEASURED, "reason": reason}
-            rows[row.name] |= (refused or {}).get(row.name, {})
-            if not rows[row.name]["reason"]:
-                try:
-                    trainees[row.name] = _Trainee(case, row, device, dry_run)
-                except Exception as error:
-                    rows[row.name]["reason"] = brief(error)
-        begin, rounds = time.monotonic(), 0
-        while rounds < (1 if dry_run else LEAST) or time.monotonic() < begin + seconds:
+            if reason := refusal(case, row, kind, refused, deadline):
+                why[row.name] = reason
+                continue
+            try:
+                trainees[row.name] = _Trainee(case, row, device, dry_run)
+            except Exception as error:
+                why[row.name] = {"status": NOT_MEASURED, "reason": brief(error)}
+        end, rounds = min(time.monotonic() + seconds, deadline), 0
+        while trainees and (rounds < (1 if dry_run else LEAST) or time.monotonic() < end):
             for trainee in trainees.values():
-                step, iteration = trainee.iterate()
-                trainee.steps.append(step)
-                trainee.iterations.append(iteration)
+                trainee.iterate()
             rounds += 1
-    for row in optimizers:
-        if row.name in trainees:
-            rows[row.name] = trainees[row.name].row(row.traffic(case.dtype.itemsize))
     facts = {**describe(case), "gradients": "new", "caches": "training", "rounds": rounds}
     facts["cores_of_others"] = others.cores
-    return compare([{**facts, "optimizer": name, **row} for name, row in rows.items()])
+    return compare(
+        [
+            {**facts, "optimizer": row.name, **(why.get(row.name) or trainees[row.name].row())}
+            for row in optimizers
+        ]
+    )

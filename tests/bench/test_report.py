@@ -1,9 +1,11 @@
 """bench.report from end to end, and the pages and verdicts made of its rows."""
 
 import json
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import torch
 
 from bench import goals, growth, pages, report, results, tables
 from bench.cases import NEW, model, size, small
@@ -17,50 +19,43 @@ HEAD = {
     "set": "quick",
     "dry_run": False,
     "interrupted": False,
-    "device": {"name": "cpu"},
-    "cpu": {"name": "Some CPU", "threads": 3, "instruction_set": "baseline"},
-    "versions": {"torch": "9.9", "triton": None, "cuda runtime of the kernels": "13.0"},
-    "date": "2026-01-02T03:04:05Z",
-    "commit": "abc",
-    "sources": "0123456789ab",
+    **results.facts(torch.device("cpu")),
 }
 
 
-def made(times, **head):
+def read(folder):
+    return json.loads((folder / FILE).read_text())
+
+
+def made(times):
     """Results of these milliseconds, by case and optimizer; a text is why there are none."""
     rows = []
     for case, by_optimizer in times.items():
         facts = {"case": case, "kind": "step", "dtype": case.split()[-1], "gradients": "held"}
-        facts |= {"elements": 64_000, "tensors": 1000 if "tensors" in case else 1}
-        if case.startswith("2^"):
-            facts["elements"] = 1 << int(case[2:].split()[0])
-        found = [
-            {**facts, "optimizer": name, "status": "wrong" if isinstance(ms, str) else "measured"}
-            | ({"reason": ms} if isinstance(ms, str) else {"reason": "", "ms": ms, "ms_p20": ms})
-            | {"bytes": 28 * facts["elements"], "cores_of_others": 0.0, "gb_s": 1.0}
-            for name, ms in by_optimizer.items()
-        ]
+        tensors = 1000 if "tensors" in case else 1
+        elements = 1 << int(case[2:].split()[0]) if case.startswith("2^") else 64_000
+        facts |= {"elements": elements, "tensors": tensors, "bytes": 28 * elements}
+        found = []
+        for name, ms in by_optimizer.items():
+            measured = {"status": "measured", "reason": "", "ms": ms, "gb_s": 1.0}
+            absent = {"status": "wrong", "reason": ms}
+            row = absent if isinstance(ms, str) else measured
+            found.append({**facts, "optimizer": name, **row})
         rows += compare(found)
-    return {**HEAD, "rows": rows, **head}
+    return {**HEAD, "rows": rows}
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Few optimizers, on one thread: small steps on more wait long on a busy machine."""
+def few(monkeypatch, one_thread):
     real = report.select
-    names = {row.name for row in FEW}
-    monkeypatch.setattr(report, "select", lambda *a: [r for r in real(*a) if r.name in names])
-    before = report.torch.get_num_threads()
-    report.torch.set_num_threads(1)
-    yield
-    report.torch.set_num_threads(before)
+    monkeypatch.setattr(report, "select", lambda *a: [r for r in real(*a) if r in FEW])
 
 
 @pytest.mark.usefixtures("few")
 def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsys, monkeypatch):
     words = ["--out", str(tmp_path), "--only", r"^2.10 float32|^10 tensors|transformer"]
     assert report.main([*words, "--seconds", "0"]) == 0
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert {row["status"] for row in found["rows"]} == {"measured"}
     assert frame(found).case.nunique() == 3
     said = capsys.readouterr().out
@@ -73,42 +68,35 @@ def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsy
 
     page = tmp_path / "project.md"
     page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
-    publish = [str(tmp_path), "--readme", str(page)]
-    assert pages.main([*publish, "--check"]) == 1
-    assert pages.main(publish) == 0
-    assert pages.main([*publish, "--check"]) == 0
+    monkeypatch.setattr(pages, "README", page)
+    check = [str(tmp_path), "--check"]
+    assert pages.main(check) == 1
+    assert pages.main([str(tmp_path)]) == 0
+    assert pages.main(check) == 0
     assert page.read_text().startswith("before\n<!-- bench:begin -->\n| step of")
     assert page.read_text().endswith("<!-- bench:end -->\nafter\n")
     found["rows"][0]["ms"] *= 2
-    (tmp_path / FILE).write_text(json.dumps(found))
-    assert pages.main([*publish, "--check"]) == 1
+    results.write(tmp_path / FILE, found)
+    assert pages.main(check) == 1
 
     lacking = next(row for row in found["rows"] if row["case"] == size(10))
     lacking |= {"status": "not measured", "reason": OUT_OF_TIME}
-    (tmp_path / FILE).write_text(json.dumps(found))
-    again = []
-    real = report.KINDS["step"]
-    spy = lambda case, *a, **k: again.append(case.name) or real(case, *a, **k)  # noqa: E731
+    results.write(tmp_path / FILE, found)
+    spy = Mock(side_effect=report.KINDS["step"])
     monkeypatch.setitem(report.KINDS, "step", spy)
     assert report.main([*words, "--seconds", "0", "--resume"]) == 0
-    assert again == [size(10)]
-    monkeypatch.setattr(results, "measured_fingerprint", lambda root: "other sources")
-    assert (
-        results.kept(tmp_path / FILE, {"schema": 2, **results.facts(report.torch.device("cpu"))})
-        == []
-    )
+    assert [call.args[0].name for call in spy.call_args_list] == [size(10)]
+    now = {**HEAD, **results.facts(torch.device("cpu"))}
+    assert results.kept(tmp_path / FILE, now)
+    assert not results.kept(tmp_path / FILE, {**now, "sources": "others"})
 
 
 @pytest.mark.usefixtures("few")
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    def measure(case, *_, **__):
-        if case.name == size(12):
-            raise KeyboardInterrupt
-        return made({case.name: {CPU: 1.0}})["rows"]
-
-    monkeypatch.setitem(report.KINDS, "step", measure)
-    assert report.main(["--out", str(tmp_path), "--only", "^2"]) == 130
-    found = json.loads((tmp_path / FILE).read_text())
+    measured = made({size(10): {CPU: 1.0}})["rows"]
+    monkeypatch.setitem(report.KINDS, "step", Mock(side_effect=[measured, KeyboardInterrupt]))
+    assert report.main(["--out", str(tmp_path), "--only", "^2.1"]) == 130
+    found = read(tmp_path)
     assert [row["case"] for row in found["rows"]] == [size(10)]
     assert found["interrupted"]
     assert "interrupted" in capsys.readouterr().out
@@ -118,17 +106,20 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_goes_the_way_of_a_gpu(tmp_path, capsys, monkeypatch):
     words = ["--dry-run", "--seconds", "0", "--out", str(tmp_path), "--only", "^2.2[68]|^1,000"]
     assert report.main(words) == 0
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert {"copy of 28 B", "copy of 22 B", CUDA} <= {row["optimizer"] for row in found["rows"]}
     assert {row["elements"] for row in found["rows"]} == {40, 120}
     assert "a dry run: these say nothing" in capsys.readouterr().out
+    monkeypatch.setattr(report.Case, "make", None)  # no case may cost anything when time is up
     assert report.main([*words, "--minutes", "0"]) == 0
-    found = json.loads((tmp_path / FILE).read_text())
+    found = read(tmp_path)
     assert {row["reason"] for row in found["rows"]} == {OUT_OF_TIME}
-    assert pages.readme_part({tmp_path: found}, tmp_path) == pages.NOTHING
+    assert tables.left_out(frame(found)).count("\n") == 0
+    assert pages.readme_part({tmp_path: found}) == pages.NOTHING
+    monkeypatch.undo()
     assert report.main(["--dry-run", "--once", size(10)]) == 0
     assert f"one step of {CUDA}, 1120 bytes" in capsys.readouterr().out
-    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert report.main(["--device", "cuda"]) == 2
 
 
@@ -138,8 +129,8 @@ def test_goals_are_met_missed_open_or_not_measured():
     times[size(26)] = {CUDA: 1.0, "copy of 28 B": 0.96}
     table = frame(made(times))
     lines = goals.lines(table, "cpu").splitlines()
-    assert len(lines) == 10
     said = dict(line[2:].split(": ", 1) for line in lines)
+    assert len(said) == 10
     assert said["1,000 tensors of 64, gradients new, at least 4.80"].startswith("met, 12.0")
     assert said[f"float32 to 2^12, times {ADAM}, at least 2.50"].startswith("missed, 2.400")
     assert said["bfloat16, share of the limit for 22 bytes, at least 0.93"] == "not measured"
@@ -149,18 +140,25 @@ def test_goals_are_met_missed_open_or_not_measured():
 
 
 def test_a_page_shows_shares_ratios_and_what_is_wrong():
-    found = made(
-        {size(26): {CPU: 45.2, RADAM: 245.0, ADAM: "param is off", "stream of 28 B": 45.0}}
-    )
+    times = {CPU: 45.2, RADAM: 245.0, ADAM: "param is off", "stream of 28 B": 45.0}
+    found = made({size(26): times})
     found["rows"][0]["cores_of_others"] = 1.5
     text = tables.comparison(frame(found), [size(26)], [CPU, RADAM, ADAM])
     assert "2^26  (!)" in text
     assert "45.2 ms, 100%" in text
     assert "245 ms, 5.42x" in text
-    assert "WRONG: param is off (every case)" in pages.page(found)
-    gpu = made({size(26): {CUDA: 1.0}}, set="gpu", device={"name": "A GPU", "driver": "1"})
-    assert pages.page(gpu).startswith("# A GPU\n")
-    part = pages.readme_part({pages.ROOT / "bench/results/a": found}, pages.ROOT)
+    every = pd.concat([frame(made({f"{n} cases": {CPU: 1.0, ADAM: "off"}})) for n in range(9)])
+    every.loc[(every.case == "8 cases") & (every.optimizer == ADAM), "status"] = "measured"
+    assert tables.left_out(every) == f"- {ADAM}: WRONG: off (8 of 9 cases)"
+    late = {CPU: OUT_OF_TIME, ADAM: OUT_OF_TIME}
+    found["rows"] += made({size(10): late, size(12): late})["rows"]
+    page = pages.page({**found, "interrupted": True})
+    assert "- torch Adam(fused): WRONG: param is off (every case)\n- every optimizer: " in page
+    assert page.endswith(f"{OUT_OF_TIME} (2^10 float32; 2^12 float32)\n")
+    assert "some cases are missing" in page
+    gpu = {"set": "gpu", "device": {"name": "A GPU", "driver": "1"}}
+    assert pages.page({**made({size(26): {CUDA: 1.0}}), **gpu}).startswith("# A GPU\n")
+    part = pages.readme_part({pages.ROOT / "bench/results/a": found})
     assert "(bench/results/a/README.md)" in part
 
 
