@@ -1,13 +1,12 @@
 """Pages made of results: `python -m bench publish [FOLDER ...]`.
 
-Writes README.md and pictures beside each results.json (of bench/results, if no folder is given),
-and the part of the project's README between the markers of `bench`, if it has them. --check writes
-nothing, and fails where a page is not what its results give.
+Writes README.md and pictures beside each results.json. Without a folder: of all in bench/results,
+and the part of the project's README between the markers of `bench`. --check writes nothing, and
+fails where a page is not what its results give.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 from . import cases, goals, plots, tables
 from .cases import COLD, NEW, model, size, small
 from .optimizers import OPTIMIZERS
-from .results import FILE, RESULTS, ROOT, frame
+from .results import FILE, RESULTS, ROOT, frame, insert
 
 README = ROOT / "README.md"
-PART = r"(?s)(?<=<!-- bench:begin -->\n).*?(?=<!-- bench:end -->)"
 THOUSAND = small(1000)
 MAIN = [
     *(size(power) for power in (10, 14, 18, 20, 22, 26, 28, 30)),
@@ -43,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if pages differ")
     args = parser.parse_args(arguments)
-    folders = args.folders or sorted(file.parent for file in RESULTS.glob(f"*/{FILE}"))
-    found = {folder: json.loads((folder / FILE).read_text()) for folder in folders}
+    published = sorted(file.parent for file in RESULTS.glob(f"*/{FILE}"))
+    found = {
+        folder: json.loads((folder / FILE).read_text()) for folder in args.folders or published
+    }
     pages = {folder / "README.md": page(results) for folder, results in found.items()}
-    pages[README] = re.sub(PART, lambda _: readme_part(found) + "\n", README.read_text())
+    if not args.folders:
+        pages[README] = insert(README.read_text(), "bench", readme_part(found))
     differing = {
         file: text for file, text in pages.items() if not file.exists() or file.read_text() != text
     }

@@ -63,6 +63,15 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or "cpu"
 
 
+def insert(text: str, name: str, part: str) -> str:
+    """The text with `part` between its lines `<!-- name:begin -->` and `<!-- name:end -->`."""
+    between = rf"(?s)(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)"
+    text, count = re.subn(between, lambda _: part + "\n", text)
+    if count != 1:
+        raise ValueError(f"expected the markers of {name!r} once in the page, found {count}")
+    return text
+
+
 def frame(results: dict[str, Any]) -> pd.DataFrame:
     """The rows as one tidy table."""
     table = pd.DataFrame(results["rows"])
