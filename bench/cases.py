@@ -121,10 +121,10 @@ def cold(case: Case, sets: frozenset[str]) -> Case:
 def all_cases() -> list[Case]:
     """All of them, the most telling first: a GPU is lent for minutes."""
     thousand = many(1000, _QUICK | _GPU)
-    offload = cold(renewed(of_model("GPT-2 124M", "float32", _QUICK), _QUICK), _QUICK)
+    offload = cold(renewed(of_model("GPT-2 124M", "float32", _FULL), _FULL), _FULL)
     resnet, gpt2, llama = (
         of_model(name, "float32", sets | _GPU)
-        for name, sets in {"ResNet-50": _QUICK, "GPT-2 124M": _QUICK, "Llama 3.2 1B": _FULL}.items()
+        for name, sets in {"ResNet-50": _QUICK, "GPT-2 124M": _FULL, "Llama 3.2 1B": _FULL}.items()
     )
     return [
         one(26, "float32", _QUICK | _GPU),
@@ -147,7 +147,7 @@ def all_cases() -> list[Case]:
         of_model("ViT-B/16", "float32", _FULL),
         of_model("BERT-base", "float32", _FULL),
         replace(offload, name=OFFLOAD),
-        replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16, sets=_FULL),
+        replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16),
         *(_sharded(tensors) for tensors in (300, 1000)),
         one(22, "float64", _FULL),
         # What malloc keeps of blocks below 32 MB, which it need not map, is chance.

@@ -16,9 +16,9 @@ class Line(NamedTuple):
     error: float  # the largest of a point, as a part of it
 
 
-def fit(work: pd.Series, cost: pd.Series, scale: pd.Series) -> Line | None:
-    """The least squares of errors in parts of `scale`; None for less than two points."""
-    if len(work) < 2:
+def fit(work: pd.Series, cost: pd.Series, scale: pd.Series, least: int = 3) -> Line | None:
+    """The least squares of errors in parts of `scale`; None for fewer than `least` points."""
+    if len(work) < least:
         return None
     each, fixed = np.polyfit(work, cost, 1, w=1 / scale)
     error = (abs(fixed + each * work - cost) / scale).max()
@@ -33,10 +33,12 @@ def growth(frame: pd.DataFrame, optimizer: str) -> dict[tuple[str, str], Line | 
     """
     held = (frame.optimizer == optimizer) & (frame.dtype == "float32") & (frame.gradients == "held")
     found = {}
-    for kind, cost in (("step", "ms"), ("memory", "extra_bytes")):
+    # Memory does not scatter: two points are enough.
+    for kind, cost, least in (("step", "ms", 3), ("memory", "extra_bytes", 2)):
         points = frame[held & (frame.kind == kind)].dropna(subset=cost)
         large = points[(points.tensors == 1) & (points.elements >= LARGE)]
         lists = points[points.elements == 64 * points.tensors]
         for work, some in (("elements", large), ("tensors", lists)):
-            found[cost, work] = fit(some[work], some[cost], some[cost if kind == "step" else work])
+            scale = some[cost if kind == "step" else work]
+            found[cost, work] = fit(some[work], some[cost], scale, least)
     return found

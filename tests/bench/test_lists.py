@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bench import cases
 from bench.cases import all_cases, select
@@ -52,6 +53,7 @@ def test_sharded_parameters_are_stepped_too():
     before = params[0].to_local().clone()
     BY_NAME[CPU].start(params).step()
     assert not torch.equal(params[0].to_local(), before)
+    dist.destroy_process_group()
 
 
 def test_pytest_times_single_cases_of_bench_and_plain_pytest_none(tmp_path):

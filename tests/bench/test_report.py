@@ -53,42 +53,44 @@ def few(monkeypatch, one_thread):
 
 @pytest.mark.usefixtures("few")
 def test_a_report_from_end_to_end_resumes_and_its_page_equals_it(tmp_path, capsys, monkeypatch):
-    words = ["--out", str(tmp_path), "--only", r"^2.10 float32|^10 tensors|transformer"]
+    folder = tmp_path / "machine"
+    words = ["--out", str(folder), "--only", r"^2.10 float32|^10 tensors|transformer"]
     assert report.main([*words, "--seconds", "0"]) == 0
-    found = read(tmp_path)
+    found = read(folder)
     assert {row["status"] for row in found["rows"]} == {"measured"}
     assert frame(found).case.nunique() == 3
     said = capsys.readouterr().out
     assert "**10 tensors of 64 float32" in said
     assert "not measured" in said  # of the goals
-    table = pd.read_csv(tmp_path / "results.csv")
+    table = pd.read_csv(folder / "results.csv")
     pd.testing.assert_series_equal(table.ms, frame(found).ms.astype(float))
-    assert (tmp_path / "bandwidth.png").exists()
-    assert not (tmp_path / "models.png").exists()
+    assert (folder / "bandwidth.png").exists()
+    assert not (folder / "models.png").exists()
 
     page = tmp_path / "project.md"
     page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     monkeypatch.setattr(pages, "README", page)
-    check = [str(tmp_path), "--check"]
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    check = ["--check"]
     assert pages.main(check) == 1
-    assert pages.main([str(tmp_path)]) == 0
+    assert pages.main([]) == 0
     assert pages.main(check) == 0
     assert page.read_text().startswith("before\n<!-- bench:begin -->\n| step of")
     assert page.read_text().endswith("<!-- bench:end -->\nafter\n")
     found["rows"][0]["ms"] *= 2
-    results.write(tmp_path / FILE, found)
+    results.write(folder / FILE, found)
     assert pages.main(check) == 1
 
     lacking = next(row for row in found["rows"] if row["case"] == size(10))
     lacking |= {"status": "not measured", "reason": OUT_OF_TIME}
-    results.write(tmp_path / FILE, found)
+    results.write(folder / FILE, found)
     spy = Mock(side_effect=report.KINDS["step"])
     monkeypatch.setitem(report.KINDS, "step", spy)
     assert report.main([*words, "--seconds", "0", "--resume"]) == 0
     assert [call.args[0].name for call in spy.call_args_list] == [size(10)]
     now = {**HEAD, **results.facts(torch.device("cpu"))}
-    assert results.kept(tmp_path / FILE, now)
-    assert not results.kept(tmp_path / FILE, {**now, "sources": "others"})
+    assert results.kept(folder / FILE, now)
+    assert not results.kept(folder / FILE, {**now, "sources": "others"})
 
 
 @pytest.mark.usefixtures("few")
