@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="all there is: some 15 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="folder (radam_report, or bench/results/<device>)")
-    parser.add_argument(
-        "--only", default="", metavar="REGEX", help="of the names of cases to measure"
-    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="of the cases' names")
     parser.add_argument("--seconds", type=float, help="for a case (quick 1, full 5, GPU 4)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="in all")
     parser.add_argument("--resume", action="store_true", help="keep what the folder has")
