@@ -1,12 +1,12 @@
 // The CUDA kernels: a block steps one chunk of one segment; and the two small ones around it.
 //
 // The step is bound by memory: per float32 parameter 28 bytes move (p, g, m, v in; p, m, v out). An
-// H100 issues 190 instructions in the time that takes; the update needs 56, IEEE division and
+// H100 can issue some 280 instructions in that time; the update needs 50, IEEE division and
 // square root among them. So the design keeps many bytes in flight: a thread issues all of its
 // 16-byte loads, of four vectors from each of four streams, before it uses the first. Measured on
 // an H100, 2^28 float32 elements, as a share of a copy that moves as many bytes: one vector at a
 // time 95%, two 96%, four 98%, and four without streaming cache hints (ld.cs, st.cs) 99.6%. Fewer
-// threads are resident then, as four vectors take 106 registers. That is enough: 128 KiB in flight
+// threads are resident then, as four vectors take 104 registers. That is enough: 128 KiB in flight
 // on a multiprocessor, where 25 KiB hide the latency. bench/gpu/machine_code.py counts all this for
 // every dtype set, and bench/gpu/tune.py measures variants of the constants below.
 #include <cuda_runtime.h>

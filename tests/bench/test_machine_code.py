@@ -171,19 +171,6 @@ def test_triton_on_amd_keeps_subnormals_and_divides_exactly(kernel, compiled):
 
 
 @pytest.mark.slow
-def test_triton_kernel_takes_tables_and_no_float(from_triton):
-    signature = from_triton.signature
-    assert [signature[table] for table in ("segments", "grads", "work", "scalars")] == [
-        "*i64",
-        "*i64",
-        "*i32",
-        "*fp64",
-    ]
-    others = set(signature.values()) - {"*i64", "*i32", "*fp64"}
-    assert others <= {"constexpr", "i32", "i64"}
-
-
-@pytest.mark.slow
 def test_triton_narrows_scalars_once(from_triton):
     if "ptx" in from_triton.files:
         narrowed = ptx_instructions(from_triton.text("ptx"))["cvt.rn.f32.f64"]

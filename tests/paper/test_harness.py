@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import signal
 import sys
 from contextlib import nullcontext
 
@@ -122,6 +123,15 @@ def test_a_kept_run_is_valid_for_the_same_arguments_and_code_only(toy, tmp_path)
         path.write_text(text)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also in a shell's background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("interrupt", [True, False])
 def test_finished_runs_are_kept_at_an_interrupt_and_when_a_process_dies(toy, tmp_path, interrupt):
     one = Run(toy.count, {"log": str(tmp_path / "log"), "times": 1})
