@@ -25,11 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the benchmark."""
+    """Marks the tests in the folders bench and paper."""
     for item in items:
-        if "bench" in item.path.relative_to(Path(__file__).parent).parts:
-            item.add_marker("bench")
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in ("bench", "paper"):
+            item.add_marker(folder)
 
 
 def asks_for_gpu_tests(expression: str) -> bool:

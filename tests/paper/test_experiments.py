@@ -102,7 +102,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.paper
 def test_quick_runs_leave_results_and_support_what_theory_settles(tmp_path, monkeypatch):
     monkeypatch.setitem(plots.STYLE, "figure.dpi", 40)  # drawing takes most of the time
     assert command.main(["all", "--quick", "--out", str(tmp_path)]) == 0
