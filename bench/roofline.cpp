@@ -9,9 +9,8 @@
 
 namespace {
 
-// What is added to p, m and v is the gradient's bits under this mask: none, so that the loop may
-// run on tensors in use and leave every value as it was, or all, so that a test sees where it has
-// been.
+// The gradient's bits under this mask are added to p, m and v: none, so that the loop can run on
+// tensors in use without changing a value, or all, so that a test sees where it has been.
 uint64_t mask = 0;
 
 template <typename P, typename G, typename S>

@@ -1,7 +1,7 @@
 """What memory can do with the bytes of a step: an in-place loop on the CPU, a copy on a GPU.
 
 bench/roofline.cpp is compiled at its first use. It reads p, g, m and v and writes p, m and v where
-they are, as STREAM would, and leaves every value as it was: so it runs on the very tensors that an
+they are, as STREAM would, and changes no value: so it runs on the very tensors that an
 optimizer steps, between its steps, on the same threads.
 """
 

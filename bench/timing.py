@@ -8,14 +8,15 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
 from .cases import Case, renew_gradients
+from .clocks import HOST_SWEEP, CudaClock, HostClock, Sample, find_lead
 from .correctness import MEASURED, NOT_MEASURED, WRONG, brief, wrong
 from .optimizers import ADAM, DRY_RUN, RADAM, Optimizer, Session
 from .roofline import COPY, STREAM, limit, limit_name
@@ -24,9 +25,6 @@ Row = dict[str, Any]
 
 ROUNDS, MOST_ROUNDS = 5, 50  # the first are for what the goals speak of; others have one at least
 STEPS = (2, 20)  # timed in a turn, at least and at most
-HOST_SWEEP = 64 << 20  # bytes written before a step to find a CPU's caches cold
-SWEEP = 3  # the same on a GPU, in sizes of its L2 cache
-LONGEST_LEAD = 0.1  # seconds
 OUT_OF_TIME, DEVICE_FAILED = "out of time", "the device failed"  # reasons
 SLOW = 1 << 25  # elements; beyond it a CPU times only what tells most
 LARGE = 1 << 22  # elements that no cache of a CPU holds, with their gradients and moments
@@ -37,87 +35,6 @@ RATIOS = {"vs_adam_fused": ADAM, "vs_radam_foreach": RADAM}
 
 class DeviceLostError(RuntimeError):
     """The device has failed: nothing that follows can be measured in this process."""
-
-
-class Sample(NamedTuple):
-    """Seconds of a step."""
-
-    device: float
-    host: float  # of the call alone, which waits for nothing
-    waited: bool  # the host was late, so `device` may hold time in which nothing ran
-
-
-class CudaClock:
-    """CUDA events around a step that is enqueued behind a sleep, so that gaps are the device's own.
-
-    triton.testing.do_bench has no such sleep: where the host is slower than the device, as with
-    many small tensors, its times hold gaps in which the device waits for the host. The sweep
-    writes rather than reads: it leaves dirty lines which the step must evict, as it leaves some
-    itself that it never pays for. Rotated buffers would need several times the memory.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        properties = torch.cuda.get_device_properties(device)
-        l2 = getattr(properties, "L2_cache_size", 64 << 20)
-        self._sweep = torch.empty(SWEEP * l2, dtype=torch.uint8, device=device)
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cycles = 1_000_000
-        for _ in range(3):  # the first loads code, and wakes the clocks up
-            self._begin.record()
-            torch.cuda._sleep(cycles)
-            self._end.record()
-            self._end.synchronize()
-        self._cycles = cycles / (self._begin.elapsed_time(self._end) / 1e3)  # a second
-
-    def sample(self, step: Callable[[], object], lead: float) -> Sample:
-        """Times a step; the device sleeps for `lead` seconds first, for the host to be ahead."""
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(lead * self._cycles))
-        self._sweep.fill_(1)
-        self._begin.record()
-        begin = time.perf_counter()
-        step()
-        host = time.perf_counter() - begin
-        self._end.record()
-        waited = self._begin.query()
-        self._end.synchronize()
-        return Sample(self._begin.elapsed_time(self._end) / 1e3, host, waited)
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-
-class HostClock:
-    """time.perf_counter: torch.utils.benchmark.Timer would set the number of threads to one, and
-    its blocks of calls leave no room for a sweep between them."""
-
-    def __init__(self, sweep: int) -> None:
-        self._sweep = torch.empty(sweep, dtype=torch.uint8)
-
-    def sample(self, step: Callable[[], object], lead: float) -> Sample:
-        self._sweep.fill_(1)
-        begin = time.perf_counter()
-        step()
-        host = time.perf_counter() - begin
-        return Sample(host, host, False)
-
-    def synchronize(self) -> None:
-        pass
-
-
-def find_lead(clock: CudaClock | HostClock, step: Callable[[], object]) -> float:
-    """Seconds for the device to sleep, so that the host is done before the step begins.
-
-    0 where no sleep helps: a step of more launches than the device's queue holds (some 1,000)
-    stops the host until the sleep is over, and its host time would be that of the sleep.
-    """
-    lead = 1e-3
-    while lead <= LONGEST_LEAD:
-        sample = clock.sample(step, lead)
-        if not sample.waited:
-            return min(2 * sample.host + 1e-4, LONGEST_LEAD)
-        lead = 2 * max(lead, sample.host)
-    return 0.0
 
 
 class OtherWork:
@@ -170,7 +87,7 @@ def measure(
 
     Args:
         seconds: after which no turn begins but those that are due to everyone.
-        deadline: of time.monotonic(), after which no turn begins at all.
+        deadline: of time.monotonic(), after which no turn begins and nothing is allocated.
         refused: the status and reason of those that are not to be measured.
         dry_run: takes the path of a GPU on the CPU.
 
@@ -180,11 +97,12 @@ def measure(
     gc.collect()  # optimizers are in cycles: those of the last case are still there
     gc.freeze()  # what exists now stays: collecting the optimizers of each turn is quick then
     kind = DRY_RUN if dry_run else device.type
-    players = _players(case, optimizers, refused or {}, kind)
+    players = _players(case, optimizers, refused or {}, kind, deadline)
     rounds, keep = 0, kind == "cpu"
     with OtherWork() as others:
         try:
-            rounds = _Turns(case, players, device, keep).play(seconds, deadline)
+            if not all(player.refused for player in players):
+                rounds = _Turns(case, players, device, keep).play(seconds, deadline)
         except torch.OutOfMemoryError as error:
             for player in players:
                 player.refused = {"status": NOT_MEASURED, "reason": brief(error)}
@@ -196,17 +114,22 @@ def measure(
 
 
 def _players(
-    case: Case, optimizers: Sequence[Optimizer], refused: Mapping[str, Row], kind: str
+    case: Case,
+    optimizers: Sequence[Optimizer],
+    refused: Mapping[str, Row],
+    kind: str,
+    deadline: float,
 ) -> list[_Player]:
-    """The optimizers, and after the first RAdam that moves so many bytes their limit."""
+    """The optimizers, and after the first measured RAdam that moves so many bytes their limit."""
     # In cold caches the loop waits for its own tables, and is no limit of small tensors.
     limited = not case.cold or case.elements >= LARGE
     players: list[_Player] = []
+    moved: set[int] = set()  # bytes whose limit is there
     for row in optimizers:
-        player = _Player(row, case.moved(row.traffic), refusal(case, row, kind, refused))
-        known = any(other.bytes == player.bytes and other.row.radam for other in players)
+        player = _Player(row, case.moved(row.traffic), refusal(case, row, kind, refused, deadline))
         players.append(player)
-        if limited and row.radam and not known:
+        if limited and row.radam and not player.refused and player.bytes not in moved:
+            moved.add(player.bytes)
             loop = limit(player.bytes, STREAM if kind == "cpu" else COPY, player.optimizer)
             players.append(_Player(loop, player.bytes, {}))
     return players

@@ -1,13 +1,12 @@
 """What the compilers made of the step kernels: `python -m bench.gpu.machine_code`.
 
-Reads the installed `_cuda` module as it was built, and the Triton kernel compiled for GPUs that
-need not be there. What is counted is the main path: of CUDA's kernel the loop over whole vectors,
-of Triton's, which has no loop, the blocks of the unmasked path. It holds every instruction that can
-run between the loads and the stores, so also the few of steps that are not rectified, and leaves
-out what is called out of line: the slow path of IEEE division and square root, for operands near
-the ends of the exponent range. gfx942 has those inline, where they are counted. `in flight` is what
-the resident threads have loaded before they wait. Of the architectures that the module was built
-for, those are shown whose GPU is among `GPUS`.
+Reads the installed `_cuda` module, and the Triton kernel compiled for GPUs that this machine does
+not need. What is counted is the main path, which steps a whole chunk. It holds every instruction
+that can run between the loads and the stores, so also the few of steps that are not rectified, and
+leaves out what is called out of line: the slow path of IEEE division and square root, for operands
+near the ends of the exponent range. gfx942 has those inline, where they are counted. `in flight` is
+what the resident threads have loaded before they wait. Of the architectures that the module was
+built for, those are shown whose GPU is among `GPUS`.
 """
 
 import argparse

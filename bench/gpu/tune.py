@@ -7,6 +7,7 @@ kernel's bits, or has no time. They take turns, as optimizers do.
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -137,11 +138,10 @@ def build_all(chosen: Iterable[Variant], until: float) -> None:
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool,
     ):
-        todo = [variant for variant in chosen if not variant.chunk]
-        for variant, error in zip(
-            todo, pool.map(lambda v: build(v, Path(folder), arch, until), todo), strict=True
-        ):
-            variant.reason = error
+        unbuilt = [variant for variant in chosen if not variant.chunk]
+        reasons = pool.map(lambda variant: build(variant, Path(folder), arch, until), unbuilt)
+        for variant, reason in zip(unbuilt, reasons, strict=True):
+            variant.reason = reason
 
 
 def build(variant: Variant, folder: Path, arch: str, until: float) -> str:
@@ -214,17 +214,17 @@ def measure(
     """A row for each variant and case; the file is written after each case."""
     torch.manual_seed(0)
     rows: list[timing.Row] = []
-    todo = tuned_cases(device.type == "cpu")
+    tuned = tuned_cases(device.type == "cpu")
     before = cuda._cuda, triton_kernel.CHUNK, triton_kernel.WARPS
     try:
-        for i, (case, half) in enumerate(todo):
+        for i, (case, half) in enumerate(tuned):
             optimizers = [variant.optimizer(half) for variant in chosen]
             rows += timing.measure(
                 case,
                 optimizers,
                 device,
-                refused=refusals(chosen, optimizers, case.dtype, device),
-                seconds=(deadline - time.monotonic()) / (len(todo) - i),
+                refused=refusals(chosen, optimizers, case.dtype, device, deadline),
+                seconds=(deadline - time.monotonic()) / (len(tuned) - i),
                 deadline=deadline,
                 dry_run=device.type == "cpu",
             )
@@ -241,12 +241,15 @@ def refusals(
     optimizers: Sequence[Optimizer],
     dtype: torch.dtype,
     device: torch.device,
+    deadline: float = math.inf,
 ) -> dict[str, dict[str, str]]:
     """The status and reason of variants that are not there, are wrong, or give other bits."""
     absent = {v.name: {"status": NOT_MEASURED, "reason": v.reason} for v in chosen if v.reason}
     there = [optimizer for optimizer in optimizers if optimizer.name not in absent]
-    found = correctness.refusals(there, device, dtype)
+    found = correctness.refusals(there, device, dtype, deadline)
     for optimizer in there:
+        if time.monotonic() > deadline:
+            break  # timing.measure says so of all
         if optimizer.name not in found and (reason := other_bits(optimizer, dtype, device)):
             found[optimizer.name] = {"status": WRONG, "reason": reason}
     return absent | found

@@ -38,6 +38,16 @@ def measure(optimizers, case=CASE, seconds=0.0, **options):
     return {row["optimizer"]: row for row in rows}
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_where_all_are_refused_nothing_is_allocated(monkeypatch, late):
+    monkeypatch.setattr(type(CASE), "make", lambda *_: pytest.fail("tensors were made"))
+    why = {"status": "wrong", "reason": "why"}
+    refused = {} if late else {row.name: why for row in FEW}
+    rows = measure(FEW, deadline=0 if late else math.inf, refused=refused)
+    assert list(rows) == [row.name for row in FEW]
+    assert {row["reason"] for row in rows.values()} == {timing.OUT_OF_TIME if late else "why"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_every_radam_here_agrees_with_the_formula(dtype):
     rows = [row for row in select(dtype, "cpu", 2) if row.radam and not row.absent("cpu")]

@@ -86,7 +86,7 @@ def test_the_loop_moves_every_element_of_four_streams_once(dtypes, threads):
     ]
     before = [[bits(tensor).clone() for tensor in tensors] for tensors in lists]
     loop = Stream(*lists)
-    loop.step()  # leaves every value as it was
+    loop.step()  # changes no value
     for tensors, olds in zip(lists, before, strict=True):
         assert all(torch.equal(bits(t), old) for t, old in zip(tensors, olds, strict=True))
     loop.step(mask=(1 << 64) - 1)  # adds the gradient's bits to p, m and v

@@ -1,7 +1,7 @@
 """What speed and equal bits depend on, read from the machine code of the step kernels.
 
-No GPU is needed: `_cuda` is read as it was built, and Triton compiles for a GPU that need not be
-there. `python -m bench.gpu.machine_code` prints the same facts as a table.
+No GPU is needed: the installed `_cuda` is read, and Triton compiles for GPUs that are not there.
+`python -m bench.gpu.machine_code` prints the same facts as a table.
 """
 
 import re
