@@ -41,7 +41,7 @@ def asks_for_gpu_tests(expression: str) -> bool:
         # The syntax is Python's, with markers as names.
         return bool(eval(expression or "True", {}, defaultdict(bool, dict.fromkeys(marks, True))))
 
-    others = [(), ("slow",), ("bench",), ("paper",)]
+    others = [(), ("slow",), ("bench",), ("paper",), ("distributed",)]
     try:
         asks = selects("gpu") or selects("gpu", "sanitize")
         return asks and not any(selects(*marks) for marks in others)
@@ -54,6 +54,8 @@ _FORK_SERVER = """
 import json, os, sys, tempfile, time, traceback
 import torch
 import radam_kernels
+for module in sys.argv[1:]:
+    __import__(module)
 torch.set_num_threads(1)
 for backend in ("cpu", "reference"):  # what torch imports late
     param = torch.nn.Parameter(torch.ones(2))
@@ -101,13 +103,16 @@ class Processes:
     """Runs scripts in processes of their own, which have torch and radam_kernels imported.
 
     Freed memory is overwritten there, so that its use shows.
+
+    Args:
+        modules: further modules to have imported.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         root = Path(__file__).parents[1]
         overwrite = {"PYTHONMALLOC": "debug", "MALLOC_PERTURB_": "165"}
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", _FORK_SERVER],
+            [sys.executable, "-X", "faulthandler", "-c", _FORK_SERVER, *modules],
             cwd=root,
             env={**os.environ, **overwrite},
             stdin=subprocess.PIPE,
@@ -120,6 +125,10 @@ class Processes:
         print(json.dumps([script, timeout]), file=self.process.stdin, flush=True)
         code, output = json.loads(self.process.stdout.readline())
         return code, output
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 @pytest.fixture
@@ -136,8 +145,7 @@ def processes() -> Iterator[Processes]:
     """Processes for scripts that may crash, hang or be killed."""
     made = Processes()
     yield made
-    made.process.stdin.close()
-    made.process.wait()
+    made.close()
 
 
 @pytest.fixture

@@ -1,10 +1,57 @@
-"""Process groups of one process, and of ranks without the others."""
+"""Process groups: of several processes, of this one alone, and of ranks without the others."""
 
 import math
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch.distributed as dist
+
+from tests.conftest import Processes
+
+TIMEOUT_S = 60
+_MODULES = (
+    "tests.distributed.ranks",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.optim",
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each number of processes that `@pytest.mark.distributed(2, 4)` lists."""
+    if mark := metafunc.definition.get_closest_marker("distributed"):
+        metafunc.fixturenames.append("world")
+        metafunc.parametrize("world", mark.args, ids=[f"{n} ranks" for n in mark.args])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs the body of such a test on all ranks. Arguments are parameters, not other fixtures."""
+    if not pyfuncitem.get_closest_marker("distributed"):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    code, output = pyfuncitem._request.getfixturevalue("rank_processes").run(
+        "from tests.distributed.ranks import run\n"
+        "import pickle\n"
+        f"arguments = pickle.loads({pickle.dumps(arguments)!r})\n"
+        f"run({pyfuncitem.module.__name__!r}, {pyfuncitem.function.__name__!r}, arguments, "
+        f"world={pyfuncitem.callspec.params['world']}, timeout={TIMEOUT_S})",
+        timeout=TIMEOUT_S + 10,
+    )
+    assert code == 0, f"exit code {code}\n{output[-12000:]}"
+    return True
+
+
+@pytest.fixture(scope="session")
+def rank_processes() -> Iterator[Processes]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    made = Processes(*_MODULES)
+    yield made
+    made.close()
 
 
 @pytest.fixture

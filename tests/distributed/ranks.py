@@ -1,0 +1,84 @@
+"""Runs a test function on several processes at once, as ranks of one gloo process group."""
+
+import datetime
+import importlib
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+GRACE_S = 3  # for ranks whose peer has failed: they may fail for a reason of their own
+
+
+def run(module: str, name: str, arguments: dict[str, Any], world: int, timeout: float) -> None:
+    """Calls `module.name(**arguments)` on `world` ranks, forks of this process.
+
+    Raises SystemExit, after printing the output of the failed ranks, unless all return in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, f"output{rank}") for rank in range(world)]
+        ranks = {}
+        for rank in range(world):
+            child = os.fork()
+            if not child:
+                _run_rank(module, name, arguments, rank, world, Path(folder), outputs[rank])
+            ranks[child] = rank
+        failures = _wait(ranks, timeout)
+        for rank, failure in failures.items():  # the first to fail first
+            print(f"rank {rank} of {world}: {failure}\n{outputs[rank].read_text()[-3000:]}")
+    if failures:
+        raise SystemExit(1)
+
+
+def _run_rank(
+    module: str,
+    name: str,
+    arguments: dict[str, Any],
+    rank: int,
+    world: int,
+    folder: Path,
+    out: Path,
+) -> None:
+    code = 1
+    try:
+        with out.open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        store = dist.FileStore(str(folder / "store"), world)
+        patience = datetime.timedelta(seconds=30)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+        getattr(importlib.import_module(module), name)(**arguments)
+        dist.barrier()  # none leaves while another still needs it
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(ranks: dict[int, int], timeout: float) -> dict[int, str]:
+    """Waits for processes; returns why each rank failed. Kills what is left."""
+    end = time.monotonic() + timeout
+    left, failures = dict(ranks), {}
+    while left and time.monotonic() < end:
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if not done:
+            time.sleep(0.002)
+            continue
+        rank = left.pop(done)
+        if code := os.waitstatus_to_exitcode(status):
+            failures[rank] = f"exit code {code}"
+            end = min(end, time.monotonic() + GRACE_S)
+    for child, rank in left.items():
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        failures[rank] = "killed, because a rank had failed" if failures else f"over {timeout} s"
+    return failures
