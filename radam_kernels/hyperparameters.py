@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .modules import DTYPES
+from .modules import DTYPES, cpu
 from .schedule import check_rho_threshold
 
 
@@ -42,8 +43,10 @@ def _check_weight_decay(weight_decay: Any) -> None:
 
 
 def _check_state_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in DTYPES[:3]:
-        raise ValueError(f"Invalid state_dtype: {dtype}; expected None or one of {DTYPES[:3]}")
+    if dtype is not None and dtype not in (*DTYPES[:3], *cpu.dtypes[:3]):
+        raise ValueError(
+            f"Invalid state_dtype: {dtype}; expected None, one of {DTYPES[:3]} or its name"
+        )
 
 
 def _check_differentiable(differentiable: Any) -> None:
@@ -73,6 +76,32 @@ TABLE = {
     "state_dtype": Hyperparameter(None, _check_state_dtype),
 }
 DEFAULTS = {name: row.default for name, row in TABLE.items()}
+
+# What torch.optim.RAdam lacks is in `defaults` and in a parameter group only if it differs from its
+# default. So checkpoints have torch's keys, and torch.distributed.checkpoint, which asks a file for
+# exactly the keys of the optimizer that it loads into, reads torch's files and ours alike.
+OPTIONAL = {
+    name: DEFAULTS[name]
+    for name in ("rho_threshold", "degenerated_to_sgd", "rectification", "state_dtype")
+}
+
+
+def complete(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group's options that has those, too, which have their default."""
+    return {**OPTIONAL, **group}
+
+
+def compact(group: dict[str, Any]) -> None:
+    """Removes options that are absent by default, and makes a dtype its name.
+
+    A name, because loggers and checkpoints of other formats write the options as JSON.
+    """
+    for name, default in OPTIONAL.items():
+        value = group.get(name, default)
+        if isinstance(value, torch.dtype):
+            group[name] = str(value).removeprefix("torch.")
+        elif isinstance(value, str | float | int | None) and value == default:
+            group.pop(name, None)
 
 
 def check(options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import check_name
 from .flat import flatten_
-from .hyperparameters import DEFAULTS, check
+from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
 from .launch import explain, launch
 from .modules import cpu
 from .repair import Repairs, repair
@@ -94,7 +94,7 @@ class RAdam(Optimizer):
         rho_threshold: float = DEFAULTS["rho_threshold"],
         degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
         rectification: str = DEFAULTS["rectification"],
-        state_dtype: torch.dtype | None = DEFAULTS["state_dtype"],
+        state_dtype: torch.dtype | str | None = DEFAULTS["state_dtype"],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,6 +112,7 @@ class RAdam(Optimizer):
             "state_dtype": state_dtype,
         }
         check(defaults)
+        compact(defaults)
         check_name(backend)
         self._backend = backend
         self._flatten = False  # until all groups are added: they share one buffer
@@ -128,8 +129,9 @@ class RAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; with `flatten`, its parameters move into a buffer too."""
         if isinstance(param_group, dict):
-            check({**self.defaults, **param_group})
+            check({**DEFAULTS, **self.defaults, **param_group})
         super().add_param_group(param_group)
+        compact(self.param_groups[-1])
         if self._flatten:
             try:
                 flatten_(_trained(self.param_groups[-1:]))
@@ -226,7 +228,7 @@ class RAdam(Optimizer):
 
         if not all(is_reserved(owner, dtype) for owner, dtype in fresh):
             wanted = {
-                owner: moment_dtype(owner, group["state_dtype"])
+                owner: moment_dtype(owner, group.get("state_dtype"))
                 for group in self.param_groups
                 for owner in _trained([group])
                 if is_new(self.state.get(owner))
@@ -266,6 +268,15 @@ class RAdam(Optimizer):
         finally:
             hook.remove()
 
+    @staticmethod
+    def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+        """All hyperparameters of one of `param_groups`, those that are absent there included.
+
+        `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in a group only
+        if they differ from their default.
+        """
+        return {key: value for key, value in complete(group).items() if key in DEFAULTS}
+
     def __repr__(self) -> str:
         groups = super().__repr__().removesuffix(")")
         return f"{groups}backend: {self._backend}\nflatten: {self._flatten}\n)"
@@ -282,9 +293,12 @@ class RAdam(Optimizer):
             for key, value in own.items() if isinstance(own, dict) else ():
                 if isinstance(value, Loaded):
                     own[key] = value.value
+        compact(self.defaults)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key not in OPTIONAL:
+                    group.setdefault(key, value)
+            compact(group)
             if group["differentiable"]:
                 warnings.warn(
                     "radam_kernels.RAdam goes on with differentiable=False; the loaded state was "

@@ -102,7 +102,7 @@ def repair(
         _refuse_sharing([*plan.owners, *(owner for _, owner, _, _ in pending)], name_of)
     fresh = []
     for (group, owner, _, _), old in zip(pending, olds, strict=True):
-        dtype = moment_dtype(owner, group["state_dtype"])
+        dtype = moment_dtype(owner, group.get("state_dtype"))
         fitting = not is_new(old) and all(fits(old[k], owner, dtype) for k in MOMENTS)
         if not fitting:
             fresh.append((owner, dtype))

@@ -163,6 +163,7 @@ def step_scalars(
     # Narrower types, such as numpy's float32, would otherwise reduce the precision.
     lr, beta1, beta2, eps = float(lr), float(beta1), float(beta2), float(eps)
     weight_decay, grad_scale = float(weight_decay), float(grad_scale)
+    rho_threshold = float(rho_threshold)
 
     decay = 1.0 - lr * weight_decay if decoupled_weight_decay else 1.0
     step_size = lr / _bias_correction(t, beta1)
@@ -188,7 +189,7 @@ def step_scalars(
 
 
 def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
-    """`step_scalars` for a parameter group (a dict with RAdam's keys, optionally `grad_scale`)."""
+    """`step_scalars` for a parameter group: a dict with RAdam's keys, optionally `grad_scale`."""
     beta1, beta2 = group["betas"]
     return step_scalars(
         step,
@@ -199,11 +200,11 @@ def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
         weight_decay=float(group["weight_decay"]),
         decoupled_weight_decay=group["decoupled_weight_decay"],
         maximize=group["maximize"],
-        rho_threshold=float(group["rho_threshold"]),
-        degenerated_to_sgd=group["degenerated_to_sgd"],
-        rectification=group["rectification"],
-        grad_scale=group.get("grad_scale", 1.0),
+        **{name: group[name] for name in _OPTIONAL if name in group},
     )
+
+
+_OPTIONAL = ("rho_threshold", "degenerated_to_sgd", "rectification", "grad_scale")
 
 
 def _whole(step: float) -> float:

@@ -266,7 +266,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             state["step"] = step.clone() if step is state["step"] else step
             for k in MOMENTS:
                 state[k] = redistributed(state[k], owner, k, f"param {key}")
-            dtype = moment_dtype(owner, options.get("state_dtype"))
+            dtype = moment_dtype(owner, saved.get("state_dtype"))
             if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
                 converted.append((owner, dtype, state))
     made = new_moments([c[0] for c in converted], [c[1] for c in converted], flatten=flatten)

@@ -268,7 +268,7 @@ def other_bits(row: Optimizer, dtype: torch.dtype, device: torch.device) -> str:
             params.append(param.requires_grad_())
             params[-1].grad = grad
     tuned = row.make(ours, 0.1)
-    plain = RAdam(theirs, 0.1, backend="cpu", state_dtype=tuned.defaults["state_dtype"])
+    plain = RAdam(theirs, 0.1, backend="cpu", state_dtype=tuned.defaults.get("state_dtype"))
     for _ in range(BITS_STEPS):
         tuned.step()
         plain.step()

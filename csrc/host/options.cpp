@@ -6,9 +6,14 @@
 namespace radam {
 namespace {
 
-// An item of a dict; KeyError if it is missing.
-Ref required(PyObject* dict, PyObject* key) {
-  Ref found = item(dict, key);
+// An option of a group. Those that torch.optim.RAdam lacks are in a group only if they differ from
+// their default. KeyError for any other that is missing.
+Ref option(PyObject* group, PyObject* key) {
+  static PyObject* const optional =
+      attribute(Ref::steal(PyImport_ImportModule("radam_kernels.hyperparameters")).get(), "OPTIONAL")
+          .release();
+  Ref found = item(group, key);
+  if (!found.get()) found = item(optional, key);
   if (!found.get()) {
     PyErr_SetObject(PyExc_KeyError, key);
     throw PythonError();
@@ -42,9 +47,9 @@ bool read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
 
 bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device,
                           Ref* lr_tensor) {
-  const Ref betas = Ref::steal(PySequence_Tuple(required(group, RADAM_STR(betas)).get()));
+  const Ref betas = Ref::steal(PySequence_Tuple(option(group, RADAM_STR(betas)).get()));
   if (PyTuple_GET_SIZE(betas.get()) != 2) return false;
-  const Ref form = required(group, RADAM_STR(rectification));
+  const Ref form = option(group, RADAM_STR(rectification));
   if (!PyUnicode_Check(form.get())) return false;
   h.exact = PyUnicode_CompareWithASCIIString(form.get(), "exact") == 0;
   if (!h.exact && PyUnicode_CompareWithASCIIString(form.get(), "first_order") != 0) return false;
@@ -52,10 +57,10 @@ bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* dev
   h.grad_scale = grad_scale.get() ? to_double(grad_scale.get()) : 1.0;
   h.beta1 = to_double(PyTuple_GET_ITEM(betas.get(), 0));
   h.beta2 = to_double(PyTuple_GET_ITEM(betas.get(), 1));
-  Ref lr = required(group, RADAM_STR(lr));
+  Ref lr = option(group, RADAM_STR(lr));
   if (read_lr(lr.get(), h, device)) *lr_tensor = std::move(lr);
-#define RADAM_READ_NUMBER(name) h.name = to_double(required(group, RADAM_STR(name)).get());
-#define RADAM_READ_FLAG(name) h.name = to_bool(required(group, RADAM_STR(name)).get());
+#define RADAM_READ_NUMBER(name) h.name = to_double(option(group, RADAM_STR(name)).get());
+#define RADAM_READ_FLAG(name) h.name = to_bool(option(group, RADAM_STR(name)).get());
   RADAM_HYPERPARAMETERS(RADAM_READ_NUMBER, RADAM_READ_FLAG)
 #undef RADAM_READ_NUMBER
 #undef RADAM_READ_FLAG

@@ -170,10 +170,13 @@ bool overrides_dispatch(PyObject* tensor) {
 
 }  // namespace
 
-int dtype_code(PyObject* torch_dtype) {
+int dtype_code(PyObject* dtype) {
   static PyObject* const* const dtypes = torch_dtypes(kDTypeNames, kDTypes);
   for (int i = 0; i < kDTypes; ++i) {
-    if (dtypes[i] == torch_dtype) return i;
+    if (dtypes[i] == dtype) return i;
+  }
+  for (int i = 0; i < kDTypes && PyUnicode_Check(dtype); ++i) {
+    if (PyUnicode_CompareWithASCIIString(dtype, kDTypeNames[i]) == 0) return i;
   }
   return -1;
 }

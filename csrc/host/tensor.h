@@ -49,7 +49,7 @@ const char* find_lazy(PyObject* tensor, const TensorInfo& info);
 const char* find_short_storage(PyObject* tensor, const TensorInfo& info);
 
 // The DType of a torch.dtype, or -1.
-int dtype_code(PyObject* torch_dtype);
+int dtype_code(PyObject* dtype);
 
 // Whether the tensor fills one block of memory, without gaps or shared elements: contiguous, up to
 // a permutation of dimensions.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hyperparameters import complete
 from ..schedule import Action, StepScalars, adaptive_variance, adaptive_variance_first_order
 from ..schedule import rho_inf as rho_inf_of
 
@@ -48,6 +49,7 @@ def advance(bucket) -> Tensor:
 
 def _columns(group: dict[str, Any], t: Tensor, grad_scale: Tensor | None) -> StepScalars:
     """StepScalars for all counts `t`: numbers, or float64 tensors on the counts' device."""
+    group = complete(group)
     lr = group["lr"]
     lr = lr.double() if isinstance(lr, Tensor) and lr.device == t.device else float(lr)
     lr = lr.view(()) if isinstance(lr, Tensor) else lr

@@ -50,6 +50,13 @@ def group_of(**changes) -> dict:
     return {**group, **changes}
 
 
+def test_options_that_a_group_lacks_have_the_same_defaults_in_both_languages():
+    group = group_of()
+    for name in ("rho_threshold", "degenerated_to_sgd", "rectification"):
+        del group[name]
+    assert_same_scalars(group, range(1, 9))
+
+
 STEPS = (*range(1, 31), 1000, 10**6, 2**24, 10**9, 2**53)
 BETAS = (0.0, 1e-300, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 

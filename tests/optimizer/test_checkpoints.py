@@ -188,16 +188,30 @@ def test_an_old_pickle_where_the_step_is_a_number():
     assert b.state[params_of(b)[0]]["step"].item() == 5
 
 
-def test_a_checkpoint_without_our_keys_gets_this_optimizers_own():
+def test_an_option_that_a_checkpoint_lacks_has_its_default_again():
+    """Absent means the default, whoever wrote the file: ours lack what has its default, too."""
     torchs = TorchRAdam([Parameter(torch.ones(5))], lr=0.3, betas=(0.8, 0.99))
     take_steps(torchs, 2)
     ours = RAdam([Parameter(torch.ones(5))], state_dtype=torch.bfloat16, **OURS)
     ours.load_state_dict(torchs.state_dict())
     group = ours.param_groups[0]
     assert (group["lr"], group["betas"]) == (0.3, (0.8, 0.99))  # the checkpoint's
-    assert {key: group[key] for key in OURS} == OURS
-    assert group["state_dtype"] == torch.bfloat16
-    assert ours.state[params_of(ours)[0]]["exp_avg"].dtype == torch.bfloat16
+    assert not {*OURS, "state_dtype"} & {*group}
+    assert ours.state[params_of(ours)[0]]["exp_avg"].dtype == torch.float32
+    take_steps(ours)
+
+
+def test_an_old_checkpoint_of_ours_has_all_options():
+    a = RAdam([Parameter(torch.ones(5))])
+    take_steps(a, 2)
+    checkpoint = a.state_dict()
+    checkpoint["param_groups"][0] |= RAdam.hyperparameters(checkpoint["param_groups"][0])
+    checkpoint["param_groups"][0]["state_dtype"] = torch.bfloat16
+    b = RAdam([Parameter(torch.ones(5))], **OURS)
+    b.load_state_dict(saved(checkpoint))
+    assert not OURS.keys() & b.param_groups[0].keys()
+    assert b.param_groups[0]["state_dtype"] == "bfloat16"
+    assert b.state[params_of(b)[0]]["exp_avg"].dtype == torch.bfloat16
 
 
 def test_a_checkpoint_with_our_keys_brings_them():

@@ -1,6 +1,7 @@
 """Swapping torch.optim.RAdam for radam_kernels.RAdam changes nothing but the time of a step."""
 
 import inspect
+import json
 import math
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from radam_kernels import RAdam, schedule
-from tests.helpers import TorchRAdam, randn, same_bits
+from tests.helpers import TorchRAdam, give_gradients, randn, same_bits, take_steps
 
 STEPS = 12  # with the default betas, torch rectifies from step 6
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.complex64: 1e-5, torch.complex128: 1e-12}
@@ -470,18 +471,79 @@ def test_positional_arguments():
     assert {k: v for k, v in group.items() if k in torchs} == torchs
 
 
-def test_param_groups_have_torchs_keys_and_ours():
+@pytest.mark.parametrize("made", [RAdam, TorchRAdam], ids=["made by ours", "made by torch"])
+def test_groups_defaults_and_checkpoints_have_torchs_keys_and_values(made):
     p = Parameter(torch.ones(1))
-    ours, torchs = RAdam([p]).param_groups[0], TorchRAdam([p]).param_groups[0]
-    extra = {"rho_threshold", "degenerated_to_sgd", "rectification", "state_dtype"}
-    assert set(ours) == set(torchs) | extra
+    ours, torchs = RAdam([p]), TorchRAdam([p])
+    ours.load_state_dict(made([p]).state_dict())
+    assert ours.param_groups == torchs.param_groups
+    assert list(ours.defaults.items()) == list(torchs.defaults.items())
+    assert ours.state_dict() == torchs.state_dict()
+
+
+OWN = {
+    "rho_threshold": 4.0,
+    "degenerated_to_sgd": False,
+    "rectification": "exact",
+    "state_dtype": "bfloat16",
+}
+
+
+def test_a_hyperparameter_of_ours_is_in_a_group_only_if_it_differs_from_its_default():
+    optimizer = RAdam([Parameter(torch.ones(1))], **OWN)
+    assert {key: optimizer.param_groups[0][key] for key in OWN} == OWN
+    assert {key: optimizer.defaults[key] for key in OWN} == OWN
+    usual = RAdam.hyperparameters(RAdam([Parameter(torch.ones(1))]).param_groups[0])
+    optimizer.add_param_group(
+        {"params": [Parameter(torch.ones(1))], **{key: usual[key] for key in OWN}}
+    )
+    group = optimizer.param_groups[1]
+    assert not OWN.keys() & group.keys()
+    assert {key: RAdam.hyperparameters(group)[key] for key in OWN} == {
+        "rho_threshold": 5.0,
+        "degenerated_to_sgd": True,
+        "rectification": "first_order",
+        "state_dtype": None,
+    }
+    assert "params" not in RAdam.hyperparameters(group)
+
+
+def test_the_default_of_the_class_counts_where_a_group_has_none():
+    """From step 5 on rho_t is above 4."""
+    params = [Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": params[1:], "rho_threshold": 5.0}, {"params": params[:1]}]
+    optimizer = RAdam(groups, lr=0.1, rho_threshold=4.0)
+    usual = RAdam([Parameter(torch.ones(3))], lr=0.1)
+    for made in (optimizer, usual):
+        take_steps(made, 5)
+    assert torch.equal(params[1], usual.param_groups[0]["params"][0])
+    assert not torch.equal(params[0], params[1])
+
+
+def test_a_group_is_json_for_loggers():
+    optimizer = RAdam([Parameter(torch.ones(1))], state_dtype=torch.bfloat16, rho_threshold=4.0)
+    group = optimizer.state_dict()["param_groups"][0]
+    assert json.loads(json.dumps(group))["state_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["constructed", "edited"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"], ids=["a dtype", "its name"])
+def test_state_dtype_may_be_a_dtype_or_its_name(dtype, edited):
+    p = Parameter(torch.ones(3))
+    optimizer = RAdam([p], state_dtype=None if edited else dtype)
+    if edited:
+        optimizer.param_groups[0]["state_dtype"] = dtype
+    give_gradients(optimizer)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
 
 
 def test_repr_shows_the_groups():
     text = repr(RAdam([Parameter(torch.ones(1))], lr=0.25))
     assert text.startswith("RAdam (\nParameter Group 0")
     assert "    lr: 0.25\n" in text
-    assert "    rho_threshold: 5.0\n" in text
+    assert "rho_threshold" not in text
+    assert "    rho_threshold: 4.0\n" in repr(RAdam([Parameter(torch.ones(1))], rho_threshold=4.0))
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])

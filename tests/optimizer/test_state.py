@@ -398,7 +398,7 @@ def test_a_step_may_be_a_numpy_number(kind):
     assert optimizer.state[params_of(optimizer)[0]]["step"] == 8
 
 
-@pytest.mark.parametrize("bad", ["bfloat16", torch.int8, torch.float64, 3])
+@pytest.mark.parametrize("bad", ["bf16", "float64", torch.int8, torch.float64, 3])
 def test_an_invalid_state_dtype_is_refused_at_the_step_too(bad):
     optimizer = RAdam([Parameter(torch.ones(3))])
     optimizer.param_groups[0]["state_dtype"] = bad
