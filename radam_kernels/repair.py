@@ -12,6 +12,15 @@ from torch import Tensor
 from .backends.devices import is_capturing
 from .flat import is_dense
 from .modules import DTYPES, cpu
+from .sharding import (
+    check_local_shape,
+    is_sharded,
+    local,
+    redistributed,
+    redistributed_gradients,
+    same_placement,
+    shard_order,
+)
 from .state import (
     KEYS,
     MOMENTS,
@@ -23,10 +32,7 @@ from .state import (
     is_new,
     is_step,
     laid_out_like,
-    local,
     moment_dtype,
-    redistributed,
-    shard_order,
     step_device,
 )
 
@@ -66,11 +72,11 @@ class Staged:
 class _Name:
     """The name of a parameter in error messages; the lookup is slow, so only made if needed."""
 
-    def __init__(self, owner: Tensor, name_of: Callable[[Tensor], str]) -> None:
-        self.owner, self.name_of = owner, name_of
+    def __init__(self, owner: Tensor, name_of: Callable[[Tensor], str], of: str = "") -> None:
+        self.owner, self.name_of, self.of = owner, name_of, of
 
     def __str__(self) -> str:
-        return self.name_of(self.owner)
+        return f"{self.of}{self.name_of(self.owner)}"
 
 
 @torch.no_grad()
@@ -88,7 +94,8 @@ def repair(
     does) and during the capture of a CUDA graph, ValueError for anything else that can't be
     stepped.
     """
-    staged, olds = [], []
+    owners = [owner for _, owner, _, _ in pending]
+    olds = []
     for _, owner, grad, _ in pending:
         name = _Name(owner, name_of)
         # A copy, so that other threads can't change it between validation and use.
@@ -97,13 +104,19 @@ def repair(
         if old is not _MISSING:
             check_state(old, owner, name)
         olds.append(None if old is _MISSING else old)
-        staged.append(_stage(owner, grad, name, new=is_new(olds[-1])))
+        _validate(owner, grad, name)
+    grads = redistributed_gradients([grad for _, _, grad, _ in pending], owners)
+    staged = [
+        _stage(owner, grad, _Name(owner, name_of), new=is_new(old))
+        for owner, grad, old in zip(owners, grads, olds, strict=True)
+    ]
     if any(item.copied for item in staged):
-        _refuse_sharing([*plan.owners, *(owner for _, owner, _, _ in pending)], name_of)
+        _refuse_sharing([*plan.owners, *owners], name_of)
+    placed = [_placed(old, owner, name_of) for owner, old in zip(owners, olds, strict=True)]
     fresh = []
-    for (group, owner, _, _), old in zip(pending, olds, strict=True):
+    for (group, owner, _, _), old, moments in zip(pending, olds, placed, strict=True):
         dtype = moment_dtype(owner, group.get("state_dtype"))
-        fitting = not is_new(old) and all(fits(old[k], owner, dtype) for k in MOMENTS)
+        fitting = bool(moments) and all(fits(moments[k], owner, dtype) for k in MOMENTS)
         if not fitting:
             fresh.append((owner, dtype))
         counted = fitting and is_step(old["step"], step_device(owner, group))
@@ -113,12 +126,11 @@ def repair(
                 "graph is captured is reset by each replay: step once before the capture"
             )
     made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
-    for (group, owner, _, _), old, item in zip(pending, olds, staged, strict=True):
+    for (group, owner, _, _), old, moments, item in zip(pending, olds, placed, staged, strict=True):
         new = {"step": as_step(0 if is_new(old) else old["step"], step_device(owner, group))}
-        new |= made.get(owner) or {key: old[key] for key in MOMENTS}
-        if owner in made and not is_new(old):
-            for key in MOMENTS:
-                moment = redistributed(old[key], owner, key, _Name(owner, name_of))
+        new |= made.get(owner, moments)
+        if owner in made:
+            for key, moment in moments.items():
                 local(new[key]).copy_(local(moment))
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
             repairs.before.append((owner, old))
@@ -138,8 +150,21 @@ def _set_state(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) 
     items.update(others)
 
 
-def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
-    """Validates a parameter and its gradient; copies what a kernel can't use directly."""
+def _placed(
+    old: dict[str, Any] | None, owner: Tensor, name_of: Callable[[Tensor], str]
+) -> dict[str, Tensor]:
+    """The moments in a parameter's state, placed as the parameter is; empty if it has none."""
+    placed = {} if is_new(old) else {key: old[key] for key in MOMENTS}
+    for key, moment in placed.items():
+        what = _Name(owner, name_of, f"{key} of ")
+        if not same_placement(moment, owner):
+            placed[key] = redistributed(moment, owner, what)
+        check_local_shape(placed[key], owner, what)
+    return placed
+
+
+def _validate(owner: Tensor, grad: Tensor, name: _Name) -> None:
+    """Raises for a parameter or a gradient that no kernel can step, or that has no memory."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(
             f"RAdam does not support sparse gradients or nested tensors, got {grad.layout} for "
@@ -156,17 +181,22 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
             f"{name}: expected float32, bfloat16, float16, float64 or complex, got {owner.dtype} "
             f"with a gradient of {grad.dtype}; cast it, or leave it out"
         )
-    if hasattr(owner, "to_local"):
-        _check_gradient_mesh(owner, grad, name)
-        param, grad = local(owner), local(grad, like=owner)
-    else:
-        param = owner
-    if param.is_meta:
+    _check_gradient_mesh(owner, grad, name)
+    if owner.is_meta:
         raise ValueError(
             f"{name}: a meta tensor has no memory; call to_empty() on its module first"
         )
-    check_storage(param, name)
+    check_storage(owner, name)
     check_storage(grad, name, "grad of ")
+
+
+def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
+    """A validated parameter and its gradient, copied where a kernel can't use them directly.
+
+    The gradient is placed as its parameter is.
+    """
+    check_local_shape(grad, owner, _Name(owner, name.name_of, "grad of "))
+    param, grad = local(owner), local(grad)
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
         param = _copy(param, name, try_back=new)
@@ -174,7 +204,14 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
 
 
 def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
-    where = grad.device_mesh if hasattr(grad, "to_local") else "a plain tensor"
+    if not is_sharded(owner):
+        if is_sharded(grad):
+            raise ValueError(
+                f"grad of {name}: it is a DTensor and its parameter is a plain tensor; call "
+                "full_tensor() on the gradient, or distribute the parameter"
+            )
+        return
+    where = grad.device_mesh if is_sharded(grad) else "a plain tensor"
     if where != owner.device_mesh:
         raise ValueError(
             f"grad of {name}: expected a DTensor on {owner.device_mesh}, got {where}; make it one "

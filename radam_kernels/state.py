@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .flat import is_dense, zeros_like
 from .modules import DTYPES, cpu
+from .sharding import local, redistributed, same_placement, wrap_local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("step", *MOMENTS)
@@ -21,16 +22,6 @@ COMPLEX = {
 }
 REAL = {c: r for r, c in COMPLEX.items()}
 _STEP_DTYPES = (torch.float32, torch.float64)
-
-
-def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The local tensor of a DTensor, redistributed if `like` is placed differently; any other
-    tensor unchanged."""
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    if like is not None and tensor.placements != like.placements:
-        tensor = tensor.redistribute(placements=like.placements)
-    return tensor.to_local()
 
 
 def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
@@ -153,21 +144,6 @@ def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
     return same and is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
 
 
-def same_placement(tensor: Tensor, owner: Tensor) -> bool:
-    """Whether a tensor is a DTensor with the mesh, placements and shard order of `owner`."""
-    return (
-        hasattr(tensor, "to_local")
-        and tensor.device_mesh == owner.device_mesh
-        and tensor.placements == owner.placements
-        and shard_order(tensor) == shard_order(owner)
-    )
-
-
-def shard_order(tensor: Tensor) -> object:
-    """The shard order of a DTensor; None in older versions of torch."""
-    return getattr(tensor._spec, "shard_order", None)
-
-
 def template(param: Tensor) -> Tensor:
     """A tensor with the layout that is stepped: a local parameter's, or that of a contiguous copy
     if it is not dense."""
@@ -176,7 +152,7 @@ def template(param: Tensor) -> Tensor:
 
 def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can step this moment of a parameter without a copy."""
-    if hasattr(owner, "to_local") and not same_placement(moment, owner):
+    if not same_placement(moment, owner):
         return False
     moment, param = local(moment), local(owner)
     return (
@@ -213,27 +189,6 @@ def new_moments(
     ]
 
 
-def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
-    """A local moment as a DTensor if its parameter is one, with the parameter's own spec object.
-
-    A shared spec makes the comparison at each step cheap. It includes the dtype, so moments of
-    another dtype than the parameter's get a new spec.
-    """
-    if not hasattr(owner, "to_local"):
-        return moment
-    cls = type(owner.data)
-    if moment.dtype == owner.dtype and hasattr(owner, "_spec"):
-        return cls(moment, owner._spec, requires_grad=False)
-    return cls.from_local(
-        moment,
-        owner.device_mesh,
-        owner.placements,
-        run_check=False,
-        shape=owner.shape,
-        stride=owner.stride(),
-    )
-
-
 class Loaded:
     """Wraps a value so that Optimizer.load_state_dict does not cast it."""
 
@@ -265,7 +220,7 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             step = as_step(state["step"], step_device(owner, options))
             state["step"] = step.clone() if step is state["step"] else step
             for k in MOMENTS:
-                state[k] = redistributed(state[k], owner, k, f"param {key}")
+                state[k] = redistributed(state[k], owner, f"{k} of param {key}")
             dtype = moment_dtype(owner, saved.get("state_dtype"))
             if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
                 converted.append((owner, dtype, state))
@@ -291,27 +246,3 @@ def _refuse_other_optimizers(states: dict[Any, Any]) -> None:
                 f"state of param {key} lacks {list(KEYS)} and has {sorted(found)}: this is another "
                 "optimizer's checkpoint"
             )
-
-
-def redistributed(moment: Tensor, owner: Tensor, key: str, name: object) -> Tensor:
-    """A loaded moment, which has the parameter's global shape, placed as the parameter is."""
-    sharded, loaded_sharded = hasattr(owner, "to_local"), hasattr(moment, "to_local")
-    if not sharded:
-        return moment.full_tensor() if loaded_sharded else moment
-    if not loaded_sharded:  # each rank has the full tensor
-        from torch.distributed.tensor import Replicate
-
-        everywhere = [Replicate()] * owner.device_mesh.ndim
-        moment = type(owner.data).from_local(
-            moment.to(local(owner).device), owner.device_mesh, everywhere, run_check=False
-        )
-    if moment.device_mesh != owner.device_mesh:
-        raise ValueError(
-            f"{key} of {name}: it is placed on {moment.device_mesh}, its parameter on "
-            f"{owner.device_mesh}; load with torch.distributed.checkpoint, which redistributes"
-        )
-    if moment.placements != owner.placements:
-        moment = moment.redistribute(placements=owner.placements)
-    if not same_placement(moment, owner):
-        raise ValueError(f"{key} of {name}: its shards are in another order than its parameter's")
-    return wrap_local(moment.to_local(), owner)

@@ -1,0 +1,164 @@
+"""DTensors: their local parts, and tensors that are placed in another way than their parameter.
+
+Everything here that communicates is a collective: all ranks of the mesh must call it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, whatever its placements. torch.distributed may be missing."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The local tensor of a DTensor; any other tensor unchanged."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def same_placement(tensor: Tensor, owner: Tensor) -> bool:
+    """Whether a tensor is a DTensor with the mesh, placements and shard order of `owner`, or plain
+    as `owner` is."""
+    if not is_sharded(owner):
+        return not is_sharded(tensor)
+    return (
+        is_sharded(tensor)
+        and tensor.device_mesh == owner.device_mesh
+        and tensor.placements == owner.placements
+        and shard_order(tensor) == shard_order(owner)
+    )
+
+
+def shard_order(tensor: Tensor) -> object:
+    """The shard order of a DTensor; None in older versions of torch."""
+    return getattr(tensor._spec, "shard_order", None)
+
+
+def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
+    """A local moment as a DTensor if its parameter is one, with the parameter's own spec object.
+
+    A shared spec makes the comparison at each step cheap. It includes the dtype, so moments of
+    another dtype than the parameter's get a new spec.
+    """
+    if not is_sharded(owner):
+        return moment
+    cls = type(owner.data)
+    if moment.dtype == owner.dtype and hasattr(owner, "_spec"):
+        return cls(moment, owner._spec, requires_grad=False)
+    return cls.from_local(
+        moment,
+        owner.device_mesh,
+        owner.placements,
+        run_check=False,
+        shape=owner.shape,
+        stride=owner.stride(),
+    )
+
+
+def redistributed(moment: Tensor, owner: Tensor, what: object) -> Tensor:
+    """A moment, which has its parameter's global shape, placed as the parameter is.
+
+    A plain moment of a DTensor parameter is the full tensor, the same on every rank.
+
+    Args:
+        what: names the moment in errors.
+
+    Raises:
+        ValueError: the moment's mesh lacks ranks of the parameter's mesh, or the local parts differ
+            in shape.
+    """
+    if not is_sharded(owner):
+        return moment.full_tensor() if is_sharded(moment) else moment
+    mesh = owner.device_mesh
+    if is_sharded(moment) and moment.device_mesh != mesh:
+        if not {*mesh.mesh.flatten().tolist()} <= {*moment.device_mesh.mesh.flatten().tolist()}:
+            raise ValueError(
+                f"{what}: it is placed on {moment.device_mesh}, which lacks ranks of its "
+                f"parameter's {mesh}; load with torch.distributed.checkpoint, which reshards"
+            )
+        moment = moment.full_tensor()
+    if not is_sharded(moment):
+        from torch.distributed.tensor import Replicate
+
+        moment = moment.to(local(owner).device)
+        everywhere = [Replicate()] * mesh.ndim
+        moment = type(owner.data).from_local(moment, mesh, everywhere, run_check=False)
+    if moment.placements != owner.placements:
+        moment = moment.redistribute(placements=owner.placements)
+    if not same_placement(moment, owner):
+        raise ValueError(f"{what}: its shards are in another order than its parameter's")
+    check_local_shape(moment, owner, what)
+    return wrap_local(moment.to_local(), owner)
+
+
+def check_local_shape(tensor: Tensor, owner: Tensor, what: object) -> None:
+    """Raises ValueError for a DTensor whose local part is not the part that its placement says."""
+    part, expected = local(tensor).shape, local(owner).shape
+    if part != expected:
+        raise ValueError(
+            f"{what}: its local part has shape {tuple(part)}, its parameter's {tuple(expected)}; "
+            "give DTensor.from_local the part that the placement says"
+        )
+
+
+def redistributed_gradients(grads: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of DTensor parameters, placed as these are; any other gradient unchanged.
+
+    Sums over ranks that are pending (Partial, as tensor parallelism leaves them) are computed
+    together: one all-reduce for all gradients of a mesh and dtype.
+    """
+    from torch.distributed.tensor import Replicate
+
+    reduced = list(grads)
+    together: dict[tuple, list[int]] = {}
+    for i, (grad, owner) in enumerate(zip(grads, owners, strict=True)):
+        if is_sharded(owner) and (pending := _pending_sums(grad)):
+            part = grad.to_local()
+            together.setdefault((grad.device_mesh, pending, part.dtype, part.device), []).append(i)
+    for (mesh, pending, *_), members in together.items():
+        parts = [grads[i].to_local() for i in members]
+        sums = _all_reduced(torch.cat([part.reshape(-1) for part in parts]), mesh, pending)
+        sizes = [part.numel() for part in parts]
+        for i, part, total in zip(members, parts, sums.split(sizes), strict=True):
+            placements = list(grads[i].placements)
+            for dim, _ in pending:
+                placements[dim] = Replicate()
+            reduced[i] = type(grads[i]).from_local(
+                total.view(part.shape),
+                mesh,
+                placements,
+                run_check=False,
+                shape=grads[i].shape,
+                stride=grads[i].stride(),
+            )
+    return [
+        grad.redistribute(placements=owner.placements)
+        if is_sharded(owner) and grad.placements != owner.placements
+        else grad
+        for grad, owner in zip(reduced, owners, strict=True)
+    ]
+
+
+def _pending_sums(grad: Tensor) -> tuple[tuple[int, str], ...]:
+    """(mesh dimension, "sum" or "avg") of each sum over ranks that is pending."""
+    from torch.distributed.tensor import Partial
+
+    return tuple(
+        (dim, placement.reduce_op)
+        for dim, placement in enumerate(grad.placements)
+        if type(placement) is Partial and placement.reduce_op in ("sum", "avg")
+    )
+
+
+def _all_reduced(flat: Tensor, mesh: Any, pending: tuple[tuple[int, str], ...]) -> Tensor:
+    import torch.distributed as dist
+
+    for dim, op in pending:
+        dist.all_reduce(flat, group=mesh.get_group(dim))
+        if op == "avg":  # gloo has sums only
+            flat /= mesh.size(dim)
+    return flat
