@@ -21,28 +21,44 @@ _MODULES = (
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each number of processes that `@pytest.mark.distributed(2, 4)` lists."""
-    if mark := metafunc.definition.get_closest_marker("distributed"):
+    mark = metafunc.definition.get_closest_marker("distributed")
+    if mark and mark.args:
         metafunc.fixturenames.append("world")
         metafunc.parametrize("world", mark.args, ids=[f"{n} ranks" for n in mark.args])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs the body of such a test on all ranks. Arguments are parameters, not other fixtures."""
-    if not pyfuncitem.get_closest_marker("distributed"):
+    """Runs the body of such a test on all ranks; without numbers, a test runs as any other.
+
+    Arguments are parameters and paths, not other fixtures.
+    """
+    mark = pyfuncitem.get_closest_marker("distributed")
+    if not (mark and mark.args):
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    code, output = pyfuncitem._request.getfixturevalue("rank_processes").run(
-        "from tests.distributed.ranks import run\n"
-        "import pickle\n"
-        f"arguments = pickle.loads({pickle.dumps(arguments)!r})\n"
-        f"run({pyfuncitem.module.__name__!r}, {pyfuncitem.function.__name__!r}, arguments, "
-        f"world={pyfuncitem.callspec.params['world']}, timeout={TIMEOUT_S})",
-        timeout=TIMEOUT_S + 10,
-    )
-    assert code == 0, f"exit code {code}\n{output[-12000:]}"
+    on_ranks = pyfuncitem._request.getfixturevalue("on_ranks")
+    on_ranks(pyfuncitem.callspec.params["world"], pyfuncitem.function, **arguments)
     return True
+
+
+@pytest.fixture
+def on_ranks(rank_processes: Processes) -> Callable[..., None]:
+    """Calls `function(**arguments)` on `world` ranks; fails the test unless all of them return."""
+
+    def on_ranks(world: int, function: Callable, /, **arguments: object) -> None:
+        code, output = rank_processes.run(
+            "import pickle\n"
+            "from tests.distributed.ranks import run\n"
+            f"arguments = pickle.loads({pickle.dumps(arguments)!r})\n"
+            f"run({function.__module__!r}, {function.__name__!r}, arguments, "
+            f"world={world}, timeout={TIMEOUT_S})",
+            timeout=TIMEOUT_S + 10,
+        )
+        assert code == 0, f"exit code {code}\n{output[-12000:]}"
+
+    return on_ranks
 
 
 @pytest.fixture(scope="session")
