@@ -17,6 +17,7 @@ from .repair import Repairs, repair
 from .scaling import UNSCALED, Scaling
 from .stages import listen
 from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, prepare_load
+from .watch import Watch
 
 
 class RAdam(Optimizer):
@@ -116,6 +117,7 @@ class RAdam(Optimizer):
         check_name(backend)
         self._backend = backend
         self._flatten = False  # until all groups are added: they share one buffer
+        self._watch = Watch([])
         super().__init__(params, defaults)
         if flatten:
             flatten_(_trained(self.param_groups))
@@ -138,6 +140,7 @@ class RAdam(Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 raise
+        self._watch.sizes.append(len(self.param_groups[-1]["params"]))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step; `closure` reevaluates the model and returns the loss."""
@@ -170,10 +173,13 @@ class RAdam(Optimizer):
                 self.__dict__.pop(name, None)
             raise
         finally:
+            trained = self._watch.is_over() or bool(plan.owners)
             plan.release()
             self._plan = plan
             if stages:
                 stages.enter(None)
+        if not self._watch.is_over():
+            self._watch.after_step(self.param_groups, trained=trained)
         return loss
 
     def _refresh(self, plan, repairs: Repairs) -> bool:
@@ -289,6 +295,7 @@ class RAdam(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_flatten", False)
+        self.__dict__.setdefault("_watch", Watch(self.param_groups))
         for own in self.state.values():
             for key, value in own.items() if isinstance(own, dict) else ():
                 if isinstance(value, Loaded):

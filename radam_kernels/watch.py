@@ -1,0 +1,56 @@
+"""Warns of an optimizer that trains nothing, which torch's optimizers do without a word."""
+
+import warnings
+from typing import Any
+
+STEPS = 3
+
+
+class Watch:
+    """Looks at the first steps of an optimizer, and warns at the last of them.
+
+    Attributes:
+        sizes: how many parameters each group had when it was added.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.sizes = [len(group["params"]) for group in groups]
+        self._steps = 0
+        self._trained = False
+
+    def is_over(self) -> bool:
+        return self._steps == STEPS
+
+    def after_step(self, groups: list[dict[str, Any]], *, trained: bool) -> None:
+        """To be called until it is over. `trained`: some parameter had a gradient at this step."""
+        self._steps += 1
+        self._trained |= trained
+        if not self.is_over():
+            return
+        lost = [
+            f"param_groups[{i}]"
+            for i, (group, size) in enumerate(zip(groups, self.sizes, strict=False))
+            if size and not group["params"]
+        ]
+        if lost:
+            problem = (
+                f"{', '.join(lost)} had parameters and has none any more: they are not trained"
+            )
+        elif not self._trained:
+            problem = f"no parameter has had a gradient in {STEPS} steps: {_why(groups)}"
+        else:
+            return
+        # For the caller of Optimizer.step: above are _step, step, and torch's wrapper of it.
+        warnings.warn(f"radam_kernels.RAdam: {problem}", stacklevel=5)
+
+
+def _why(groups: list[dict[str, Any]]) -> str:
+    params = [param for group in groups for param in group["params"]]
+    if not any(param.requires_grad for param in params):
+        return "all are frozen (requires_grad is False)"
+    if any(param.is_meta for param in params):
+        return "some are on the meta device; construct the optimizer after to_empty()"
+    return (
+        "they may not be the model's, because fully_shard(), to_empty() and others replace a "
+        "model's parameters; construct the optimizer after that, from model.parameters()"
+    )
