@@ -148,7 +148,7 @@ def all_cases() -> list[Case]:
         of_model("BERT-base", "float32", _FULL),
         replace(offload, name=OFFLOAD),
         replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16),
-        *(_sharded(tensors) for tensors in (300, 1000)),
+        *(case for tensors in (30, 300, 1000) for case in _sharded(tensors)),
         one(22, "float64", _FULL),
         # What malloc keeps of blocks below 32 MB, which it need not map, is chance.
         *(_memory(one(power, "float32", _QUICK)) for power in (24, 25)),
@@ -161,9 +161,13 @@ def select(which: str) -> list[Case]:
     return [case for case in all_cases() if which in case.sets]
 
 
-def _sharded(tensors: int) -> Case:
-    case = Case(f"{tensors:,} DTensors of 64 float32", shapes=[(64,)] * tensors, sharded=True)
-    return renewed(case, _FULL)
+def sharded(tensors: int) -> str:
+    return f"{tensors:,} DTensors of 64 float32"
+
+
+def _sharded(tensors: int) -> tuple[Case, Case]:
+    case = Case(sharded(tensors), shapes=[(64,)] * tensors, sharded=True)
+    return case, renewed(case, _FULL)
 
 
 def _memory(case: Case) -> Case:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .cases import COLD, NEW, model, size, small
+from .cases import COLD, NEW, model, sharded, size, small
 from .optimizers import ADAM, CPU, CPU16, CUDA, RADAM
 from .roofline import STREAM, limit_name
 
@@ -14,6 +14,7 @@ SIZES = [size(power) for power in range(10, 30, 2)]
 HALF = [size(26, "bfloat16")]
 LISTS = [model(name) for name in ("ResNet-50", "GPT-2 124M", "Llama 3.2 1B")]
 RESNET, SMALL = LISTS[:1], small(1000)
+SHARDED = [sharded(300), sharded(300) + NEW]
 
 
 class Goal(NamedTuple):
@@ -41,6 +42,9 @@ GOALS = [
     Goal(f"ResNet-50, times {RADAM}", 5.0, RESNET, CPU, RADAM_RATIO),
     Goal("1,000 tensors of 64, gradients new", 4.8, [SMALL + NEW], CPU, ADAM_RATIO),
     Goal("1,000 tensors of 64, caches cold", 3.3, [SMALL + NEW + COLD], CPU, ADAM_RATIO),
+    Goal("300 DTensors, speed of plain tensors", 0.5, SHARDED, CPU, "vs_plain"),
+    Goal(f"300 DTensors, times {ADAM}", 7.0, SHARDED, CPU, ADAM_RATIO),
+    Goal(f"300 DTensors, times {RADAM}", 10.0, SHARDED, CPU, RADAM_RATIO),
 ]
 
 

@@ -18,6 +18,7 @@ from radam_kernels.backends import why_not
 CPU, CPU16 = "radam_kernels cpu", "radam_kernels cpu, bf16 moments"
 CUDA, CUDA16 = "radam_kernels cuda", "radam_kernels cuda, bf16 moments"
 TRITON = "radam_kernels triton"
+PLAIN = f"{CPU}, plain tensors"
 RADAM, ADAM = "torch RAdam(foreach)", "torch Adam(fused)"
 DRY_RUN = "dry run"  # of a GPU's path, on the CPU
 LR = 1e-3
@@ -65,7 +66,8 @@ class Optimizer:
         debiased: its moments are stored divided by their bias corrections.
         slack: a relative error that it is known to have.
         form: "graph", stepped by a CUDA graph; "compiled", which takes long for many shapes;
-            "flat", moves its parameters into a buffer of its own; "half", for 16-bit parameters.
+            "flat", moves its parameters into a buffer of its own; "half", for 16-bit parameters;
+            "plain", where the others step DTensors, it steps plain tensors.
         any_gradient: it takes gradients of another dtype than their parameters'.
     """
 
@@ -206,6 +208,7 @@ OPTIMIZERS = [
     Optimizer(f"{TRITON}, bf16 moments", _ours("triton", half=True), form="half", **_TRITON),
     Optimizer(f"{CUDA}, graph", _ours("cuda", capturable=True), wide, form="graph", **_CUDA),
     Optimizer(f"{CPU}, flat", _ours("cpu", flatten=True), wide, 1, "C5s--", form="flat", **_CPU),
+    Optimizer(PLAIN, _ours("cpu"), wide, 2, "C1o:", form="plain", **_CPU),
     Optimizer(f"{CUDA}, flat", _ours("cuda", flatten=True), wide, 2, form="flat", **_CUDA),
     Optimizer("torch AdamW(fused)", _of(_TORCH, "AdamW", fused=True), style="C0v--"),
     Optimizer(
@@ -252,12 +255,13 @@ OPTIMIZERS = [
 BY_NAME = {optimizer.name: optimizer for optimizer in OPTIMIZERS}
 
 
-def select(dtype: torch.dtype, kind: str, level: int) -> list[Optimizer]:
-    """Those that are meant for the dtype and that type of device, up to the level."""
+def select(dtype: torch.dtype, kind: str, level: int, *, sharded: bool = False) -> list[Optimizer]:
+    """Those that are meant for such parameters on that type of device, up to the level."""
     return [
         optimizer
         for optimizer in OPTIMIZERS
         if optimizer.level <= level
         and (not optimizer.backend or kind in optimizer.kinds)
         and (optimizer.form != "half" or dtype.itemsize == 2)
+        and (optimizer.form != "plain" or sharded)
     ]

@@ -84,7 +84,12 @@ def run(
         for case in chosen:
             if case.name in there:
                 continue
-            optimizers = select(case.dtype, "cuda" if which == "gpu" else "cpu", LEVELS[which])
+            optimizers = select(
+                case.dtype,
+                "cuda" if which == "gpu" else "cpu",
+                LEVELS[which],
+                sharded=case.sharded,
+            )
             if not stop and case.dtype not in refused:
                 refused[case.dtype] = refusals(optimizers, device, case.dtype, deadline)
             if time.monotonic() > deadline:

@@ -9,16 +9,17 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from .cases import Case, renew_gradients
 from .clocks import HOST_SWEEP, CudaClock, HostClock, Sample, find_lead
 from .correctness import MEASURED, NOT_MEASURED, WRONG, brief, wrong
-from .optimizers import ADAM, DRY_RUN, RADAM, Optimizer, Session
+from .optimizers import ADAM, DRY_RUN, PLAIN, RADAM, Optimizer, Session
 from .roofline import COPY, STREAM, limit, limit_name
 
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ SLOW = 1 << 25  # elements; beyond it a CPU times only what tells most
 LARGE = 1 << 22  # elements that no cache of a CPU holds, with their gradients and moments
 FREE_PART = 0.8  # of the memory that is free
 DISTURBED = 0.3  # cores that other processes kept busy
-RATIOS = {"vs_adam_fused": ADAM, "vs_radam_foreach": RADAM}
+RATIOS = {"vs_adam_fused": ADAM, "vs_radam_foreach": RADAM, "vs_plain": PLAIN}
 
 
 class DeviceLostError(RuntimeError):
@@ -168,8 +169,7 @@ class _Turns:
         row = player.row
         try:
             if not player.session:
-                own = row.form == "flat"  # it would move the parameters of the others
-                player.session = row.start(self._case.make(self._device) if own else self._params)
+                player.session = row.start(self._params_of(row))
                 if row.radam and not player.samples and (fault := wrong(row, player.session)):
                     player.refused = {"status": WRONG, "reason": fault}
             if not player.refused:
@@ -188,6 +188,13 @@ class _Turns:
                 left, total = torch.cuda.mem_get_info()
                 if left < total // 2:
                     torch.cuda.empty_cache()
+
+    def _params_of(self, row: Optimizer) -> Sequence[Tensor]:
+        if row.form == "plain":
+            return replace(self._case, sharded=False).make(self._device)
+        if row.form == "flat":  # it would move the parameters of the others
+            return self._case.make(self._device)
+        return self._params
 
     def _sample(self, player: _Player, session: Session, seconds: float) -> None:
         clock, cuda = self._clock, self._device.type == "cuda"

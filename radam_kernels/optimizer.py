@@ -49,16 +49,21 @@ class RAdam(Optimizer):
             parameter unchanged (the authors' code).
         rectification: "first_order" (the r_t of the paper and of torch), or "exact", which uses the
             exact variance instead of its first-order approximation.
-        state_dtype: dtype of the moments of parameters of up to 32 bits; None for float32.
-            `torch.bfloat16` with bfloat16 parameters takes as much memory as torch, with torch's
-            problem: at beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep float64
-            moments.
+        state_dtype: dtype of the moments of parameters of up to 32 bits, or its name; None for
+            float32. `torch.bfloat16` with bfloat16 parameters takes as much memory as torch, with
+            torch's problem: at beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep
+            float64 moments.
 
     The state of a parameter is the same as in torch: `step` (in the default dtype; a float32 count
     stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`.
     Checkpoints can be exchanged with `torch.optim.RAdam`. Changes between steps (hyperparameters,
     state, gradients, `p.data`) take effect at the next step. As in torch, a loaded moment that fits
     is used without a copy: deepcopy a state dict to load it into two optimizers.
+
+    `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in `defaults`, in a
+    group and in a checkpoint only if they differ from the defaults above, so that checkpoints have
+    the keys of torch's. A group without one has that default, wherever it came from;
+    `RAdam.hyperparameters(group)` returns all values.
 
     `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
     which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes

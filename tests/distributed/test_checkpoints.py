@@ -225,6 +225,33 @@ def test_an_option_in_a_file_is_read_only_where_the_constructor_names_it(world, 
         assert RAdam.hyperparameters(loaded.param_groups[0])["rho_threshold"] == expected
 
 
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("loader", CLASSES)
+@by_form
+def test_a_file_of_ours_with_all_options(world, tmp_path, flat, loader):
+    """As this class wrote them before it left out what has its default."""
+    folder, form = tmp_path / "checkpoint", {"flatten_optimizer_state_dict": flat}
+    model, other = make_model(0), make_model(1)
+    optimizer = make_optimizer(model, "ours")
+    loaded = make_optimizer(other, loader)
+    train(model, optimizer, 0, SAVED_AFTER)
+    state = get_state(model, optimizer, **form)
+    options = {**RAdam.hyperparameters(optimizer.param_groups[0]), "state_dtype": torch.float32}
+    if flat:
+        names = [name for name, _ in model.named_parameters()]
+        options = {f"param_groups.{n}.{key}": v for n in names for key, v in options.items()}
+        state["optimizer"] |= options
+    else:
+        state["optimizer"]["param_groups"][0] |= options
+    dcp.save(state, checkpoint_id=folder)
+    state = get_state(other, loaded, **form)
+    dcp.load(state, checkpoint_id=folder)
+    set_state(other, loaded, state, **form)
+    train(model, optimizer, SAVED_AFTER, TRAINED)
+    train(other, loaded, SAVED_AFTER, TRAINED)
+    assert_close(other, full_parameters(model), exact=loader == "ours")
+
+
 @pytest.mark.distributed(1)
 def test_a_flattened_checkpoint_is_no_larger_than_torchs(world, tmp_path):
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(150)))
