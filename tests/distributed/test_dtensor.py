@@ -190,3 +190,24 @@ def test_a_step_waits_for_gradients_that_a_collective_is_still_writing(mesh):
         results.append([*(p.detach() for p in params[:2]), params[2].detach().to_local()])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_an_optimizer_made_before_fully_shard_warns_once(mesh):
+    """It holds the parameters that fully_shard has replaced."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    model = torch.nn.Linear(3, 2)
+    optimizer = RAdam(model.parameters())
+    fsdp.fully_shard(model, mesh=mesh)
+    right = RAdam(model.parameters())
+    for p in model.parameters():
+        p.grad = p.detach().clone()
+    for _ in range(2):
+        optimizer.step()
+        right.step()
+    with pytest.warns(UserWarning, match="no parameter has had a gradient in 3 steps") as caught:
+        for _ in range(3):
+            optimizer.step()
+            right.step()
+    assert len(caught) == 1
