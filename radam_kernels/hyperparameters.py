@@ -87,7 +87,7 @@ OPTIONAL = {
 
 
 def complete(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a group's options that has those, too, which have their default."""
+    """A group's options, with those that are absent because they have their default."""
     return {**OPTIONAL, **group}
 
 

@@ -160,6 +160,7 @@ class RAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         repairs = Repairs()
+        trained = True  # as far as fake tensors go
         # Taken out, so that a step in another thread, or within this one, makes its own plan.
         plan = self.__dict__.pop("_plan", None) or cpu.Plan()
         stages = listen()
@@ -168,6 +169,7 @@ class RAdam(Optimizer):
                 stages.enter("plan")
             if self._refresh(plan, repairs):
                 launch(plan, self._backend, repairs.write_backs, stages)
+                trained = self._watch.is_over() or bool(plan.owners)
         except BaseException:
             # Once memory has been written, the new state is kept, because it belongs to that.
             if not plan.begun:
@@ -178,7 +180,6 @@ class RAdam(Optimizer):
                 self.__dict__.pop(name, None)
             raise
         finally:
-            trained = self._watch.is_over() or bool(plan.owners)
             plan.release()
             self._plan = plan
             if stages:

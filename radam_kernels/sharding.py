@@ -111,36 +111,20 @@ def redistributed_gradients(grads: Sequence[Tensor], owners: Sequence[Tensor]) -
     Sums over ranks that are pending (Partial, as tensor parallelism leaves them) are computed
     together: one all-reduce for all gradients of a mesh and dtype.
     """
-    from torch.distributed.tensor import Replicate
-
-    reduced = list(grads)
+    placed = list(grads)
     together: dict[tuple, list[int]] = {}
     for i, (grad, owner) in enumerate(zip(grads, owners, strict=True)):
         if is_sharded(owner) and (pending := _pending_sums(grad)):
-            part = grad.to_local()
-            together.setdefault((grad.device_mesh, pending, part.dtype, part.device), []).append(i)
+            kind = (grad.device_mesh, pending, grad.dtype, local(grad).device)
+            together.setdefault(kind, []).append(i)
     for (mesh, pending, *_), members in together.items():
-        parts = [grads[i].to_local() for i in members]
-        sums = _all_reduced(torch.cat([part.reshape(-1) for part in parts]), mesh, pending)
-        sizes = [part.numel() for part in parts]
-        for i, part, total in zip(members, parts, sums.split(sizes), strict=True):
-            placements = list(grads[i].placements)
-            for dim, _ in pending:
-                placements[dim] = Replicate()
-            reduced[i] = type(grads[i]).from_local(
-                total.view(part.shape),
-                mesh,
-                placements,
-                run_check=False,
-                shape=grads[i].shape,
-                stride=grads[i].stride(),
-            )
-    return [
-        grad.redistribute(placements=owner.placements)
-        if is_sharded(owner) and grad.placements != owner.placements
-        else grad
-        for grad, owner in zip(reduced, owners, strict=True)
-    ]
+        reduced = _reduced([grads[i] for i in members], mesh, pending)
+        for i, grad in zip(members, reduced, strict=True):
+            placed[i] = grad
+    for i, (grad, owner) in enumerate(zip(placed, owners, strict=True)):
+        if is_sharded(owner) and grad.placements != owner.placements:
+            placed[i] = grad.redistribute(placements=owner.placements)
+    return placed
 
 
 def _pending_sums(grad: Tensor) -> tuple[tuple[int, str], ...]:
@@ -154,11 +138,30 @@ def _pending_sums(grad: Tensor) -> tuple[tuple[int, str], ...]:
     )
 
 
-def _all_reduced(flat: Tensor, mesh: Any, pending: tuple[tuple[int, str], ...]) -> Tensor:
+def _reduced(
+    grads: Sequence[Tensor], mesh: Any, pending: tuple[tuple[int, str], ...]
+) -> list[Tensor]:
+    """Copies of DTensors whose pending sums have been computed, with one all-reduce for each mesh
+    dimension."""
     import torch.distributed as dist
+    from torch.distributed.tensor import Replicate
 
+    parts = [local(grad) for grad in grads]
+    flat = torch.cat([part.reshape(-1) for part in parts])
     for dim, op in pending:
         dist.all_reduce(flat, group=mesh.get_group(dim))
         if op == "avg":  # gloo has sums only
             flat /= mesh.size(dim)
-    return flat
+    sums = flat.split([part.numel() for part in parts])
+    dims = {dim for dim, _ in pending}
+    return [
+        type(grad).from_local(
+            total.view(part.shape),
+            mesh,
+            [Replicate() if i in dims else p for i, p in enumerate(grad.placements)],
+            run_check=False,
+            shape=grad.shape,
+            stride=grad.stride(),
+        )
+        for grad, part, total in zip(grads, parts, sums, strict=True)
+    ]

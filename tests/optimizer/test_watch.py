@@ -81,3 +81,12 @@ def test_a_warning_made_an_error_comes_once_and_after_the_step():
             optimizer.step()
         optimizer.step()
     assert optimizer.state[params[1]]["step"] == 4
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        optimizer = RAdam([p := Parameter(torch.ones(2))])
+        p.grad = torch.ones(2)
+        assert not steps_of(optimizer, 4)
