@@ -159,6 +159,11 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
     if hasattr(owner, "to_local"):
         _check_gradient_mesh(owner, grad, name)
         param, grad = local(owner), local(grad, like=owner)
+        if grad.shape != param.shape:  # copy_ would broadcast it
+            raise ValueError(
+                f"grad of {name}: expected a local shard of shape {tuple(param.shape)}, got "
+                f"{tuple(grad.shape)}; DTensor.from_local takes this rank's part"
+            )
     else:
         param = owner
     if param.is_meta:

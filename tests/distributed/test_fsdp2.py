@@ -23,22 +23,17 @@ class FSDP2(Wrapper):
     """
     Args:
         nested: shard two layers by themselves, and the rest together.
-        mesh: of all ranks, if it is not a line.
         ignored: leave one parameter as it is; its gradients are averaged by a hook.
         arguments: of fully_shard.
     """
 
-    def __init__(
-        self,
-        *,
-        nested: bool = True,
-        mesh: DeviceMesh | None = None,
-        ignored: bool = False,
-        **arguments: Any,
-    ) -> None:
+    def __init__(self, *, nested: bool = True, ignored: bool = False, **arguments: Any) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.nested, self.ignored = nested, ignored
-        self.arguments = {"mesh": mesh or init_device_mesh("cpu", (self.world,)), **arguments}
+        self.arguments = {"mesh": self.make_mesh(), **arguments}
+
+    def make_mesh(self) -> DeviceMesh:
+        return init_device_mesh("cpu", (self.world,))
 
     def wrap(self, net: Net) -> nn.Module:
         if self.ignored:
@@ -60,6 +55,14 @@ class FSDP2(Wrapper):
         """On one rank only, or on all replicas of one shard."""
         if self.arguments["mesh"].get_coordinate()[-1] == 1:
             super().make_infinite(model)
+
+
+class HSDP(FSDP2):
+    """Shards over two ranks, and replicates the shards over the others."""
+
+    def make_mesh(self) -> DeviceMesh:
+        shape, names = (self.world // 2, 2), ("replicate", "shard")
+        return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 BF16 = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -108,5 +111,4 @@ def test_trains_bfloat16_parameters():
 @pytest.mark.distributed(4)
 @pytest.mark.parametrize("how", [Training(parts=2, clip=True), Training(inf_at=4)])
 def test_trains_replicated_shards(how):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    assert_follows_torch(FSDP2(mesh=mesh), how)
+    assert_follows_torch(HSDP(), how)

@@ -95,6 +95,9 @@ class Training:
     def batch(self, step: int) -> Tensor:
         return randn(ROWS, 4, 6, dtype=self.dtype, seed=1000 + step)
 
+    def loss(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean()
+
 
 class Wrapper:
     """A way to train a model on several ranks; this one is a single process without a wrapper."""
@@ -169,7 +172,7 @@ def train(wrapper: Wrapper, cls: type[Optimizer], how: Training) -> tuple[nn.Mod
             rows = how.batch(step)[wrapper.rank :: wrapper.world]
             for part, x in enumerate(rows.chunk(how.parts)):
                 with wrapper.accumulate(model, last=part == how.parts - 1):
-                    loss = model(x).square().mean() / how.parts
+                    loss = how.loss(model(x)) / how.parts
                     (scaler.scale(loss) if scaler else loss).backward()
             if step == how.inf_at:
                 wrapper.make_infinite(model)
