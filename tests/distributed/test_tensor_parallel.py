@@ -1,10 +1,17 @@
 """parallelize_module, alone and under fully_shard, and gradients of other placements."""
 
+import itertools
+
 import pytest
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import Parameter
 
+from radam_kernels import RAdam
 from tests.distributed.training import Net, Training, Wrapper, assert_follows_torch
+from tests.helpers import MOMENTS, STEPS, randn, same_bits
 
 parallel = pytest.importorskip("torch.distributed.tensor.parallel")
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -48,3 +55,32 @@ def test_trains_as_torch_does(how, world):
 )
 def test_trains_fully_sharded_as_torch_does(how):
     assert_follows_torch(TensorParallel(2, 2), how)
+
+
+@pytest.mark.distributed(2, 4)
+def test_gradients_placed_otherwise(world):
+    """The parts of a Partial gradient are zero but for one rank's, so that its sum is exact."""
+    mesh = init_device_mesh("cpu", (world,))
+    placements = [tensor.Shard(0), tensor.Shard(1), tensor.Replicate()]
+    values = torch.arange(15.0).view(5, 3)
+    plain = Parameter(values.clone())
+    params, kinds = [], []
+    for own, other in itertools.product(placements, [*placements, tensor.Partial()]):
+        params.append(Parameter(tensor.distribute_tensor(values.clone(), mesh, [own])))
+        kinds.append(other)
+    optimizer, alone = RAdam(params, lr=0.1), RAdam([plain], lr=0.1)
+    for step in range(STEPS):
+        plain.grad = randn(5, 3, seed=step)
+        for p, other in zip(params, kinds, strict=True):
+            if other.is_partial():
+                part = plain.grad * (dist.get_rank() == world - 1)
+                p.grad = tensor.DTensor.from_local(part, mesh, [other])
+            else:
+                p.grad = tensor.distribute_tensor(plain.grad, mesh, [other])
+        optimizer.step()
+        alone.step()
+    for p in params:
+        assert same_bits(p.full_tensor(), plain)
+        for key in MOMENTS:
+            assert optimizer.state[p][key].placements == p.placements
+            assert same_bits(optimizer.state[p][key].full_tensor(), alone.state[plain][key])
