@@ -47,6 +47,7 @@ TRAININGS = {
         {"gradient_as_bucket_view": True},
         Training(ours={"flatten": True}, frozen=True),
     ),
+    "flatten before DDP": ({}, Training(ours={"flatten": True}, early=True)),
     "static graph": ({"static_graph": True}, Training(tied=True)),
     "unused parameters": (
         {"find_unused_parameters": True},

@@ -54,7 +54,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.distributed(2, 4)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("how", TRAININGS.values(), ids=TRAININGS)
 def test_trains_as_torch_does(use_orig_params, how):

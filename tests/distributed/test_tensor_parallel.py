@@ -43,7 +43,7 @@ class TensorParallel(Wrapper):
         return net
 
 
-@pytest.mark.distributed(2, 4)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("how", [Training(width=8), Training(width=8, clip=True, two_groups=True)])
 def test_trains_as_torch_does(how, world):
     assert_follows_torch(TensorParallel(world), how)

@@ -60,6 +60,7 @@ class Training:
         unscale: call GradScaler.unscale_ before its step.
         transposed: gradients get other strides than their parameters.
         unused: a layer takes no part in every third step.
+        early: make the optimizer before the model is wrapped.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Training:
     unscale: bool = False
     transposed: bool = False
     unused: bool = False
+    early: bool = False
 
     def net(self) -> Net:
         net = Net(self.width, self.tied).to(self.dtype)
@@ -157,8 +159,11 @@ def full(tensor: Tensor) -> Tensor:
 def train(wrapper: Wrapper, cls: type[Optimizer], how: Training) -> tuple[nn.Module, Optimizer]:
     """Makes the model and its optimizer, and trains it on this rank's part of each batch."""
     net = how.net()
+    if how.early:
+        optimizer = how.optimizer(cls, net)
     model = wrapper.wrap(net)
-    optimizer = wrapper.optimizer(cls, model, how)
+    if not how.early:
+        optimizer = wrapper.optimizer(cls, model, how)
     scaler = wrapper.scaler() if how.inf_at is not None else None
     schedule = None
     if how.schedule:
