@@ -168,6 +168,8 @@ def test_every_rank_refuses(index):
     assert index == 0 or dist.get_rank() == 0 or damaged.to_local().numel() == 0
     for name, (fault, expected) in FAULTS.items():
         backward()
+        for each in (optimizer, healthy):
+            del each.state[params_of(each)[3]]  # made in the step, and unmade if that is refused
         before, before_values = contents(optimizer), values(optimizer)
         fault(optimizer, damaged)
         objects = identities(optimizer)
