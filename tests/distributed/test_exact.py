@@ -46,10 +46,10 @@ class Exact(Training):
 
 @pytest.mark.distributed(2, 4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wrapper", [DDP, ZeRO, FSDP1, FSDP2, HSDP])
-def test_one_process_computes_the_same_bits(wrapper, dtype):
-    how = Exact(dtype=dtype)
+@pytest.mark.parametrize("cls", [DDP, ZeRO, FSDP1, FSDP2, HSDP])
+def test_one_process_computes_the_same_bits(cls, dtype):
+    how, wrapper = Exact(dtype=dtype), cls()
     plain, _ = train(Wrapper(), RAdam, how)
-    model, _ = train(wrapper(), RAdam, how)
-    for p, q in zip(wrapper().full(model), plain.parameters(), strict=True):
+    model, _ = train(wrapper, RAdam, how)
+    for p, q in zip(wrapper.full(model), plain.parameters(), strict=True):
         assert same_bits(p, q)

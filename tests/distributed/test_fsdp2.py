@@ -109,6 +109,8 @@ def test_trains_bfloat16_parameters():
 
 
 @pytest.mark.distributed(4)
-@pytest.mark.parametrize("how", [Training(parts=2, clip=True), Training(inf_at=4)])
+@pytest.mark.parametrize(
+    "how", [Training(parts=2, clip=True), Training(inf_at=4)], ids=["clip", "GradScaler"]
+)
 def test_trains_replicated_shards(how):
     assert_follows_torch(HSDP(), how)

@@ -149,7 +149,7 @@ def refusals_of_all(optimizer: Optimizer) -> list[str]:
 
 
 @pytest.mark.distributed(2, 4)
-@pytest.mark.parametrize("index", [0, 8])
+@pytest.mark.parametrize("index", [0, 8])  # with 5 rows and 1 row
 def test_every_rank_refuses(index):
     how, batches = Training(), itertools.count()
     models = [FSDP2(nested=False).wrap(how.net()) for _ in range(2)]
@@ -165,7 +165,8 @@ def test_every_rank_refuses(index):
     optimizer.step()
     healthy.step()
     damaged = params_of(optimizer)[index]
-    assert index == 0 or dist.get_rank() == 0 or damaged.to_local().numel() == 0
+    has_elements = damaged.to_local().numel() > 0
+    assert has_elements == (dist.get_rank() < (3 if index == 0 else 1))
     for name, (fault, expected) in FAULTS.items():
         backward()
         for each in (optimizer, healthy):
@@ -181,3 +182,10 @@ def test_every_rank_refuses(index):
         optimizer.step()
         healthy.step()
         assert_same_locally(optimizer, healthy, rtol=0, atol=0)
+
+
+@pytest.mark.distributed(2)
+def test_every_rank_refuses_to_flatten_shards():
+    for p in FSDP2().wrap(Training().net()).parameters():
+        with pytest.raises(ValueError, match="sharded"):
+            RAdam([p], flatten=True)

@@ -42,19 +42,29 @@ class TensorParallel(Wrapper):
             fsdp.fully_shard(net, mesh=self.mesh["data"])
         return net
 
+    def make_infinite(self, model: nn.Module) -> None:
+        """On one rank only."""
+        if dist.get_rank() == dist.get_world_size() - 1:
+            super().make_infinite(model)
+
+
+TRAININGS = {
+    "clip, two groups": Training(width=8, clip=True, two_groups=True),
+    "GradScaler": Training(width=8, inf_at=4),
+    "GradScaler, capturable": Training(width=8, inf_at=4, ours={"capturable": True}),
+}
+
 
 @pytest.mark.distributed(2)
-@pytest.mark.parametrize("how", [Training(width=8), Training(width=8, clip=True, two_groups=True)])
+@pytest.mark.parametrize("how", TRAININGS.values(), ids=TRAININGS)
 def test_trains_as_torch_does(how, world):
     assert_follows_torch(TensorParallel(world), how)
 
 
 @pytest.mark.distributed(4)
-@pytest.mark.parametrize(
-    "how", [Training(width=8), Training(width=8, inf_at=4, unscale=True, clip=True)]
-)
-def test_trains_fully_sharded_as_torch_does(how):
-    assert_follows_torch(TensorParallel(2, 2), how)
+@pytest.mark.parametrize("training", ["clip, two groups", "GradScaler, capturable"])
+def test_trains_fully_sharded_as_torch_does(training):
+    assert_follows_torch(TensorParallel(2, 2), TRAININGS[training])
 
 
 @pytest.mark.distributed(2, 4)
