@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,11 +57,12 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if processes.distributed else None
         self._saving: Future | None = None
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, draws: torch.Generator):
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, draws: torch.Generator
+    ) -> None:
         """Loads the newest checkpoint, whatever number of processes wrote it."""
         state = _state(model, optimizer, draws)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with _no_warning_of_one_process():
             dcp.load(state, checkpoint_id=self._newest, process_group=self._group)
         set_state_dict(
             model,
@@ -84,8 +87,7 @@ class Checkpoints:
                 state, checkpoint_id=self._newest, process_group=self._group
             )
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with _no_warning_of_one_process():
             dcp.save(state, checkpoint_id=self._newest)
 
     def finish(self) -> None:
@@ -106,8 +108,8 @@ class Checkpoints:
 
     def _open(self) -> tuple[Path | None, list[dict[str, Any]]]:
         """Locks the folder; returns the newest complete checkpoint and its runs."""
-        self._lock_folder()
         try:
+            self._lock_folder()
             return self._read()
         except BaseException:
             self._unlock()
@@ -153,7 +155,7 @@ class Checkpoints:
 
     def _write_record(self) -> None:
         runs = [asdict(run) for run in self._runs.values()]
-        self._newest.mkdir()
+        self._newest.mkdir(exist_ok=True)  # DCP of another rank may be here first
         with (self._newest / RECORD).open("w") as file:
             json.dump({"settings": self._settings, "runs": runs}, file)
             file.flush()
@@ -166,6 +168,13 @@ class Checkpoints:
         for path in self._all():
             if path != self._newest:
                 shutil.rmtree(path)
+
+
+@contextmanager
+def _no_warning_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _state(

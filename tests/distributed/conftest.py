@@ -20,8 +20,12 @@ _MODULES = (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each number of processes that `@pytest.mark.distributed(2, 4)` lists."""
-    if mark := metafunc.definition.get_closest_marker("distributed"):
+    """One test for each number of processes that `@pytest.mark.distributed(2, 4)` lists.
+
+    Without a number the mark only selects: such a test starts processes itself.
+    """
+    mark = metafunc.definition.get_closest_marker("distributed")
+    if mark and mark.args:
         metafunc.fixturenames.append("world")
         metafunc.parametrize("world", mark.args, ids=[f"{n} ranks" for n in mark.args])
 
@@ -29,7 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Runs the body of such a test on all ranks. Arguments are parameters, not other fixtures."""
-    if not pyfuncitem.get_closest_marker("distributed"):
+    mark = pyfuncitem.get_closest_marker("distributed")
+    if not (mark and mark.args):
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
