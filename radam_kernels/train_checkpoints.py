@@ -120,9 +120,11 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._lock, f"{os.getpid():<20}".encode())
         except BlockingIOError as error:
+            owner = os.read(self._lock, 20).decode().strip()
             raise UserError(
-                f"--checkpoint {self._folder}: another process still trains with it; wait for "
+                f"--checkpoint {self._folder}: process {owner} still trains with it; wait for "
                 "it, end it, or choose another folder"
             ) from error
         except OSError as error:

@@ -82,12 +82,15 @@ def join() -> Processes:
     """Joins the process group of torchrun, if torchrun started this process."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return Processes()
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, rank, count = next(dist.rendezvous("env://"))
+    # A process that torchrun has restarted must not find what the last one stored.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     if rank:
         # Ctrl-C ends these at once, even while they wait for a peer; rank 0 reports it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     return Processes(rank, count, int(os.environ["LOCAL_RANK"]))
 
 

@@ -154,9 +154,11 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys, interrupted
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("1234")
+        lock.flush()
         words = ["--out", tmp_path / "out", "--checkpoint", tmp_path]
         assert train.main(arguments(*words)) == 2
-    assert "another process still trains with it" in capsys.readouterr().err
+    assert "process 1234 still trains with it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "tqdm"])
