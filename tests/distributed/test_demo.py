@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,8 @@ TINY = [
     "--device",
     "cpu",
 ]
-KILL_AT = STEPS + 3  # while the second optimizer's first checkpoint is being written
+# While the second optimizer's second checkpoint is being written; the first is complete by then.
+KILL_AT = STEPS + 6
 KILLED = f"""
 import os, signal, sys
 from radam_kernels import __main__
@@ -118,7 +120,7 @@ def test_rank_0_alone_prints_and_writes(whole):
     folder, output = whole
     assert output.count("held-out loss     optimizer    share of") == 1
     assert output.count("written: ") == 1
-    assert output.count("torch.optim.Adam: 100%") >= 1
+    assert output.count(f" 0/{STEPS} [00:00<?, ?step/s]") == 3, "progress bars"
     assert "FSDP2, 2 processes" in output
     assert json.loads((folder / "out" / "train.json").read_text())["machine"]["processes"] == 2
     for name, run in losses(folder / "out").items():
@@ -133,10 +135,8 @@ def test_a_killed_run_resumes_with_the_same_losses_to_the_bit(whole, killed, tmp
     code, output = finish(start(*demo("--out", tmp_path / "out", "--checkpoint", checkpoints)))
     assert code == 0, output
     assert losses(tmp_path / "out") == losses(whole[0] / "out")
-    assert f"resuming from {checkpoints}: step " in output
-    assert f"step {STEPS} of radam_kernels.RAdam" in output or (
-        f"step {KILL_AT - STEPS} of torch.optim.RAdam" in output
-    )
+    resumed = f"resuming from {checkpoints}: step (3|6) of torch.optim.RAdam"
+    assert re.search(resumed, output), output
     assert [path.name for path in checkpoints.glob("radam_train-*")] == [incomplete.name]
     assert (incomplete / ".metadata").exists()
 
@@ -159,7 +159,7 @@ def test_a_refusal_of_one_rank_is_printed_once_and_ends_all(whole, tmp_path):
     code, output = finish(process)
     assert code != 0
     assert output.count("holds a run with --lr 0.003 (now 0.5)") == 1
-    assert output.count("exitcode  : 2 ") + output.count("exitcode: 2") > 0
+    assert "exitcode  : 2 (pid" in output
     assert "UserError" not in output
 
 
