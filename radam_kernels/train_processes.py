@@ -111,7 +111,7 @@ def pick_device(name: str | None, processes: Processes) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and processes.distributed:
+        if device.type == "cuda" and processes.distributed and torch.cuda.is_available():
             device = _own_gpu(device, processes.local_rank)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -130,7 +130,7 @@ def _own_gpu(device: torch.device, local_rank: int) -> torch.device:
             "give --device cuda"
         )
     gpus = torch.cuda.device_count()
-    if 0 < gpus <= local_rank:
+    if local_rank >= gpus:
         raise UserError(
             f"torchrun started more processes than this machine has GPUs ({gpus}); "
             f"give --nproc-per-node {gpus}, or --device cpu"
