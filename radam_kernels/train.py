@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .train_processes import Processes, UserError, join, leave, pick_device
 from .train_report import OURS, TORCH_ADAM, TORCH_RADAM, Run, draw, radam_difference, record, table
 
 HEAD_WIDTH = 32
 HELD_OUT_WINDOWS = 128
 EVALUATIONS = 25
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from .train_checkpoints import Checkpoints
+
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
-class UserError(Exception):
-    """An error that the user can fix; the message says how."""
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a comparison share."""
+
+    args: argparse.Namespace
+    processes: Processes
+    device: torch.device
+    text: tuple[Tensor, Tensor]  # to train on, and held out
+    factories: dict[str, OptimizerFactory]
 
 
 class Block(nn.Module):
@@ -116,38 +133,52 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train_one(
-    run: Run,
-    make_optimizer: OptimizerFactory,
-    text: tuple[Tensor, Tensor],
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
-    """Trains a new model for `args.steps` steps and records losses and times in `run`."""
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether `step` is a multiple of `every`, or the last one."""
+    return step % every == 0 or step == last
+
+
+def evaluate(run: Run, model: ByteModel, batch: Tensor, bar: tqdm) -> None:
+    """Records the loss of `batch`, the same on all processes, and shows it on the bar."""
+    run.eval_steps.append(run.steps)
+    run.held_out.append(held_out_loss(model, batch))
+    bar.set_postfix_str(f"held-out loss {run.held_out[-1]:.3f} nats/byte")
+
+
+def train_one(run: Run, setup: Setup, checkpoints: Checkpoints | None) -> None:
+    """Trains a model for `args.steps` steps, or the rest of them; records results in `run`."""
     from tqdm import tqdm
 
+    args, processes, device = setup.args, setup.processes, setup.device
     # Initial values and batches depend on the seed only, so they are the same in every run.
     torch.manual_seed(args.seed)
     draws = torch.Generator().manual_seed(args.seed)
     model = ByteModel(args.layers, args.width, args.context).to(device)
+    processes.shard(model, device)
     run.parameters = sum(p.numel() for p in model.parameters())
-    optimizer = make_optimizer(model.parameters())
-    train, held_out = text
+    optimizer = setup.factories[run.name](model.parameters())
+    if run.steps:
+        checkpoints.load(model, optimizer, draws)
+    train, held_out = setup.text
     last = len(held_out) - args.context - 1
     starts = torch.linspace(0, last, min(HELD_OUT_WINDOWS, last + 1)).long()
     held_out_batch = windows(held_out, starts, args.context, device)
-    every = max(1, args.steps // EVALUATIONS)
 
-    with tqdm(total=args.steps, desc=run.name, unit="step", dynamic_ncols=True) as bar:
-        for step in range(args.steps + 1):
-            if step % every == 0 or step == args.steps:
-                run.eval_steps.append(step)
-                run.held_out.append(held_out_loss(model, held_out_batch))
-                bar.set_postfix_str(f"held-out loss {run.held_out[-1]:.3f} nats/byte")
-            if step == args.steps:
-                break
+    with tqdm(
+        total=args.steps,
+        initial=run.steps,
+        desc=run.name,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not processes.first,
+    ) as bar:
+        if not run.eval_steps:
+            evaluate(run, model, held_out_batch, bar)
+        while run.steps < args.steps:
             begin = now(device)
+            # All processes draw the batch, and each takes its part.
             starts = torch.randint(len(train) - args.context, (args.batch,), generator=draws)
+            starts = starts.chunk(processes.count)[processes.rank]
             loss = loss_of(model, windows(train, starts, args.context, device))
             optimizer.zero_grad()
             loss.backward()
@@ -157,6 +188,10 @@ def train_one(
             run.optimizer_s.append(end - backward_done)
             run.step_s.append(end - begin)
             bar.update()
+            if is_due(run.steps, max(1, args.steps // EVALUATIONS), args.steps):
+                evaluate(run, model, held_out_batch, bar)
+            if checkpoints and is_due(run.steps, args.checkpoint_every, args.steps):
+                checkpoints.save(model, optimizer, draws)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +207,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=positive, default=4, help="layers of the model (%(default)s)")
     add("--width", type=positive, default=96, help="model width, a multiple of 32 (%(default)s)")
     add("--context", type=positive, default=64, help="context length in bytes (%(default)s)")
-    add("--batch", type=positive, default=16, help="windows in a batch (%(default)s)")
+    add(
+        "--batch",
+        type=positive,
+        default=16,
+        help="windows in a batch of all processes (%(default)s)",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="folder to save to and resume from",
+    )
+    add(
+        "--checkpoint-every",
+        type=positive,
+        default=100,
+        metavar="STEPS",
+        help="steps between checkpoints (%(default)s)",
+    )
 
 
 def positive(text: str) -> int:
@@ -183,7 +236,7 @@ def positive(text: str) -> int:
     return number
 
 
-def require(args: argparse.Namespace) -> None:
+def require(args: argparse.Namespace, processes: Processes) -> None:
     """Raises UserError for errors that would otherwise show only after minutes of training."""
     try:
         import matplotlib  # noqa: F401
@@ -194,21 +247,15 @@ def require(args: argparse.Namespace) -> None:
         ) from error
     if args.width % HEAD_WIDTH:
         raise UserError(f"--width: expected a multiple of {HEAD_WIDTH}, got {args.width}")
+    if args.batch % processes.count:
+        above = args.batch + -args.batch % processes.count
+        raise UserError(
+            f"--batch: {processes.count} processes cannot share {args.batch} windows evenly; "
+            f"give a multiple of {processes.count}, such as {above}"
+        )
     existing = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--out: {existing} is not a folder to write to; choose another")
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device `name`, if it works; by default cuda if available, otherwise cpu."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected cpu or cuda, got {name}")
-    return device
 
 
 def optimizer_factories(
@@ -229,23 +276,59 @@ def optimizer_factories(
     }
 
 
-def compare(args: argparse.Namespace, runs: dict[str, Run]) -> None:
-    """Trains under each optimizer into `runs`, prints the table, writes the PNG and the JSON."""
-    require(args)
-    device = pick_device(args.device)
+def prepare(args: argparse.Namespace, processes: Processes) -> Setup:
+    """Checks the arguments and reads the text; raises UserError."""
+    require(args, processes)
+    device = pick_device(args.device, processes)
     text = load_text(args.text, args.context)
-    for name, factory in optimizer_factories(args, device).items():
-        runs[name] = Run(name)
-        train_one(runs[name], factory, text, args, device)
+    return Setup(args, processes, device, text, optimizer_factories(args, device))
 
+
+def open_checkpoints(
+    setup: Setup, runs: dict[str, Run]
+) -> AbstractContextManager[Checkpoints | None]:
+    """The checkpoints of `args.checkpoint`, if given; fills `runs` with what is already done."""
+    args = setup.args
+    if not args.checkpoint:
+        return nullcontext()
+    from .train_checkpoints import Checkpoints
+
+    names = "steps", "seed", "lr", "layers", "width", "context", "batch", "backend"
+    settings = {f"--{name}": str(getattr(args, name)) for name in names}
+    text = torch.cat(setup.text).to(torch.uint8).numpy()
+    settings["--text"] = f"of SHA-256 {hashlib.sha256(text).hexdigest()[:12]}"
+    return Checkpoints(args.checkpoint, settings, runs, setup.processes)
+
+
+def compare(args: argparse.Namespace, runs: dict[str, Run], processes: Processes) -> None:
+    """Trains under each optimizer into `runs`; rank 0 prints and writes the results."""
+    setup = processes.agree(lambda: prepare(args, processes))
+    with open_checkpoints(setup, runs) as checkpoints:
+        if runs and processes.first:
+            run = list(runs.values())[-1]
+            print(f"resuming from {args.checkpoint}: step {run.steps} of {run.name}", flush=True)
+        for name in setup.factories:
+            run = runs.setdefault(name, Run(name))
+            if run.steps < args.steps:
+                train_one(run, setup, checkpoints)
+    if processes.first:
+        write_results(setup, runs)
+
+
+def write_results(setup: Setup, runs: dict[str, Run]) -> None:
+    """Prints the table, and writes the PNG and the JSON."""
+    args, processes, device = setup.args, setup.processes, setup.device
     cuda = device.type == "cuda"
     machine = {
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "processes": processes.count,
         "cpu_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     where = machine["device"] if cuda else f"CPU, {torch.get_num_threads()} threads"
+    if processes.distributed:
+        where = f"FSDP2, {processes.count} processes, each {where}"
     caption = (
         f"byte-level transformer, {runs[OURS].parameters / 1e6:.2f} M parameters, "
         f"lr {args.lr:g}, seed {args.seed}; {where}; torch {torch.__version__}"
@@ -263,14 +346,19 @@ def compare(args: argparse.Namespace, runs: dict[str, Run]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the comparison; returns 0, 2 for a UserError, or 130 for Ctrl-C."""
     runs: dict[str, Run] = {}
+    processes = Processes()
+    code = 0
     try:
-        compare(args, runs)
+        processes = join()
+        compare(args, runs, processes)
     except UserError as error:
-        print(f"radam_kernels train: {error}", file=sys.stderr)
-        return 2
+        if processes.first:
+            print(f"radam_kernels train: {error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         run = next(reversed(runs.values()), Run("training"))
-        steps = len(run.step_s)
-        print(f"interrupted after {steps} steps of {run.name}; nothing written", file=sys.stderr)
+        left = f"a rerun resumes from {args.checkpoint}" if args.checkpoint else "nothing written"
+        print(f"interrupted after {run.steps} steps of {run.name}; {left}", file=sys.stderr)
         return 130
-    return 0
+    leave(processes)
+    return code

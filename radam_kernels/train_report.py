@@ -25,6 +25,11 @@ class Run:
     optimizer_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
 
+    @property
+    def steps(self) -> int:
+        """The number of training steps so far."""
+        return len(self.step_s)
+
     def optimizer_ms(self) -> tuple[float, float, float]:
         """The 20th, 50th and 80th percentile of the optimizer's time per step, in ms."""
         low, mid, high = torch.tensor(self.optimizer_s).quantile(torch.tensor([0.2, 0.5, 0.8]))

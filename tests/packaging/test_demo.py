@@ -3,8 +3,10 @@
 import argparse
 import builtins
 import contextlib
+import fcntl
 import io
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from radam_kernels import train
 pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install 'radam_kernels[demo]'")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 
-TINY = ["--steps", "8", "--layers", "1", "--width", "32", "--context", "16", "--batch", "4"]
+STEPS = 8
+TINY = ["--steps", str(STEPS), "--layers", "1", "--width", "32", "--context", "16", "--batch", "4"]
 
 
 def arguments(*words: object) -> argparse.Namespace:
@@ -98,6 +101,64 @@ def test_control_c_leaves_one_line_and_no_files(tmp_path, capsys, monkeypatch):
     assert "interrupted after 0 steps of radam_kernels.RAdam; nothing written" in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """Checkpoints of a run that ended in the middle of the second optimizer."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    real, steps = train.held_out_loss, iter(range(STEPS + 5))
+
+    def loss_or_interrupt(*args):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    words = ["--out", folder / "out", "--checkpoint", folder, "--checkpoint-every", 2]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "held_out_loss", loss_or_interrupt)
+        assert train.main(arguments(*words)) == 130
+    return folder
+
+
+def test_a_rerun_resumes_with_the_same_losses_to_the_bit(tmp_path, capsys, interrupted, trained):
+    checkpoints = shutil.copytree(interrupted, tmp_path / "checkpoints")
+    resumed = run(tmp_path / "out", "--checkpoint", checkpoints)
+    assert f"resuming from {checkpoints}: step 2 of torch.optim.RAdam" in resumed.printed
+    assert resumed.losses == trained.losses
+    assert (
+        run(tmp_path / "again", "--checkpoint", checkpoints).numbers["optimizers"]
+        == (resumed.numbers["optimizers"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lr", 0.1], "--lr 0.003 (now 0.1)"),
+        (["--seed", 1, "--batch", 8], "--seed 0 (now 1), --batch 4 (now 8)"),
+        (["--text", __file__], "--text of SHA-256 "),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0],
+)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys, interrupted, words, said):
+    files = set(interrupted.rglob("*"))
+    words = ["--out", tmp_path / "out", "--checkpoint", interrupted, *words]
+    assert train.main(arguments(*words)) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "give the same, or choose another folder" in error
+    assert set(interrupted.rglob("*")) == files
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("1234")
+        lock.flush()
+        words = ["--out", tmp_path / "out", "--checkpoint", tmp_path]
+        assert train.main(arguments(*words)) == 2
+    assert "process 1234 still trains with it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "tqdm"])
