@@ -67,14 +67,17 @@ class Case:
 
 
 def renew_gradients(params: Sequence[Tensor]) -> None:
-    """As zero_grad and a backward pass do: the old one lives until the new one exists."""
+    """As zero_grad and a backward pass do: the old one lives until the new one exists.
+
+    As FSDP2 makes them, without operations on DTensors: those would sweep the caches.
+    """
     for param in params:
         param.grad = _placed(local(param.grad).clone(), param)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is here; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor._local_tensor if hasattr(tensor, "to_local") else tensor
 
 
 def size(power: int, dtype: str = "float32") -> str:

@@ -10,7 +10,8 @@ namespace {
 // their default. KeyError for any other that is missing.
 Ref option(PyObject* group, PyObject* key) {
   static PyObject* const optional =
-      attribute(Ref::steal(PyImport_ImportModule("radam_kernels.hyperparameters")).get(), "OPTIONAL")
+      attribute(Ref::steal(PyImport_ImportModule("radam_kernels.hyperparameters")).get(),
+                "OPTIONAL")
           .release();
   Ref found = item(group, key);
   if (!found.get()) found = item(optional, key);
