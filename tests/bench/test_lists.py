@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench import cases
+from bench import cases, optimizers, timing
 from bench.cases import all_cases, select
-from bench.goals import GOALS
+from bench.goals import GOALS, SHARDED
 from bench.models import MODELS
-from bench.optimizers import BY_NAME, CPU, OPTIMIZERS
+from bench.optimizers import BY_NAME, CPU, OPTIMIZERS, PLAIN
 from bench.roofline import Stream, streams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def test_names_are_unique_and_each_set_has_what_its_goals_ask_for():
     for goal in GOALS:
         assert goal.optimizer in BY_NAME
         missing = set(goal.cases) - sets["gpu" if "cuda" in goal.optimizer else "quick"]
-        assert missing <= {cases.size(28)}  # of a full report
+        assert missing <= {cases.size(28), *SHARDED}  # of a full report
         assert set(goal.cases) <= sets["gpu"] | sets["full"]
 
 
@@ -53,6 +53,16 @@ def test_sharded_parameters_are_stepped_too():
     before = params[0].to_local().clone()
     BY_NAME[CPU].start(params).step()
     assert not torch.equal(params[0].to_local(), before)
+    dist.destroy_process_group()
+
+
+def test_sharded_and_plain_tensors_take_turns():
+    case = next(case for case in all_cases() if case.sharded).tiny()
+    rows = timing.measure(case, [BY_NAME[CPU], BY_NAME[PLAIN]], torch.device("cpu"), seconds=0)
+    by_name = {row["optimizer"]: row for row in rows}
+    assert by_name[PLAIN]["vs_plain"] == 1.0
+    assert by_name[CPU]["vs_plain"] == by_name[PLAIN]["ms"] / by_name[CPU]["ms"]
+    assert not {row.name for row in optimizers.select(torch.float32, "cpu", 2)} & {PLAIN}
     dist.destroy_process_group()
 
 
