@@ -69,7 +69,7 @@ class Case:
 def renew_gradients(params: Sequence[Tensor]) -> None:
     """As zero_grad and a backward pass do: the old one lives until the new one exists.
 
-    As FSDP2 makes them, without operations on DTensors: those would sweep the caches.
+    As FSDP2 makes them: to_local() runs torch operations that evict the optimizer's data.
     """
     for param in params:
         param.grad = _placed(local(param.grad).clone(), param)

@@ -1,6 +1,7 @@
 """The hyperparameters of a parameter group: one table of their defaults and ranges."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,7 @@ def compact(group: dict[str, Any]) -> None:
         value = group.get(name, default)
         if isinstance(value, torch.dtype):
             group[name] = str(value).removeprefix("torch.")
-        elif isinstance(value, str | float | int | None) and value == default:
+        elif isinstance(value, str | Real | None) and value == default:
             group.pop(name, None)
 
 

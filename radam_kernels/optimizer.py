@@ -160,7 +160,6 @@ class RAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         repairs = Repairs()
-        trained = True  # as far as fake tensors go
         # Taken out, so that a step in another thread, or within this one, makes its own plan.
         plan = self.__dict__.pop("_plan", None) or cpu.Plan()
         stages = listen()
@@ -168,8 +167,9 @@ class RAdam(Optimizer):
             if stages:
                 stages.enter("plan")
             if self._refresh(plan, repairs):
+                if not self._watch.is_over():
+                    self._watch.look(self.param_groups, trained=bool(plan.owners))
                 launch(plan, self._backend, repairs.write_backs, stages)
-                trained = self._watch.is_over() or bool(plan.owners)
         except BaseException:
             # Once memory has been written, the new state is kept, because it belongs to that.
             if not plan.begun:
@@ -184,8 +184,6 @@ class RAdam(Optimizer):
             self._plan = plan
             if stages:
                 stages.enter(None)
-        if not self._watch.is_over():
-            self._watch.after_step(self.param_groups, trained=trained)
         return loss
 
     def _refresh(self, plan, repairs: Repairs) -> bool:
@@ -287,7 +285,15 @@ class RAdam(Optimizer):
         `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in a group only
         if they differ from their default.
         """
-        return {key: value for key, value in complete(group).items() if key in DEFAULTS}
+        options = {key: value for key, value in group.items() if key in DEFAULTS}
+        compact(options)
+        return complete(options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim.RAdam saves it, with the options that differ from its."""
+        for group in self.param_groups:  # edited since
+            compact(group)
+        return super().state_dict()
 
     def __repr__(self) -> str:
         groups = super().__repr__().removesuffix(")")

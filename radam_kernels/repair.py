@@ -106,13 +106,13 @@ def repair(
         olds.append(None if old is _MISSING else old)
         _validate(owner, grad, name)
     grads = redistributed_gradients([grad for _, _, grad, _ in pending], owners)
+    placed = [_placed(old, owner, name_of) for owner, old in zip(owners, olds, strict=True)]
     staged = [
         _stage(owner, grad, _Name(owner, name_of), new=is_new(old))
         for owner, grad, old in zip(owners, grads, olds, strict=True)
     ]
     if any(item.copied for item in staged):
         _refuse_sharing([*plan.owners, *owners], name_of)
-    placed = [_placed(old, owner, name_of) for owner, old in zip(owners, olds, strict=True)]
     fresh = []
     for (group, owner, _, _), old, moments in zip(pending, olds, placed, strict=True):
         dtype = moment_dtype(owner, group.get("state_dtype"))
@@ -154,13 +154,11 @@ def _placed(
     old: dict[str, Any] | None, owner: Tensor, name_of: Callable[[Tensor], str]
 ) -> dict[str, Tensor]:
     """The moments in a parameter's state, placed as the parameter is; empty if it has none."""
-    placed = {} if is_new(old) else {key: old[key] for key in MOMENTS}
-    for key, moment in placed.items():
-        what = _Name(owner, name_of, f"{key} of ")
-        if not same_placement(moment, owner):
-            placed[key] = redistributed(moment, owner, what)
-        check_local_shape(placed[key], owner, what)
-    return placed
+    if is_new(old):
+        return {}
+    return {
+        key: redistributed(old[key], owner, _Name(owner, name_of, f"{key} of ")) for key in MOMENTS
+    }
 
 
 def _validate(owner: Tensor, grad: Tensor, name: _Name) -> None:
@@ -188,6 +186,8 @@ def _validate(owner: Tensor, grad: Tensor, name: _Name) -> None:
         )
     check_storage(owner, name)
     check_storage(grad, name, "grad of ")
+    if same_placement(grad, owner):
+        check_local_shape(grad, owner, "grad of ", name)
 
 
 def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
@@ -195,7 +195,7 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
 
     The gradient is placed as its parameter is.
     """
-    check_local_shape(grad, owner, _Name(owner, name.name_of, "grad of "))
+    check_local_shape(grad, owner, "grad of ", name)
     param, grad = local(owner), local(grad)
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:

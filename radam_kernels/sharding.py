@@ -71,8 +71,10 @@ def redistributed(moment: Tensor, owner: Tensor, what: object) -> Tensor:
         ValueError: the moment's mesh lacks ranks of the parameter's mesh, or the local parts differ
             in shape.
     """
+    if same_placement(moment, owner):
+        return moment
     if not is_sharded(owner):
-        return moment.full_tensor() if is_sharded(moment) else moment
+        return moment.full_tensor()
     mesh = owner.device_mesh
     if is_sharded(moment) and moment.device_mesh != mesh:
         if not {*mesh.mesh.flatten().tolist()} <= {*moment.device_mesh.mesh.flatten().tolist()}:
@@ -91,17 +93,18 @@ def redistributed(moment: Tensor, owner: Tensor, what: object) -> Tensor:
         moment = moment.redistribute(placements=owner.placements)
     if not same_placement(moment, owner):
         raise ValueError(f"{what}: its shards are in another order than its parameter's")
-    check_local_shape(moment, owner, what)
+    check_local_shape(moment, owner, "", what)
     return wrap_local(moment.to_local(), owner)
 
 
-def check_local_shape(tensor: Tensor, owner: Tensor, what: object) -> None:
-    """Raises ValueError for a DTensor whose local part is not the part that its placement says."""
+def check_local_shape(tensor: Tensor, owner: Tensor, of: str, name: object) -> None:
+    """Raises ValueError, about `of` and `name`, for a DTensor placed as its parameter is, if its
+    local part is not what the placement says."""
     part, expected = local(tensor).shape, local(owner).shape
     if part != expected:
         raise ValueError(
-            f"{what}: its local part has shape {tuple(part)}, its parameter's {tuple(expected)}; "
-            "give DTensor.from_local the part that the placement says"
+            f"{of}{name}: its local part has shape {tuple(part)}, its parameter's "
+            f"{tuple(expected)}; give DTensor.from_local the part that the placement says"
         )
 
 

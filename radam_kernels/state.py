@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .flat import is_dense, zeros_like
 from .modules import DTYPES, cpu
-from .sharding import local, redistributed, same_placement, wrap_local
+from .sharding import check_local_shape, local, redistributed, same_placement, wrap_local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("step", *MOMENTS)
@@ -98,6 +98,8 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
                 "state to start from zero"
             )
         check_storage(state[key], name, f"{key} of ")
+        if same_placement(state[key], param):
+            check_local_shape(state[key], param, f"{key} of ", name)
 
 
 def _moment_problem(moment: Any, param: Tensor) -> str | None:
@@ -205,25 +207,28 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
     """
     states = dict(state_dict["state"])
     _refuse_other_optimizers(states)
-    ours, converted = [], []
+    loaded = []
     # Not strict: torch checks lengths after the hooks.
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        options = {**group, **saved}
         for key, owner in zip(saved["params"], group["params"], strict=False):
             if key not in states:
                 continue
             check_state(states[key], owner, f"param {key}")
-            if is_new(states[key]):
-                continue
-            state = states[key] = dict(states[key])
-            ours.append(state)
-            step = as_step(state["step"], step_device(owner, options))
-            state["step"] = step.clone() if step is state["step"] else step
-            for k in MOMENTS:
-                state[k] = redistributed(state[k], owner, f"{k} of param {key}")
-            dtype = moment_dtype(owner, saved.get("state_dtype"))
-            if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
-                converted.append((owner, dtype, state))
+            if not is_new(states[key]):
+                states[key] = dict(states[key])
+                loaded.append((key, owner, {**group, **saved}, saved.get("state_dtype")))
+    ours, converted = [], []
+    for key, owner, options, state_dtype in loaded:
+        state = states[key]
+        ours.append(state)
+        step = as_step(state["step"], step_device(owner, options))
+        state["step"] = step.clone() if step is state["step"] else step
+        for k in MOMENTS:
+            moment = redistributed(state[k], owner, f"{k} of param {key}")
+            state[k] = wrap_local(local(moment), owner)
+        dtype = moment_dtype(owner, state_dtype)
+        if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
+            converted.append((owner, dtype, state))
     made = new_moments([c[0] for c in converted], [c[1] for c in converted], flatten=flatten)
     for (_, _, state), moments in zip(converted, made, strict=True):
         for key, moment in moments.items():

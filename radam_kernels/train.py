@@ -357,7 +357,11 @@ def main(args: argparse.Namespace) -> int:
         code = 2
     except KeyboardInterrupt:
         run = next(reversed(runs.values()), Run("training"))
-        left = f"a rerun resumes from {args.checkpoint}" if args.checkpoint else "nothing written"
+        left = (
+            f"a rerun resumes at the last checkpoint in {args.checkpoint}"
+            if args.checkpoint
+            else "nothing written"
+        )
         print(f"interrupted after {run.steps} steps of {run.name}; {left}", file=sys.stderr)
         return 130
     leave(processes)

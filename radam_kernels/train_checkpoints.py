@@ -111,6 +111,11 @@ class Checkpoints:
         try:
             self._lock_folder()
             return self._read()
+        except (OSError, ValueError, KeyError) as error:
+            self._unlock()
+            raise UserError(
+                f"--checkpoint {self._folder}: cannot resume: {error}; choose another folder"
+            ) from error
         except BaseException:
             self._unlock()
             raise

@@ -115,7 +115,7 @@ def pick_device(name: str | None, processes: Processes) -> torch.device:
             device = _own_gpu(device, processes.local_rank)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name or 'cuda'}: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cpu or cuda, got {name}")
     if processes.distributed:

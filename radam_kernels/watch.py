@@ -1,4 +1,4 @@
-"""Warns of an optimizer that trains nothing, which torch's optimizers do without a word."""
+"""Warns of an optimizer that trains nothing, which torch's optimizers do silently."""
 
 import warnings
 from typing import Any
@@ -21,8 +21,8 @@ class Watch:
     def is_over(self) -> bool:
         return self._steps == STEPS
 
-    def after_step(self, groups: list[dict[str, Any]], *, trained: bool) -> None:
-        """To be called until it is over. `trained`: some parameter had a gradient at this step."""
+    def look(self, groups: list[dict[str, Any]], *, trained: bool) -> None:
+        """Call at each step until is_over(). `trained`: some parameter has a gradient."""
         self._steps += 1
         self._trained |= trained
         if not self.is_over():

@@ -182,7 +182,7 @@ def test_control_c_ends_all_processes(endless, tmp_path):
     code, output = finish(endless)
     assert code != 0
     assert output.count("interrupted after ") == 1
-    assert "steps of radam_kernels.RAdam; a rerun resumes from " in output
+    assert "steps of radam_kernels.RAdam; a rerun resumes at the last checkpoint in " in output
     assert "KeyboardInterrupt" not in output
 
 

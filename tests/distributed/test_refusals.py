@@ -68,7 +68,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "eps": (option("eps", -1.0), "ValueError: eps: "),
     "state_dtype": (option("state_dtype", torch.int8), "ValueError: Invalid state_dtype"),
     "rectification": (option("rectification", "no"), "ValueError: rectification: expected one of"),
-    "two learning rates": (option("lr", torch.ones(2)), "Error: "),
+    "two learning rates": (option("lr", torch.ones(2)), "Error: only one element tensors"),
     "no exp_avg_sq": (
         lambda optimizer, p: optimizer.state[p].pop("exp_avg_sq"),
         "ValueError: state of param . of group 0 lacks",

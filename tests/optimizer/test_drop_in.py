@@ -5,6 +5,7 @@ import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -524,6 +525,20 @@ def test_a_group_is_json_for_loggers():
     optimizer = RAdam([Parameter(torch.ones(1))], state_dtype=torch.bfloat16, rho_threshold=4.0)
     group = optimizer.state_dict()["param_groups"][0]
     assert json.loads(json.dumps(group))["state_dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_of_an_edited_group_is_compact():
+    optimizer = RAdam([Parameter(torch.ones(1))], rho_threshold=4.0, degenerated_to_sgd=False)
+    group = optimizer.param_groups[0]
+    group |= {"rho_threshold": np.float32(5.0), "degenerated_to_sgd": True}
+    group["state_dtype"] = torch.float16
+    assert RAdam.hyperparameters(group)["state_dtype"] == "float16"
+    saved_group = optimizer.state_dict()["param_groups"][0]
+    assert {key: saved_group[key] for key in OWN if key in saved_group} == {
+        "state_dtype": "float16"
+    }
+    # torch.distributed.checkpoint asks a flattened file for the keys of the group itself.
+    assert {*group} == {*saved_group}
 
 
 @pytest.mark.parametrize("edited", [False, True], ids=["constructed", "edited"])

@@ -126,10 +126,8 @@ def test_a_rerun_resumes_with_the_same_losses_to_the_bit(tmp_path, capsys, inter
     resumed = run(tmp_path / "out", "--checkpoint", checkpoints)
     assert f"resuming from {checkpoints}: step 2 of torch.optim.RAdam" in resumed.printed
     assert resumed.losses == trained.losses
-    assert (
-        run(tmp_path / "again", "--checkpoint", checkpoints).numbers["optimizers"]
-        == (resumed.numbers["optimizers"])
-    )
+    again = run(tmp_path / "again", "--checkpoint", checkpoints)
+    assert again.numbers["optimizers"] == resumed.numbers["optimizers"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +147,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys, interrupted
     assert said in error
     assert "give the same, or choose another folder" in error
     assert set(interrupted.rglob("*")) == files
+
+
+@pytest.mark.parametrize("damage", ["no JSON", '{"settings": {}}', None])
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys, interrupted, damage):
+    checkpoints = shutil.copytree(interrupted, tmp_path / "checkpoints")
+    [record] = checkpoints.glob("*/record.json")
+    record.write_text(damage) if damage else record.unlink()
+    words = ["--out", tmp_path / "out", "--checkpoint", checkpoints]
+    assert train.main(arguments(*words)) == 2
+    assert "choose another folder" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
