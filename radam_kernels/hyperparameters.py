@@ -1,6 +1,6 @@
 """The hyperparameters of a parameter group: one table of their defaults and ranges."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -78,9 +78,10 @@ TABLE = {
 }
 DEFAULTS = {name: row.default for name, row in TABLE.items()}
 
-# What torch.optim.RAdam lacks is in `defaults` and in a parameter group only if it differs from its
-# default. So checkpoints have torch's keys, and torch.distributed.checkpoint, which asks a file for
-# exactly the keys of the optimizer that it loads into, reads torch's files and ours alike.
+# What torch.optim.RAdam lacks. It is in `defaults` only if the constructor was given another value,
+# and in a group only if it is in `defaults` or has another value. So checkpoints have torch's keys,
+# and torch.distributed.checkpoint, which asks a file for exactly the keys of the optimizer that it
+# loads into, reads torch's files and ours alike.
 OPTIONAL = {
     name: DEFAULTS[name]
     for name in ("rho_threshold", "degenerated_to_sgd", "rectification", "state_dtype")
@@ -92,16 +93,19 @@ def complete(group: dict[str, Any]) -> dict[str, Any]:
     return {**OPTIONAL, **group}
 
 
-def compact(group: dict[str, Any]) -> None:
-    """Removes options that are absent by default, and makes a dtype its name.
+def compact(group: dict[str, Any], defaults: Container[str] = ()) -> None:
+    """Removes the OPTIONAL that have their default, but for those in the optimizer's `defaults`.
 
-    A name, because loggers and checkpoints of other formats write the options as JSON.
+    A dtype becomes its name, because loggers and checkpoints of other formats write JSON.
     """
     for name, default in OPTIONAL.items():
         value = group.get(name, default)
         if isinstance(value, torch.dtype):
-            group[name] = str(value).removeprefix("torch.")
-        elif isinstance(value, str | Real | None) and value == default:
+            value = str(value).removeprefix("torch.")
+        # The default, too, where add_param_group would otherwise fill in the constructor's value.
+        if name in defaults or not (isinstance(value, str | Real | None) and value == default):
+            group[name] = value
+        else:
             group.pop(name, None)
 
 

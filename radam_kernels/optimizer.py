@@ -138,7 +138,7 @@ class RAdam(Optimizer):
         if isinstance(param_group, dict):
             check({**DEFAULTS, **self.defaults, **param_group})
         super().add_param_group(param_group)
-        compact(self.param_groups[-1])
+        compact(self.param_groups[-1], self.defaults)
         if self._flatten:
             try:
                 flatten_(_trained(self.param_groups[-1:]))
@@ -277,6 +277,25 @@ class RAdam(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self._warn_of_options_that_ranks_may_lack()
+
+    def _warn_of_options_that_ranks_may_lack(self) -> None:
+        """torch's broadcast_from_rank0 gives other ranks only the keys that they have."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        loaded = {
+            name: group[name]
+            for group in self.param_groups
+            for name in OPTIONAL
+            if name in group and name not in self.defaults
+        }
+        if loaded and torch.distributed.get_world_size() > 1:
+            warnings.warn(
+                f"radam_kernels.RAdam: {loaded} came from the checkpoint. Construct the optimizer "
+                "with it on every rank: where torch.distributed.checkpoint loads with "
+                "broadcast_from_rank0, the other ranks do not get it and train differently",
+                stacklevel=3,
+            )
 
     @staticmethod
     def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +311,7 @@ class RAdam(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim.RAdam saves it, with the options that differ from its."""
         for group in self.param_groups:  # edited since
-            compact(group)
+            compact(group, self.defaults)
         return super().state_dict()
 
     def __repr__(self) -> str:
@@ -317,7 +336,7 @@ class RAdam(Optimizer):
             for key, value in self.defaults.items():
                 if key not in OPTIONAL:
                     group.setdefault(key, value)
-            compact(group)
+            compact(group, self.defaults)
             if group["differentiable"]:
                 warnings.warn(
                     "radam_kernels.RAdam goes on with differentiable=False; the loaded state was "

@@ -195,6 +195,8 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
 
     The gradient is placed as its parameter is.
     """
+    if not same_placement(grad, owner):
+        raise ValueError(f"grad of {name}: its shards can't be put in the order of its parameter's")
     check_local_shape(grad, owner, "grad of ", name)
     param, grad = local(owner), local(grad)
     copied = not is_dense(param) or param.is_conj() or param.is_neg()

@@ -134,6 +134,8 @@ def _pending_sums(grad: Tensor) -> tuple[tuple[int, str], ...]:
     """(mesh dimension, "sum" or "avg") of each sum over ranks that is pending."""
     from torch.distributed.tensor import Partial
 
+    if grad.device_mesh.get_coordinate() is None:  # this rank is not on the mesh
+        return ()
     return tuple(
         (dim, placement.reduce_op)
         for dim, placement in enumerate(grad.placements)

@@ -10,7 +10,14 @@ from torch.optim import Optimizer
 
 from .flat import is_dense, zeros_like
 from .modules import DTYPES, cpu
-from .sharding import check_local_shape, local, redistributed, same_placement, wrap_local
+from .sharding import (
+    check_local_shape,
+    is_sharded,
+    local,
+    redistributed,
+    same_placement,
+    wrap_local,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("step", *MOMENTS)
@@ -51,7 +58,7 @@ def is_step(value: Any, device: torch.device) -> bool:
 
 def as_step(value: float | Tensor, device: torch.device) -> Tensor:
     """A step count in torch's format: a float32 or float64 tensor of one element."""
-    value = local(value) if isinstance(value, Tensor) else value
+    value = value.full_tensor() if is_sharded(value) else value
     if is_step(value, device):
         return value
     dtype = torch.get_default_dtype()

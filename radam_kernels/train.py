@@ -215,7 +215,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--checkpoint",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="folder to save to and resume from",
     )
@@ -226,6 +226,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="steps between checkpoints (%(default)s)",
     )
+
+
+def folder(text: str) -> Path:
+    """A path for argparse; the current folder only by its name."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got nothing")
+    return Path(text)
 
 
 def positive(text: str) -> int:
@@ -306,7 +313,10 @@ def compare(args: argparse.Namespace, runs: dict[str, Run], processes: Processes
     with open_checkpoints(setup, runs) as checkpoints:
         if runs and processes.first:
             run = list(runs.values())[-1]
-            print(f"resuming from {args.checkpoint}: step {run.steps} of {run.name}", flush=True)
+            where = f"step {run.steps} of {run.name}"
+            if len(runs) == len(setup.factories) and run.steps == args.steps:
+                where = "complete, so nothing is trained"
+            print(f"resuming from {args.checkpoint}: {where}", flush=True)
         for name in setup.factories:
             run = runs.setdefault(name, Run(name))
             if run.steps < args.steps:
@@ -333,7 +343,7 @@ def write_results(setup: Setup, runs: dict[str, Run]) -> None:
         f"byte-level transformer, {runs[OURS].parameters / 1e6:.2f} M parameters, "
         f"lr {args.lr:g}, seed {args.seed}; {where}; torch {torch.__version__}"
     )
-    settings = {key: str(value) for key, value in vars(args).items()}
+    settings = {key: str(value) for key, value in vars(args).items() if key != "main"}
     png, numbers = draw(runs, caption), record(runs, settings, machine)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "train.png").write_bytes(png)

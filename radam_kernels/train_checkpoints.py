@@ -169,7 +169,8 @@ class Checkpoints:
             os.fsync(file.fileno())
 
     def _all(self) -> list[Path]:
-        return sorted(self._folder.glob(f"{PREFIX}{'[0-9]' * 8}"))
+        found = self._folder.glob(f"{PREFIX}{'[0-9]' * 8}")
+        return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
     def _remove_others(self) -> None:
         for path in self._all():

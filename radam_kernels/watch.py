@@ -1,7 +1,11 @@
 """Warns of an optimizer that trains nothing, which torch's optimizers do silently."""
 
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
+
+import torch
 
 STEPS = 3
 
@@ -32,7 +36,8 @@ class Watch:
             for i, (group, size) in enumerate(zip(groups, self.sizes, strict=False))
             if size and not group["params"]
         ]
-        if lost:
+        moved = sum(len(group["params"]) for group in groups) >= sum(self.sizes)
+        if lost and not moved:
             problem = (
                 f"{', '.join(lost)} had parameters and has none any more: they are not trained"
             )
@@ -40,8 +45,19 @@ class Watch:
             problem = f"no parameter has had a gradient in {STEPS} steps: {_why(groups)}"
         else:
             return
-        # For the caller of Optimizer.step: above are _step, step, and torch's wrapper of it.
-        warnings.warn(f"radam_kernels.RAdam: {problem}", stacklevel=5)
+        warnings.warn(f"radam_kernels.RAdam: {problem}", stacklevel=_caller_level())
+
+
+def _caller_level() -> int:
+    """The stack level, for _caller_level's caller, of the code that called step().
+
+    Above it are torch's wrapper of step(), and those of learning rate schedulers.
+    """
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    level, frame = 0, sys._getframe(0)
+    while frame.f_back and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _why(groups: list[dict[str, Any]]) -> str:

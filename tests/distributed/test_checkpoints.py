@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,22 @@ def test_full_state_dicts(world, saver, loader, groups, broadcast):
     train(model, optimizer, SAVED_AFTER, TRAINED)
     train(other, loaded, SAVED_AFTER, TRAINED)
     assert_close(other, full_parameters(model), exact=saver == loader)
+
+
+@pytest.mark.distributed(2)
+def test_an_option_that_only_rank_0_gets_is_warned_of(world):
+    model, other = make_model(0), make_model(1)
+    optimizer, loaded = (
+        make_optimizer(model, "ours", rho_threshold=4.0),
+        make_optimizer(other, "ours"),
+    )
+    state = copy.deepcopy(get_state(model, optimizer, full_state_dict=True)["optimizer"])
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        set_optimizer_state_dict(other, loaded, {} if dist.get_rank() else state, options=options)
+    words = "{'rho_threshold': 4.0} came from the checkpoint. Construct the optimizer with it"
+    assert sum(words in str(warning.message) for warning in caught) == (dist.get_rank() == 0)
 
 
 @pytest.mark.distributed(4)

@@ -244,6 +244,16 @@ def test_pending_sums_of_several_meshes_dimensions_and_dtypes(world):
         assert torch.equal(full(p.detach()), torch.full(p.shape, -total, dtype=p.dtype))
 
 
+@pytest.mark.distributed(4)
+def test_pending_sums_on_a_part_of_the_ranks(world):
+    mesh = DeviceMesh("cpu", [0, 1])
+    p = Parameter(DTensor.from_local(torch.zeros(3), mesh, [Replicate()], run_check=False))
+    p.grad = partial(torch.ones(3), mesh)
+    RAdam([p], betas=(0.0, 0.9), lr=1.0).step()
+    if dist.get_rank() < 2:
+        assert torch.equal(p.to_local(), torch.full((3,), -2.0))
+
+
 @pytest.mark.distributed(2)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 def test_a_step_communicates_nothing_else(world, placement):

@@ -494,19 +494,29 @@ def test_a_hyperparameter_of_ours_is_in_a_group_only_if_it_differs_from_its_defa
     optimizer = RAdam([Parameter(torch.ones(1))], **OWN)
     assert {key: optimizer.param_groups[0][key] for key in OWN} == OWN
     assert {key: optimizer.defaults[key] for key in OWN} == OWN
-    usual = RAdam.hyperparameters(RAdam([Parameter(torch.ones(1))]).param_groups[0])
-    optimizer.add_param_group(
-        {"params": [Parameter(torch.ones(1))], **{key: usual[key] for key in OWN}}
-    )
-    group = optimizer.param_groups[1]
-    assert not OWN.keys() & group.keys()
-    assert {key: RAdam.hyperparameters(group)[key] for key in OWN} == {
+    usual = RAdam([Parameter(torch.ones(1))])
+    assert not OWN.keys() & usual.param_groups[0].keys()
+    assert not OWN.keys() & usual.defaults.keys()
+    assert {key: usual.hyperparameters(usual.param_groups[0])[key] for key in OWN} == {
         "rho_threshold": 5.0,
         "degenerated_to_sgd": True,
         "rectification": "first_order",
         "state_dtype": None,
     }
-    assert "params" not in RAdam.hyperparameters(group)
+    assert "params" not in usual.hyperparameters(usual.param_groups[0])
+
+
+def test_a_group_keeps_its_own_value_in_another_optimizer():
+    """Its value is the default of the class, and not that of the constructor."""
+    optimizer = RAdam([{"params": [Parameter(torch.ones(1))], "rho_threshold": 5.0}], **OWN)
+    optimizer.add_param_group(optimizer.param_groups.pop())
+    copied = RAdam(optimizer.param_groups, **optimizer.defaults)
+    torchs = TorchRAdam([Parameter(torch.ones(1))])
+    copied.load_state_dict(torchs.state_dict())
+    copied.add_param_group(copied.param_groups.pop())
+    for made in (optimizer, copied):
+        assert RAdam.hyperparameters(made.param_groups[0])["rho_threshold"] == 5.0
+    assert RAdam.hyperparameters(copied.param_groups[0])["rectification"] == "first_order"
 
 
 def test_the_default_of_the_class_counts_where_a_group_has_none():
@@ -528,17 +538,15 @@ def test_a_group_is_json_for_loggers():
 
 
 def test_a_checkpoint_of_an_edited_group_is_compact():
-    optimizer = RAdam([Parameter(torch.ones(1))], rho_threshold=4.0, degenerated_to_sgd=False)
+    optimizer = RAdam([Parameter(torch.ones(1))])
     group = optimizer.param_groups[0]
-    group |= {"rho_threshold": np.float32(5.0), "degenerated_to_sgd": True}
-    group["state_dtype"] = torch.float16
+    group |= {"rho_threshold": np.float32(5.0), "state_dtype": torch.float16}
     assert RAdam.hyperparameters(group)["state_dtype"] == "float16"
-    saved_group = optimizer.state_dict()["param_groups"][0]
-    assert {key: saved_group[key] for key in OWN if key in saved_group} == {
-        "state_dtype": "float16"
-    }
+    saved = optimizer.state_dict()["param_groups"][0]
+    assert OWN.keys() & saved.keys() == {"state_dtype"}
+    assert saved["state_dtype"] == "float16"
     # torch.distributed.checkpoint asks a flattened file for the keys of the group itself.
-    assert {*group} == {*saved_group}
+    assert {*group} == {*saved}
 
 
 @pytest.mark.parametrize("edited", [False, True], ids=["constructed", "edited"])

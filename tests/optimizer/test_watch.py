@@ -59,6 +59,22 @@ def test_a_group_that_lost_its_parameters():
     assert "param_groups[1] had parameters and has none any more" in str(warning.message)
 
 
+def test_parameters_that_moved_to_another_group():
+    params = [Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = RAdam([{"params": params[:1]}, {"params": params[1:]}])
+    optimizer.param_groups[1]["params"] += optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = []
+    params[0].grad = torch.ones(2)
+    assert not steps_of(optimizer, 3)
+
+
+def test_the_warning_points_at_the_caller_below_a_scheduler():
+    optimizer = RAdam([Parameter(torch.ones(2))])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    [warning] = steps_of(optimizer, 3)
+    assert warning.filename == __file__
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_is_watched_from_its_own_first_step(copied):
     optimizer = RAdam([Parameter(torch.ones(2))])

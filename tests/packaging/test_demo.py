@@ -127,6 +127,7 @@ def test_a_rerun_resumes_with_the_same_losses_to_the_bit(tmp_path, capsys, inter
     assert f"resuming from {checkpoints}: step 2 of torch.optim.RAdam" in resumed.printed
     assert resumed.losses == trained.losses
     again = run(tmp_path / "again", "--checkpoint", checkpoints)
+    assert "complete, so nothing is trained" in again.printed
     assert again.numbers["optimizers"] == resumed.numbers["optimizers"]
 
 
