@@ -98,6 +98,7 @@ class RAdam(Adam):
     @staticmethod
     def psi(group: Group, exp_avg_sq: Tensor, t: int) -> Tensor | float:
         """Adam's psi times r_t; 1 while its variance is intractable."""
+        group = radam_kernels.RAdam.hyperparameters(group)
         form, threshold = group["rectification"], group["rho_threshold"]
         r_t = rectification_term(t, group["betas"][1], form=form, rho_threshold=threshold)
         return 1.0 if r_t is None else r_t * Adam.psi(group, exp_avg_sq, t)
