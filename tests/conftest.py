@@ -49,56 +49,6 @@ def asks_for_gpu_tests(expression: str) -> bool:
         return False
 
 
-# Imports all once, then runs each script that it reads in a fork of itself.
-_FORK_SERVER = """
-import json, os, sys, tempfile, time, traceback
-import torch
-import radam_kernels
-for module in sys.argv[1:]:
-    __import__(module)
-torch.set_num_threads(1)
-for backend in ("cpu", "reference"):  # what torch imports late
-    param = torch.nn.Parameter(torch.ones(2))
-    param.grad = torch.ones(2)
-    radam_kernels.RAdam([param], backend=backend).step()
-
-def run(script, output):
-    code = 1
-    try:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-def wait(child, timeout):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return f"more than {timeout} s"
-
-for line in sys.stdin:
-    script, timeout = json.loads(line)
-    with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if not child:
-            run(script, output)
-        code = wait(child, timeout)
-        output.seek(0)
-        print(json.dumps([code, output.read()]), flush=True)
-"""
-
-
 class Processes:
     """Runs scripts in processes of their own, which have torch and radam_kernels imported.
 
@@ -112,7 +62,7 @@ class Processes:
         root = Path(__file__).parents[1]
         overwrite = {"PYTHONMALLOC": "debug", "MALLOC_PERTURB_": "165"}
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", _FORK_SERVER, *modules],
+            [sys.executable, "-X", "faulthandler", "-m", "tests.fork_server", *modules],
             cwd=root,
             env={**os.environ, **overwrite},
             stdin=subprocess.PIPE,

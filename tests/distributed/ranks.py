@@ -4,14 +4,15 @@ import datetime
 import importlib
 import os
 import signal
-import sys
 import tempfile
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from tests.fork_server import run_in_fork
 
 GRACE_S = 3  # for ranks whose peer has failed: they may fail for a reason of their own
 
@@ -25,10 +26,9 @@ def run(module: str, name: str, arguments: dict[str, Any], world: int, timeout: 
         outputs = [Path(folder, f"output{rank}") for rank in range(world)]
         ranks = {}
         for rank in range(world):
-            child = os.fork()
-            if not child:
-                _run_rank(module, name, arguments, rank, world, Path(folder), outputs[rank])
-            ranks[child] = rank
+            arguments_of_rank = (module, name, arguments, rank, world, Path(folder) / "store")
+            with outputs[rank].open("w") as output:
+                ranks[run_in_fork(partial(_run_rank, *arguments_of_rank), output)] = rank
         failures = _wait(ranks, timeout)
         for rank, failure in failures.items():  # the first to fail first
             print(f"rank {rank} of {world}: {failure}\n{outputs[rank].read_text()[-3000:]}")
@@ -37,31 +37,13 @@ def run(module: str, name: str, arguments: dict[str, Any], world: int, timeout: 
 
 
 def _run_rank(
-    module: str,
-    name: str,
-    arguments: dict[str, Any],
-    rank: int,
-    world: int,
-    folder: Path,
-    out: Path,
+    module: str, name: str, arguments: dict[str, Any], rank: int, world: int, file: Path
 ) -> None:
-    code = 1
-    try:
-        with out.open("w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        store = dist.FileStore(str(folder / "store"), world)
-        patience = datetime.timedelta(seconds=30)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
-        getattr(importlib.import_module(module), name)(**arguments)
-        dist.barrier()  # none leaves while another still needs it
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    patience = datetime.timedelta(seconds=30)
+    store = dist.FileStore(str(file), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    getattr(importlib.import_module(module), name)(**arguments)
+    dist.barrier()  # none leaves while another still needs it
 
 
 def _wait(ranks: dict[int, int], timeout: float) -> dict[int, str]:

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from radam_kernels.train import Block, ByteModel, held_out_loss, load_text, loss_of, windows
+from radam_kernels.train_model import (
+    Block,
+    ByteModel,
+    held_out_loss,
+    load_text,
+    loss_of,
+    windows,
+)
 
 from .optimizers import MAKE
 
