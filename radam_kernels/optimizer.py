@@ -176,7 +176,7 @@ class RAdam(Optimizer):
                 repairs.undo(self.state)
             # GradScaler deletes these only after a step that succeeds, and would multiply its next
             # scale by the old one.
-            for name in Scaling._fields:
+            for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
         finally:

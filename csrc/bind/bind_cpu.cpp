@@ -224,14 +224,14 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "refresh_tensors",
           [](Plan& plan, const py::list& params, const py::list& grads, const py::list& exp_avgs,
-             const py::list& exp_avg_sqs, double step, const py::dict& group) {
+             const py::list& exp_avg_sqs, double step, const py::dict& group, py::handle scaling) {
             return py::reinterpret_steal<py::list>(
                 plan.refresh_tensors(params.ptr(), grads.ptr(), exp_avgs.ptr(), exp_avg_sqs.ptr(),
-                                     step, group.ptr())
+                                     step, group.ptr(), scaling.ptr())
                     .release());
           },
           py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-          py::arg("step"), py::arg("group"))
+          py::arg("step"), py::arg("group"), py::arg("scaling"))
       .def("begin", &Plan::begin, "Bumps the version of every tensor that is written.")
       .def("commit", &Plan::commit, "Writes the step counts that the host keeps.")
       .def("run_cpu", &Plan::run_cpu, py::arg("threads"),

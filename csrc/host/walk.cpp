@@ -116,7 +116,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
 }
 
 Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
-                          PyObject* exp_avg_sqs, double step, PyObject* group) {
+                          PyObject* exp_avg_sqs, double step, PyObject* group, PyObject* scaling) {
   release();
   find_dtensor();
   const Ref pending = Ref::steal(PyList_New(0));
@@ -138,7 +138,7 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
   }
   if (PyList_GET_SIZE(pending.get()) == 0) {
     const Ref groups = Ref::steal(Py_BuildValue("[O]", group));
-    complete(groups.get(), Py_None);
+    complete(groups.get(), scaling);
   }
   return Ref::borrow(pending.get());
 }

@@ -14,18 +14,19 @@ def why_not(device_type: str) -> str | None:
 
 @torch.no_grad()
 def run(bucket) -> None:
+    loss_scale, found_inf, factor = bucket.scaling.numbers()
     if bucket.capturable:
-        rows = _advance(bucket)
+        rows = _advance(bucket, loss_scale, found_inf)
     else:
         rows = [group_scalars(bucket.groups[group], step) for group, step in bucket.counts]
+    rows = [row._replace(grad_scale=row.grad_scale * factor) for row in rows]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
     for tensors, row in zip(bucket.tensors, bucket.scalar_indices, strict=True):
         radam_update_(*map(real, tensors), rows[row], compute)
 
 
-def _advance(bucket) -> list[StepScalars]:
+def _advance(bucket, loss_scale: float, found_inf: float) -> list[StepScalars]:
     """Advances step counts on the device. Synchronizes, unlike csrc/core/advance.h."""
-    loss_scale, found_inf = bucket.scaling.numbers()
     rows = []
     for step, group in bucket.steps:
         t = (step + 1).item()
