@@ -1,5 +1,7 @@
 """The step in readable torch operations: the reference that every kernel must match bit for bit."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +38,20 @@ def _advance(bucket, loss_scale: float, found_inf: float) -> list[StepScalars]:
             rows.append(group_scalars({**bucket.groups[group], "grad_scale": 1.0 / loss_scale}, t))
             step.fill_(t)
     return rows
+
+
+@torch.no_grad()
+def power_sum(bucket, norm_type: float) -> Tensor:
+    """As the protocol says, and for any `norm_type` above 0, of complex gradients, too."""
+    parts = [torch.zeros((), dtype=torch.float64, device=bucket.tensors[0].device)]
+    for grad in bucket.tensors:
+        wide = grad.to(torch.complex128 if grad.is_complex() else torch.float64).abs()
+        if norm_type != math.inf:
+            parts.append(wide.pow(norm_type).sum())
+        elif wide.numel():
+            parts.append(wide.amax())
+    together = torch.stack(parts)
+    return together.amax() if norm_type == math.inf else together.sum()
 
 
 def real(tensor: Tensor) -> Tensor:
