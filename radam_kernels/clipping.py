@@ -79,7 +79,7 @@ class Clipping:
         if changed is not None:
             raise RuntimeError(
                 f"the gradient of {name_of(changed)} was changed in place after clip_grad_norm_ "
-                f"(by GradScaler.unscale_, another backward, noise?): {remedy}"
+                f"(by another backward, noise?): {remedy}"
             )
         if same and replaced:
             raise RuntimeError(

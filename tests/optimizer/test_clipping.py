@@ -63,16 +63,15 @@ def test_the_norm_is_exact_to_its_dtype(backend, norm_type, dtype):
 
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [*SIZES[1:], *LONG])
-def test_every_instruction_set_and_number_of_threads_gives_the_same_sum(norm_type, dtype, n):
-    grads = [randn(n, dtype=dtype), randn(31, dtype=dtype), randn(2 * n, dtype=dtype)[n:]]
+def test_every_instruction_set_and_number_of_threads_gives_the_same_sum(norm_type, dtype):
+    grads = [randn(n + 1, dtype=dtype, seed=n)[1:] for n in (*SIZES, 31, 33, *LONG)]
     gradients = cpu.Gradients()
     assert gradients.refresh(given(*grads).param_groups, {}) == []
     (bucket,) = gradients.buckets
     norm = list(cpu.Norm.__members__.values())[NORMS.index(norm_type)]
     found = {
         bucket.power_sum(norm, threads, isa)
-        for threads in (1, 2, 7)
+        for threads in (1, 3)
         for isa in range(len(cpu.instruction_sets))
     }
     assert len(found) == 1
@@ -169,7 +168,8 @@ def test_the_step_is_that_of_gradients_multiplied_by_the_factor(options, max_nor
         np.testing.assert_allclose(factor.item(), min(1, max_norm / (norm + 1e-6)), rtol=1e-6)
         group = ours.param_groups[0]
         given = {name: group[name] for name in names} | {"beta1": 0.9, "beta2": 0.999}
-        radam_(plain, grads, *moments, step=number, grad_scale=factor, **given)
+        laid_out = [torch.empty_like(p).copy_(g) for p, g in zip(plain, grads, strict=True)]
+        radam_(plain, laid_out, *moments, step=number, grad_scale=factor, **given)
         ours.step()
         assert all(same_bits(p.grad, g) for p, g in zip(params_of(ours), grads, strict=True))
     assert all(same_bits(p, q) for p, q in zip(params_of(ours), plain, strict=True))
@@ -179,7 +179,8 @@ def test_the_step_is_that_of_gradients_multiplied_by_the_factor(options, max_nor
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_torch_clips_to_the_same_in_float64(norm_type, weight_decay):
     options = {"lr": 0.1, "weight_decay": weight_decay}
-    ours = RAdam(parameters(torch.float64), **options)
+    # torch has no largest element of an empty gradient.
+    ours = RAdam([p for p in parameters(torch.float64) if p.numel()], **options)
     theirs = twin(ours, TorchRAdam)
     for number in range(1, 9):
         for optimizer in (ours, theirs):
@@ -219,7 +220,7 @@ def test_the_factor_is_for_one_step(optimizer):
     clipped_step(optimizer)
     assert optimizer._clipping.factor is None
     other = twin(optimizer)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(saved(optimizer.state_dict()))
     give_gradients(other)
     for each in (optimizer, other):
         each.step()
@@ -295,11 +296,8 @@ def test_gradients_that_have_changed_are_refused_and_nothing_is_lost(optimizer, 
     assert not optimizer.state
     assert optimizer.clip_grad_norm_(1e-3) > 1
     optimizer.step()
-    # By less than lr times the largest clipped gradient: not by the unclipped one.
-    moved = max(
-        (p - q).abs().max() for p, q in zip(params_of(optimizer), before, strict=True) if p.numel()
-    )
-    assert 0 < moved < 1e-4
+    moved = torch.cat([(p - q).ravel() for p, q in zip(params_of(optimizer), before, strict=True)])
+    torch.testing.assert_close(moved.norm(), torch.tensor(0.1 * 1e-3), rtol=1e-2, atol=0)
 
 
 def test_a_refused_step_keeps_the_factor(optimizer):
@@ -438,13 +436,6 @@ def test_a_step_that_the_scaler_skips_is_skipped(capturable):
     optimizer.step()
     torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((4,), 0.3))
     assert optimizer.state[param]["step"] == 1
-
-
-def test_gradients_that_are_unscaled_after_the_clip_are_refused():
-    optimizer, _, scaler = scaled(capturable=False)
-    optimizer.clip_grad_norm_(1.5)
-    with pytest.raises(RuntimeError, match=r"changed in place.*GradScaler\.unscale_"):
-        scaler.step(optimizer)
 
 
 def test_gradients_that_the_step_would_unscale_are_refused():
