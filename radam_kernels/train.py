@@ -75,7 +75,7 @@ def train_one(run: Run, setup: Setup, checkpoints: Checkpoints | None) -> None:
     processes.shard(model, device)
     run.parameters = sum(p.numel() for p in model.parameters())
     optimizer = setup.factories[run.name](model.parameters())
-    if run.steps:
+    if checkpoints and run.steps:
         checkpoints.load(model, optimizer, draws)
     train, held_out = setup.text
     last = len(held_out) - args.context - 1
@@ -220,7 +220,7 @@ def open_checkpoints(
 
     names = "steps", "seed", "lr", "layers", "width", "context", "batch", "backend"
     settings = {f"--{name}": str(getattr(args, name)) for name in names}
-    text = torch.cat(setup.text).to(torch.uint8).numpy()
+    text = torch.cat(setup.text).to(torch.uint8).numpy().tobytes()
     settings["--text"] = f"of SHA-256 {hashlib.sha256(text).hexdigest()[:12]}"
     return Checkpoints(args.checkpoint, settings, runs, setup.processes)
 

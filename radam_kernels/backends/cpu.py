@@ -2,10 +2,12 @@
 
 import torch
 
+from ..modules import cpu
+
 
 def why_not(device_type: str) -> str | None:
     return None if device_type == "cpu" else "the C++ kernel steps CPU tensors only"
 
 
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     bucket.run(torch.get_num_threads())
