@@ -50,7 +50,9 @@ class Repairs:
     # id of the owner: (owner, param, grad, exp_avg, exp_avg_sq, step), to be stepped in its place.
     replacements: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (owner, stepped copy)
-    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # (owner, old state)
+    before: list[tuple[Tensor, dict[str, Any] | None]] = field(
+        default_factory=list
+    )  # (owner, old state)
 
     def undo(self, state: dict[Tensor, Any]) -> None:
         for owner, items in reversed(self.before):

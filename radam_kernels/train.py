@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def evaluate(run: Run, model: ByteModel, batch: Tensor, bar: tqdm) -> None:
+def evaluate(run: Run, model: ByteModel, batch: Tensor, bar: tqdm[NoReturn]) -> None:
     """Records the loss of `batch`, the same on all processes, and shows it on the bar."""
     run.eval_steps.append(run.steps)
     run.held_out.append(held_out_loss(model, batch))

@@ -19,9 +19,9 @@ try:
 
     from . import triton_kernel
     from .triton_kernel import INTERPRETED, launch_, upload_by_arguments
-except ImportError as error:
+except ImportError as _error:
     INTERPRETED = COMPILES_EXACTLY = False
-    _missing: str | None = f"Triton can't be imported ({error}); pip install triton"
+    _missing: str | None = f"Triton can't be imported ({_error}); pip install triton"
 else:
     _missing = None
     COMPILES_EXACTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
