@@ -161,7 +161,9 @@ class RAdam(Optimizer):
         """Performs one step; `closure` reevaluates the model and returns the loss."""
         if torch.compiler.is_compiling():
             # A traced step would count only once. A decorator would cost 20 us at every step.
-            return torch.compiler.disable(self._step)(closure)
+            from .uncompiled import step
+
+            return step(self, closure)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
