@@ -70,9 +70,7 @@ def radam_(
         "backend": backend,
     }
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        # As in eager mode, autograd does not record the writes to parameters that require grad.
-        with torch.no_grad():
-            _op(*lists, _as_tensor(lr), _as_tensor(grad_scale), **options)
+        _op(*lists, _as_tensor(lr), _as_tensor(grad_scale), **options)
     else:
         _step(*lists, lr, grad_scale, **options)
 
@@ -80,8 +78,9 @@ def radam_(
 def _as_tensor(number: float | Tensor) -> Tensor:
     # A multiplication, because torch.compile keeps its factor a variable. It would compile any
     # other use of a float again for each value.
-    is_tensor = isinstance(number, Tensor)
-    return number if is_tensor else torch.ones((), dtype=torch.float64) * number
+    if isinstance(number, Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64) * number
 
 
 def _step(

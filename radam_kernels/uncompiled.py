@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from .optimizer import RAdam
 
 _REASON = (
-    "radam_kernels.RAdam.step is one call of a fused kernel already, and counts steps on the host: "
-    "compile the model or the loss and call step() outside of it, or call radam_kernels.radam_ "
-    "with the number of the step, which is an operator"
+    "RAdam.step runs uncompiled: it is a fused kernel already, and counts steps on the host; to "
+    "compile without a graph break, compile the model or the loss and call step() outside, or call "
+    "radam_kernels.radam_, which is an operator and takes the number of the step"
 )
 # torch < 2.7 has no `reason`.
 _options = {"reason": _REASON} if "reason" in signature(torch.compiler.disable).parameters else {}
