@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class RAdam(Optimizer):
             float32. `torch.bfloat16` with bfloat16 parameters takes as much memory as torch, with
             torch's problem: at beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep
             float64 moments.
+        decouple_lr: with `decoupled_weight_decay`, multiply parameters by
+            `1 - weight_decay * lr / initial_lr`, so that `weight_decay` is the decay of a step
+            whatever the learning rate (a usual value is 1e-5, where it was 1e-2 at lr=1e-3).
+            `initial_lr` is the group's key of that name, which schedulers share: the lr at
+            construction unless the group has one. OneCycleLR sets it to max_lr / div_factor.
 
     The state of a parameter is the same as in torch: `step` (in the default dtype; a float32 count
     stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`.
@@ -62,10 +67,10 @@ class RAdam(Optimizer):
     state, gradients, `p.data`) take effect at the next step. As in torch, a loaded moment that fits
     is used without a copy: deepcopy a state dict to load it into two optimizers.
 
-    `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in `defaults`, in a
-    group and in a checkpoint only if they differ from the defaults above, so that checkpoints have
-    the keys of torch's. A group without one has that default, wherever it came from;
-    `RAdam.hyperparameters(group)` returns all values.
+    `rho_threshold`, `degenerated_to_sgd`, `rectification`, `state_dtype` and `decouple_lr` are in
+    `defaults`, in a group and in a checkpoint only if they differ from the defaults above, so that
+    checkpoints have the keys of torch's. A group without one has that default, wherever it came
+    from; `RAdam.hyperparameters(group)` returns all values.
 
     `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
     which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes
@@ -103,6 +108,7 @@ class RAdam(Optimizer):
         degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
         rectification: Form = DEFAULTS["rectification"],
         state_dtype: torch.dtype | str | None = DEFAULTS["state_dtype"],
+        decouple_lr: bool = DEFAULTS["decouple_lr"],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -118,6 +124,7 @@ class RAdam(Optimizer):
             "degenerated_to_sgd": degenerated_to_sgd,
             "rectification": rectification,
             "state_dtype": state_dtype,
+            "decouple_lr": decouple_lr,
         }
         check(defaults)
         compact(defaults)
@@ -140,7 +147,10 @@ class RAdam(Optimizer):
         if isinstance(param_group, dict):
             check({**DEFAULTS, **self.defaults, **param_group})
         super().add_param_group(param_group)
-        compact(self.param_groups[-1], self.defaults)
+        group = self.param_groups[-1]
+        compact(group, self.defaults)
+        if group.get("decouple_lr"):
+            group.setdefault("initial_lr", float(group["lr"]))
         if self._flatten:
             try:
                 flatten_(_trained(self.param_groups[-1:]))
@@ -159,8 +169,9 @@ class RAdam(Optimizer):
         """Performs one step; `closure` reevaluates the model and returns the loss."""
         if torch.compiler.is_compiling():
             # A traced step would count only once. A decorator would cost 20 us at every step.
-            step = cast("Callable[..., float | None]", torch.compiler.disable(self._step))
-            return step(closure)
+            from .uncompiled import step
+
+            return step(self, closure)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -378,8 +389,7 @@ class RAdam(Optimizer):
     def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
         """All hyperparameters of one of `param_groups`, those that are absent there included.
 
-        `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in a group only
-        if they differ from their default.
+        Those that torch.optim.RAdam lacks are in a group only if they differ from their default.
         """
         options = {key: value for key, value in group.items() if key in DEFAULTS}
         compact(options)
