@@ -29,11 +29,6 @@ class _Member:
     # Its own, because a plan caches what it knows of the tensors of the last step.
     plan: Any = field(default_factory=cpu.Plan)
 
-    def is_hooked(self) -> bool:
-        """Whether its hook is there; swap_tensors(), among others, loses hooks."""
-        hooks = self.param._post_accumulate_grad_hooks
-        return self.hook is not None and self.hook.id in (hooks or ())
-
 
 class StepInBackward:
     """Steps each parameter of an optimizer as soon as its gradient is complete, until `remove()`.
@@ -52,6 +47,10 @@ class StepInBackward:
         self._waiting: set[int] = set()  # those that were not stepped since the last step()
         self.add_groups(optimizer)
         optimizer._in_backward = self
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """A copy is the handle of a copy of the optimizer."""
+        return _handle_of, (self._optimizer(),)
 
     def remove(self) -> None:
         """Ends it: gradients are kept for `step()` again. Calling it twice has no effect."""
@@ -81,9 +80,15 @@ class StepInBackward:
             self._register(member)
 
     def _register(self, member: _Member) -> None:
-        member.hook = member.param.register_post_accumulate_grad_hook(self._step_parameter)
-        self._members[id(member.param)] = member
-        self._waiting.add(id(member.param))
+        """Registers the hook of a parameter, if it is not there already."""
+        param = member.param
+        if hooks := param._post_accumulate_grad_hooks:
+            # After swap_tensors() autograd does not see these. Setting the attribute tells it.
+            param._post_accumulate_grad_hooks = hooks
+        if member.hook is None or member.hook.id not in (hooks or ()):
+            member.hook = param.register_post_accumulate_grad_hook(self._step_parameter)
+        self._members[id(param)] = member
+        self._waiting.add(id(param))
 
     def _step_parameter(self, param: Tensor) -> None:
         """The hook: steps one parameter, and frees its gradient.
@@ -162,9 +167,12 @@ class StepInBackward:
         """
         self._waiting = set(self._members)
         for param in stepped:
-            member = self._members.get(id(param)) or _Member(param, 0, 0)
-            if param.requires_grad and not member.is_hooked():
-                self._register(member)
+            if param.requires_grad:
+                self._register(self._members.get(id(param)) or _Member(param, 0, 0))
+
+
+def _handle_of(optimizer: "RAdam") -> "StepInBackward | None":
+    return optimizer._in_backward
 
 
 def _check(params: list[Tensor], others: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
