@@ -67,12 +67,12 @@ class StepInBackward:
         self._waiting.clear()
 
     def add_groups(self, optimizer: "RAdam", first: int = 0) -> None:
-        """Registers the hooks of the groups from `first`, except of frozen parameters."""
+        """Registers the hooks of the groups from `first`; frozen parameters can't have one."""
         added = [
             _Member(param, g, i)
             for g, group in enumerate(optimizer.param_groups[first:], first)
             for i, param in enumerate(group["params"])
-            if param.requires_grad
+            if _takes_hooks(param)
         ]
         others = [member.param for member in self._members.values()]
         _check([member.param for member in added], others, optimizer._name)
@@ -167,8 +167,12 @@ class StepInBackward:
         """
         self._waiting = set(self._members)
         for param in stepped:
-            if param.requires_grad:
+            if _takes_hooks(param):
                 self._register(self._members.get(id(param)) or _Member(param, 0, 0))
+
+
+def _takes_hooks(param: Tensor) -> bool:
+    return param.requires_grad and param.is_leaf
 
 
 def _handle_of(optimizer: "RAdam") -> "StepInBackward | None":

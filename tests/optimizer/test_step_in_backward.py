@@ -468,6 +468,19 @@ def test_an_unfrozen_parameter_is_stepped_by_step_and_then_in_backward():
     assert_same(ours, stepped)
 
 
+def test_a_tensor_that_is_no_leaf_is_stepped_by_step():
+    leaf = Parameter(torch.ones(3))
+    with torch.enable_grad():
+        grown = leaf * 2
+    grown.retain_grad()
+    optimizer = RAdam([leaf, grown], lr=0.1)
+    optimizer.step_in_backward()
+    grown.sum().backward()
+    assert has_gradients(optimizer) == [False, True]
+    optimizer.step()
+    assert optimizer.state[grown]["step"] == optimizer.state[leaf]["step"] == 1
+
+
 def clear_hooks(param: Tensor) -> None:
     param._post_accumulate_grad_hooks.clear()
 
