@@ -246,9 +246,14 @@ class RAdam(Optimizer):
         Raises:
             ValueError: max_norm or norm_type out of range, or a gradient that can't be stepped.
             RuntimeError: a norm that is not finite, with `error_if_nonfinite`; sparse gradients;
-                parameters of FSDP1. At the step: gradients that were changed in place, or partly
-                replaced, since.
+                parameters of FSDP1; `step_in_backward()` is on. At the step: gradients that were
+                changed in place, or partly replaced, since.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "clip_grad_norm_() has no gradients while step_in_backward() is on: each is freed "
+                "before the next is known; call remove() on the handle to clip"
+            )
         self._drop_clipping()
         clipping = self.__dict__.setdefault("_clipping", Clipping())
         stages = listen()
@@ -389,6 +394,7 @@ class RAdam(Optimizer):
                 `found_inf`, or a parameter that was stepped and has a gradient again.
             ValueError: parameters share memory. In backward: whatever a step raises.
         """
+        self._drop_clipping()
         return StepInBackward(self)
 
     def _name(self, owner: Tensor) -> str:

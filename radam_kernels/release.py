@@ -27,7 +27,7 @@ class _Member:
     index: int
     hook: RemovableHandle | None = None
     # Its own, because a plan caches what it knows of the tensors of the last step.
-    plan: Any = field(default_factory=cpu.Plan)
+    plan: cpu.Plan = field(default_factory=cpu.Plan)
 
 
 class StepInBackward:

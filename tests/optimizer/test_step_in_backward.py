@@ -318,6 +318,22 @@ def test_a_closure_is_refused_before_it_runs():
         optimizer.step(lambda: pytest.fail("was called"))
 
 
+def test_clipping_is_refused_and_earlier_clipping_is_dropped():
+    a, ours, b, stepped = pair()
+    handle = stepped._in_backward
+    with pytest.raises(RuntimeError, match="clip_grad_norm_"):
+        stepped.clip_grad_norm_(1.0)
+    handle.remove()
+    backward(b)
+    stepped.clip_grad_norm_(1e-3)
+    stepped.step_in_backward()
+    stepped.step()
+    stepped.zero_grad()
+    train(a, ours, 3)
+    train(b, stepped, 2, first=1)
+    assert_same(ours, stepped)
+
+
 def test_switching_on_twice_is_refused():
     model = network()
     optimizer = in_backward(model)
