@@ -73,13 +73,15 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
 
     for codes in SETS:
         triton_kernel.radam_step_kernel = recorder = Recorder()
-        triton_kernel.launch_(*tables, 0, 1, codes)
+        triton_kernel.launch_(*tables, None, 0, 1, codes)
         signature, constants = {}, {}
         for i, (parameter, arg) in enumerate(zip(step.params, recorder.args, strict=True)):
             if parameter.is_constexpr:
                 signature[parameter.name], constants[(i,)] = "constexpr", arg
             elif torch.is_tensor(arg):
                 signature[parameter.name] = pointers[arg.dtype]
+            elif arg is None:  # no factor: a kernel without it
+                signature[parameter.name], constants[(i,)] = "constexpr", None
             else:
                 signature[parameter.name] = "i32" if isinstance(arg, int) else repr(arg)
         source = ASTSource(step, signature, constants, {})

@@ -8,14 +8,15 @@ F32, BF16, MIXED = (0, 0, 0), (1, 1, 1), (1, 0, 0)
 
 @dataclass(frozen=True)
 class Planted:
-    """One changed place in the PTX of one step kernel."""
+    """One changed place in the PTX of one kernel: of a step, or of a norm."""
 
     name: str
     backend: str
-    codes: tuple[int, int, int]
+    codes: tuple[int, ...]
     pattern: str
     replacement: str
     nth: int = 0  # which of the places that match
+    norm_type: float | None = None
 
     def edit(self, ptx: str) -> str:
         places = list(re.finditer(self.pattern, ptx))

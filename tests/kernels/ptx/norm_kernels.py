@@ -1,0 +1,97 @@
+"""The kernels of the norm, executed: their results, and that they touch what they should."""
+
+import math
+import struct
+from unittest.mock import patch
+
+import numpy as np
+from torch import Tensor
+
+from radam_kernels.backends import upload
+from radam_kernels.modules import DTYPES
+from tests.kernels import norms
+
+from .arithmetic import Fault
+from .cases import INTS
+from .compilers import Compiled
+from .machine import launch
+from .memory import Memory
+
+
+class NormKernels:
+    """The kernel of the partial sums and that of the total, for one dtype and norm."""
+
+    def __init__(
+        self, compiled: tuple[Compiled, Compiled], dtype: int, norm_type: float, backend: str
+    ) -> None:
+        self.dtype, self.norm_type, self.triton = DTYPES[dtype], norm_type, backend == "triton"
+        self.partial, self.total = (one.program() for one in compiled)
+        self.shared = [one.shared for one in compiled]
+        if self.triton:
+            from radam_kernels.backends.triton_kernel import NORM_CHUNK
+
+            self.chunk, self.error = NORM_CHUNK, norms.TRITON_ERROR
+        else:
+            self.chunk, self.error = 1024 * (16 // self.dtype.itemsize), norms.CUDA_ERROR
+        self.elements = self.launches = 0
+
+    def check(self) -> list[str]:
+        """What is wrong, in words; raises Fault where a kernel does what it must not."""
+        wrong = []
+        for i, (name, tensors) in enumerate(norms.cases(self.dtype, self.chunk)):
+            offset = i % 3 * (i % (16 // self.dtype.itemsize))  # two thirds of them are aligned
+            result = self.execute(tensors, offset, (4096, 1, 3)[i % 3])
+            try:
+                norms.assert_close(result, tensors, self.norm_type, self.error)
+            except AssertionError as error:
+                wrong.append(f"{name}: {error}")
+        return wrong
+
+    def execute(self, tensors: list[Tensor], offset: int, work_rows: int) -> float:
+        """The power sum of gradients that start `offset` elements behind 16 bytes."""
+        numels = np.array([len(t) for t in tensors], np.int64)
+        with patch.object(upload, "_MAX_WORK_ROWS", work_rows):
+            blocks, run, work = upload.plan(numels, self.chunk)
+        item = self.dtype.itemsize
+        memory = Memory(sum(t.nbytes + 512 for t in tensors) + work.nbytes + 8 * blocks + 65536)
+        places = [
+            memory.put(t.view(INTS[item]).numpy(), f"gradient {i}", skip=offset * item)
+            for i, t in enumerate(tensors)
+        ]
+        rows = np.stack([np.array(places, np.int64), numels], 1)
+        at_rows, at_work = memory.put(rows, "grads"), memory.put(work, "work")
+        partials = memory.put(np.full(blocks, math.nan), "partials", True)
+        result = memory.put(np.full(1, math.nan), "result", True)
+
+        if self.triton:
+            first = self.partial.pack(at_rows, at_work, partials, run)
+            second = self.total.pack(partials, result, blocks)
+        else:
+            # CudaPowerSum of csrc/cuda/norm_cuda.h; the kernels ignore dtype, norm and stream.
+            first = second = struct.pack(
+                "<iiQQi4xqQQi4xQ", 0, 0, at_rows, at_work, run, blocks, partials, result, 0, 0
+            )
+        loaded = self._loaded_by_16()
+        launch(self.partial, memory, first, blocks, self.shared[0])
+        loaded = self._loaded_by_16() - loaded
+        if not memory.written(partials, 8 * blocks).all():
+            raise Fault("a partial sum is missing")
+        whole = sum(int(n) // self.chunk for n in numels) * self.chunk * item
+        if loaded != (0 if offset else whole):
+            raise Fault(f"{loaded} bytes came by loads of 16, not {whole}")
+        launch(self.total, memory, second, 1, self.shared[1])
+        if not memory.guards_intact():
+            raise Fault("a guard byte has changed")
+        self.launches += 2
+        self.elements += int(numels.sum())
+        return float(memory.get(result, np.dtype(np.float64), 1)[0])
+
+    def _loaded_by_16(self) -> int:
+        """Bytes that the first kernel has loaded so."""
+        return sum(
+            16 * one.hits
+            for one in self.partial.code
+            if one.name == "ld"
+            and one.access[2] in ("global", "generic")
+            and math.prod(one.access[:2]) == 16
+        )
