@@ -41,20 +41,20 @@ __device__ __forceinline__ double over_block(double number) {
   return numbers[0];
 }
 
-__device__ __forceinline__ uint32_t magnitude(float x) { return bit_cast<uint32_t>(x) & ~0u >> 1; }
-__device__ __forceinline__ uint64_t magnitude(double x) {
-  return bit_cast<uint64_t>(x) & ~uint64_t{0} >> 1;
-}
+// The bits of |x| shifted left: in their order NaN is above infinity. Not masked, which a compiler
+// may turn into a floating-point abs, whose NaN is unspecified.
+__device__ __forceinline__ uint32_t doubled(float x) { return bit_cast<uint32_t>(x) << 1; }
+__device__ __forceinline__ uint64_t doubled(double x) { return bit_cast<uint64_t>(x) << 1; }
 
-// The largest |x|: the order of magnitude() has NaN above infinity.
+// doubled() of the largest |x|.
 template <typename G>
 __device__ __forceinline__ auto largest(const Pack<G, kVector<G>> (&packs)[kVectors]) {
-  auto found = magnitude(widen(G{}));
+  auto found = doubled(widen(G{}));
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
 #pragma unroll
     for (int j = 0; j < kVector<G>; ++j) {
-      const auto other = magnitude(widen(packs[k].x[j]));
+      const auto other = doubled(widen(packs[k].x[j]));
       found = found > other ? found : other;
     }
   }
@@ -83,13 +83,13 @@ template <Norm kNorm, typename G>
 __device__ __forceinline__ double of_thread(const Pack<G, kVector<G>> (&packs)[kVectors]) {
   using T = decltype(widen(G{}));
   if constexpr (kNorm == kLargest) {
-    return bit_cast<T>(largest(packs));
+    return bit_cast<T>(largest(packs) >> 1);
   } else if constexpr (sizeof(T) == 8) {
     return sum_of_powers<kNorm>(packs, T{1});
   } else {
     // Scaled by 2^(127 - e), where e is the biased exponent of the largest element, the largest is
     // below 2; below 4 if e is 254, because 2^-127 would be subnormal.
-    uint32_t exponent = largest(packs) >> 23;
+    uint32_t exponent = largest(packs) >> 24;
     exponent = exponent < 253 ? exponent : 253;
     const T sum = sum_of_powers<kNorm>(packs, bit_cast<float>((254 - exponent) << 23));
     const int back = kNorm * (static_cast<int>(exponent) - 127);

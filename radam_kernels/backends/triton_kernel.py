@@ -194,12 +194,15 @@ _LARGEST, _SQUARES = tl.constexpr(0), tl.constexpr(2)  # norms; 1 is the sum of 
 
 
 @triton.jit
-def _magnitude(x):
-    """The bits of |x|, in whose order NaN is above infinity."""
+def _doubled(x):
+    """The bits of |x| shifted left: unsigned numbers, in whose order NaN is above infinity.
+
+    Not masked, which LLVM would turn into a floating-point abs, whose NaN is unspecified.
+    """
     if x.dtype == tl.float64:
-        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        return x.to(tl.uint64, bitcast=True) << 1
     else:
-        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return x.to(tl.uint32, bitcast=True) << 1
 
 
 @triton.jit
@@ -209,11 +212,11 @@ def _power_sum(x, NORM: tl.constexpr):
     A program has one scale here, and in CUDA each thread.
     """
     if NORM == _LARGEST:
-        return tl.max(_magnitude(x)).to(x.dtype, bitcast=True).to(tl.float64)
+        return (tl.max(_doubled(x)) >> 1).to(x.dtype, bitcast=True).to(tl.float64)
     elif x.dtype == tl.float64:
         return tl.sum(x * x if NORM == _SQUARES else tl.abs(x))
     else:
-        exponent = tl.minimum(tl.max(_magnitude(x)) >> 23, 253)
+        exponent = tl.minimum((tl.max(_doubled(x)) >> 24).to(tl.int32), 253)
         x = x * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         total = tl.sum(x * x if NORM == _SQUARES else tl.abs(x)).to(tl.float64)
         back = (1023 + NORM * (exponent - 127)).to(tl.int64) << 52
@@ -240,16 +243,16 @@ def radam_norm_kernel(
 def radam_norm_total_kernel(partials, result, count, NORM: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up the partial sums in a fixed order, which torch's sum leaves open."""
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], tl.uint64 if NORM == _LARGEST else tl.float64)
     for first in range(0, count, BLOCK):
         at = first + lanes
         part = tl.load(partials + at, at < count, 0)
         if NORM == _LARGEST:
-            total = tl.maximum(_magnitude(total), _magnitude(part)).to(tl.float64, bitcast=True)
+            total = tl.maximum(total, _doubled(part))
         else:
             total += part
     if NORM == _LARGEST:
-        tl.store(result, tl.max(_magnitude(total)).to(tl.float64, bitcast=True))
+        tl.store(result, (tl.max(total) >> 1).to(tl.float64, bitcast=True))
     else:
         tl.store(result, tl.sum(total))
 

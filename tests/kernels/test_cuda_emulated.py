@@ -487,7 +487,7 @@ WRONG_NORM = {
     "the last element is left out": ("i < chunk.count ?", "i < chunk.count - 1 ?"),
     "elements without a magnitude": ("x < 0 ? -x : x", "x"),
     "a maximum that drops NaN": ("a > b || a != a ? a : b", "a > b ? a : b"),
-    "no scale": ("uint32_t exponent = largest(packs) >> 23;", "uint32_t exponent = 127;"),
+    "no scale": ("uint32_t exponent = largest(packs) >> 24;", "uint32_t exponent = 127;"),
     "a scale of zero": ("exponent = exponent < 253 ? exponent : 253;", ""),
     "a partial sum that is not written": (
         "if (threadIdx.x == 0) arguments.partials",

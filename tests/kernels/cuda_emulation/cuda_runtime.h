@@ -126,7 +126,7 @@ class EmulatedBlock {
 
  private:
   struct Fiber {
-    static constexpr size_t kStack = 64 << 10;
+    static constexpr size_t kStack = 16 << 10;
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
   };

@@ -233,7 +233,8 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
             whole = np.broadcast_to(m.read(source, f"b{bits}", lanes), count(m, lanes))
             pieces = np.ascontiguousarray(whole).view(TYPES[part]).reshape(-1, len(parts))
             for i, register in enumerate(parts):
-                m.write(register, lanes, pieces[:, i].copy())
+                if register != "_":
+                    m.write(register, lanes, pieces[:, i].copy())
 
         def pack(m: Machine, lanes: np.ndarray | None) -> None:
             pieces = [np.broadcast_to(m.read(p, part, lanes), count(m, lanes)) for p in parts]
@@ -263,14 +264,14 @@ def across_warp(one: Instruction) -> Callable[[Machine, np.ndarray | None], None
     shuffles = one.op == "shfl.sync.bfly.b32" and others[1] == "31" and "|" not in target
     if not shuffles and (one.op != f"redux.sync.{mode}.{kind}" or mode not in REDUCE):
         raise Fault("is not implemented")
-    if others[-1] not in ("-1", "0xffffffff"):
-        raise Fault("is not for all threads of a warp")
 
     def exchange(m: Machine, lanes: np.ndarray | None) -> None:
         here = np.zeros(m.lanes, bool)
         here[slice(None) if lanes is None else lanes] = True
         if (bad := here & ~here.reshape(-1, 32).all(1).repeat(32)).any():
             raise Fault("not all threads of the warp take part", bad[here])
+        if (m.read(others[-1], "u32", lanes) != 0xFFFFFFFF).any():
+            raise Fault("is not for all threads of a warp")
         count = m.lanes if lanes is None else len(lanes)
         values = np.broadcast_to(m.read(source, kind, lanes), count).reshape(-1, 32)
         if shuffles:

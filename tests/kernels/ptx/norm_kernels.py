@@ -18,6 +18,13 @@ from .machine import launch
 from .memory import Memory
 
 
+def cuda_params(
+    grads: int = 0, work: int = 0, run: int = 0, blocks: int = 0, partials: int = 0, result: int = 0
+) -> bytes:
+    """CudaPowerSum of csrc/cuda/norm_cuda.h; the kernels ignore dtype, norm, device and stream."""
+    return struct.pack("<iiQQi4xqQQi4xQ", 0, 0, grads, work, run, blocks, partials, result, 0, 0)
+
+
 class NormKernels:
     """The kernel of the partial sums and that of the total, for one dtype and norm."""
 
@@ -39,13 +46,39 @@ class NormKernels:
         """What is wrong, in words; raises Fault where a kernel does what it must not."""
         wrong = []
         for i, (name, tensors) in enumerate(norms.cases(self.dtype, self.chunk)):
-            offset = i % 3 * (i % (16 // self.dtype.itemsize))  # two thirds of them are aligned
+            offset = (i % 2) * (i % (16 // self.dtype.itemsize))
             result = self.execute(tensors, offset, (4096, 1, 3)[i % 3])
             try:
                 norms.assert_close(result, tensors, self.norm_type, self.error)
             except AssertionError as error:
                 wrong.append(f"{name}: {error}")
+        return wrong + self.check_total()
+
+    def check_total(self) -> list[str]:
+        """Partial sums that the last kernel reads in one turn or in several."""
+        wrong, rng = [], np.random.default_rng(0)
+        for count in (0, 1, 1023, 1024, 1025, 20_000):
+            numbers = np.abs(rng.standard_normal(count)) * 2.0 ** rng.integers(-300, 300, count)
+            memory = Memory(numbers.nbytes + 8192)
+            partials = memory.put(numbers, "partials")
+            result = memory.put(np.full(1, math.nan), "result", True)
+            ours = self.add_up(memory, partials, count, result)
+            largest = self.norm_type == math.inf
+            truth = float(numbers.max(initial=0)) if largest else math.fsum(numbers)
+            if abs(ours - truth) > (0 if largest else norms.FLOAT64_ERROR * truth):
+                wrong.append(f"the total of {count}: {ours!r}, not {truth!r}")
         return wrong
+
+    def add_up(self, memory: Memory, partials: int, count: int, result: int) -> float:
+        if self.triton:
+            params = self.total.pack(partials, result, count)
+        else:
+            params = cuda_params(blocks=count, partials=partials, result=result)
+        launch(self.total, memory, params, 1, self.shared[1])
+        if not memory.guards_intact():
+            raise Fault("a guard byte has changed")
+        self.launches += 1
+        return float(memory.get(result, np.dtype(np.float64), 1)[0])
 
     def execute(self, tensors: list[Tensor], offset: int, work_rows: int) -> float:
         """The power sum of gradients that start `offset` elements behind 16 bytes."""
@@ -64,27 +97,21 @@ class NormKernels:
         result = memory.put(np.full(1, math.nan), "result", True)
 
         if self.triton:
-            first = self.partial.pack(at_rows, at_work, partials, run)
-            second = self.total.pack(partials, result, blocks)
+            params = self.partial.pack(at_rows, at_work, partials, run)
         else:
-            # CudaPowerSum of csrc/cuda/norm_cuda.h; the kernels ignore dtype, norm and stream.
-            first = second = struct.pack(
-                "<iiQQi4xqQQi4xQ", 0, 0, at_rows, at_work, run, blocks, partials, result, 0, 0
-            )
+            params = cuda_params(at_rows, at_work, run, blocks, partials)
         loaded = self._loaded_by_16()
-        launch(self.partial, memory, first, blocks, self.shared[0])
+        launch(self.partial, memory, params, blocks, self.shared[0])
+        self.launches += 1
+        self.elements += int(numels.sum())
         loaded = self._loaded_by_16() - loaded
         if not memory.written(partials, 8 * blocks).all():
             raise Fault("a partial sum is missing")
         whole = sum(int(n) // self.chunk for n in numels) * self.chunk * item
-        if loaded != (0 if offset else whole):
-            raise Fault(f"{loaded} bytes came by loads of 16, not {whole}")
-        launch(self.total, memory, second, 1, self.shared[1])
-        if not memory.guards_intact():
-            raise Fault("a guard byte has changed")
-        self.launches += 2
-        self.elements += int(numels.sum())
-        return float(memory.get(result, np.dtype(np.float64), 1)[0])
+        wanted = 0 if offset else whole
+        if loaded != wanted:
+            raise Fault(f"{loaded} bytes came by loads of 16, not {wanted}")
+        return self.add_up(memory, partials, blocks, result)
 
     def _loaded_by_16(self) -> int:
         """Bytes that the first kernel has loaded so."""
