@@ -5,6 +5,7 @@ import struct
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from radam_kernels.backends import upload
@@ -14,7 +15,7 @@ from tests.kernels import norms
 from .arithmetic import Fault
 from .cases import INTS
 from .compilers import Compiled
-from .machine import launch
+from .machine import Machine, launch
 from .memory import Memory
 
 
@@ -22,7 +23,7 @@ def cuda_params(
     grads: int = 0, work: int = 0, run: int = 0, blocks: int = 0, partials: int = 0, result: int = 0
 ) -> bytes:
     """CudaPowerSum of csrc/cuda/norm_cuda.h; the kernels ignore dtype, norm, device and stream."""
-    return struct.pack("<iiQQi4xqQQi4xQ", 0, 0, grads, work, run, blocks, partials, result, 0, 0)
+    return struct.pack("<iiQQi4xqqQi4xQ", 0, 0, grads, work, run, blocks, partials, result, 0, 0)
 
 
 class NormKernels:
@@ -52,7 +53,29 @@ class NormKernels:
                 norms.assert_close(result, tensors, self.norm_type, self.error)
             except AssertionError as error:
                 wrong.append(f"{name}: {error}")
-        return wrong + self.check_total()
+        return wrong + self.check_far() + self.check_total()
+
+    def check_far(self) -> list[str]:
+        """The last block of a gradient of more than 2^32 elements, of which only its own exist."""
+        numel = 2**32 + 5
+        blocks, run, work = upload.plan(np.array([numel]), self.chunk)
+        begin = (blocks - 1) * self.chunk
+        values = torch.full((numel - begin,), 2.0, dtype=self.dtype)
+        memory = Memory(work.nbytes + 8192)
+        at = memory.put(values.view(INTS[self.dtype.itemsize]).numpy(), "gradient")
+        rows = np.array([at - begin * self.dtype.itemsize, numel])
+        partial = memory.put(np.full(1, math.nan), "partial", True)
+        params = self.params(
+            memory.put(rows, "grads"), memory.put(work, "work"), run, blocks,
+            partial - 8 * (blocks - 1),
+        )  # fmt: skip
+        memory.begin_launch()
+        first, shared = blocks - 1, self.shared[0]
+        Machine(self.partial, memory, params, 1, shared, first, blocks).run()
+        self.launches += 1
+        ours = float(memory.get(partial, np.dtype(np.float64), 1)[0])
+        truth = norms.power_sum([values], self.norm_type)
+        return [] if ours == truth else [f"from element {begin}: {ours!r}, not {truth!r}"]
 
     def check_total(self) -> list[str]:
         """Partial sums that the last kernel reads in one turn or in several."""
@@ -68,6 +91,12 @@ class NormKernels:
             if abs(ours - truth) > (0 if largest else norms.FLOAT64_ERROR * truth):
                 wrong.append(f"the total of {count}: {ours!r}, not {truth!r}")
         return wrong
+
+    def params(self, grads: int, work: int, run: int, blocks: int, partials: int) -> bytes:
+        """The parameters of the first kernel."""
+        if self.triton:
+            return self.partial.pack(grads, work, partials, run)
+        return cuda_params(grads, work, run, blocks, partials)
 
     def add_up(self, memory: Memory, partials: int, count: int, result: int) -> float:
         if self.triton:
@@ -96,10 +125,7 @@ class NormKernels:
         partials = memory.put(np.full(blocks, math.nan), "partials", True)
         result = memory.put(np.full(1, math.nan), "result", True)
 
-        if self.triton:
-            params = self.partial.pack(at_rows, at_work, partials, run)
-        else:
-            params = cuda_params(at_rows, at_work, run, blocks, partials)
+        params = self.params(at_rows, at_work, run, blocks, partials)
         loaded = self._loaded_by_16()
         launch(self.partial, memory, params, blocks, self.shared[0])
         self.launches += 1
