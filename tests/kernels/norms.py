@@ -49,7 +49,7 @@ class Gradients:
 
 def power_sum(tensors: list[Tensor], norm_type: float) -> float:
     """The exact sum of |g|**norm_type, rounded to float64; the largest |g| for inf."""
-    numbers = torch.cat([t.cpu().double() for t in tensors]).abs().numpy()
+    numbers = torch.cat([t.cpu().double().flatten() for t in tensors]).abs().numpy()
     if np.isnan(numbers).any():
         return math.nan
     if norm_type == math.inf:
