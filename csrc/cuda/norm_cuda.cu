@@ -1,5 +1,4 @@
-// The gradient norm: a block adds up one chunk of one gradient, and then one block the partial
-// sums.
+// The gradient norm: each block adds up one chunk of one gradient, then one block their sums.
 //
 // One read of the gradients bounds the time, so all 16-byte loads of a thread come before the first
 // use, as in the step. Which element a thread takes follows from its index alone, and sums go
@@ -7,7 +6,7 @@
 //
 // float32 and 16-bit elements are added up in float32 within a thread, because float64 is slow on
 // most GPUs. A power of two, from the thread's largest element, keeps squares from overflow and
-// underflow. Across threads sums are float64. The relative error is at most 13 * 2^-24.
+// underflow. Across threads sums are float64. The relative error is at most 11 * 2^-24.
 #include "cuda/launch.h"
 #include "cuda/norm_cuda.h"
 
@@ -20,7 +19,7 @@ constexpr int kVector = 16 / sizeof(G);
 template <typename G>
 constexpr int64_t kChunk = int64_t{kThreads} * kVectors * kVector<G>;
 
-// NaN propagates: comparisons with it are false.
+// The sum, or the larger one; NaN propagates.
 template <bool kMaximum>
 __device__ __forceinline__ double combine(double a, double b) {
   if (!kMaximum) return a + b;
