@@ -79,5 +79,5 @@ def power_sum(bucket, norm_type: float) -> Tensor:
     device = devices.device_of(bucket)
     with _guard(device):
         tables = _tables(bucket, device)
-        grads, work = tables.gradients(bucket, triton_kernel.NORM_CHUNK)
+        grads, work = tables.gradients(bucket, triton_kernel.norm_chunk(bucket.dtype))
         return launch_power_sum(grads, work, tables.run, tables.blocks, bucket.dtype, norm_type)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..modules import cpu
+from ..modules import DTYPES, cpu
 from ..schedule import Action, StepScalars
 from .upload import Upload
 
@@ -186,9 +186,9 @@ def radam_step_kernel(
                 )  # fmt: skip
 
 
-# Elements that one program of the norm reads, partial sums that the last one reads at a time, and
-# the warps of both.
-NORM_CHUNK, NORM_WARPS = 4096, 8
+# Bytes that one program of the norm reads, partial sums that the last one reads at a time, and the
+# warps of both.
+_NORM_BYTES, _NORM_WARPS = 16384, 8
 _TOTAL_BLOCK, _TOTAL_WARPS = 8192, 16
 _LARGEST, _SQUARES = tl.constexpr(0), tl.constexpr(2)  # norms; 1 is the sum of |g|
 
@@ -320,6 +320,11 @@ def launch_(
         )  # fmt: skip
 
 
+def norm_chunk(dtype: int) -> int:
+    """Elements of a gradient that one program adds up."""
+    return _NORM_BYTES // DTYPES[dtype].itemsize
+
+
 def launch_power_sum(
     grads: Tensor, work: Tensor, run: int, blocks: int, dtype: int, norm_type: float
 ) -> Tensor:
@@ -329,8 +334,8 @@ def launch_power_sum(
     result = torch.empty((), dtype=torch.float64, device=grads.device)
     if blocks:
         radam_norm_kernel[(blocks,)](
-            grads, work.view(torch.int32), partials, run, dtype, norm, NORM_CHUNK,
-            num_warps=NORM_WARPS, enable_fp_fusion=False,
+            grads, work.view(torch.int32), partials, run, dtype, norm, norm_chunk(dtype),
+            num_warps=_NORM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     radam_norm_total_kernel[(1,)](
         partials, result, blocks, norm, _TOTAL_BLOCK, num_warps=_TOTAL_WARPS, enable_fp_fusion=False

@@ -17,7 +17,7 @@ DEVICE_NUMBERS = {"cpu": 1, "cuda": 2}  # DLPack's
 
 # Relative, of the sum of powers: a float32 product, and so many float32 additions in a row.
 CUDA_ERROR = (1 + 10) * 2.0**-24
-TRITON_ERROR = (1 + 24) * 2.0**-24
+TRITON_ERROR = (1 + 13) * 2.0**-24
 FLOAT64_ERROR = 1e-14
 
 

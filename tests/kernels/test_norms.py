@@ -47,9 +47,8 @@ def backend(request) -> tuple[str, str]:
 
 
 def chunk_of(name: str, dtype: torch.dtype) -> int:
-    if name == "cuda":
-        return cuda._cuda.norm_chunk(DTYPES.index(dtype))
-    return triton_.triton_kernel.NORM_CHUNK
+    module = cuda._cuda if name == "cuda" else triton_.triton_kernel
+    return module.norm_chunk(DTYPES.index(dtype))
 
 
 def placed(tensors: list[Tensor], device: str, offset: int = 0) -> norms.Gradients:

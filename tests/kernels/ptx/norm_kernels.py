@@ -36,9 +36,9 @@ class NormKernels:
         self.partial, self.total = (one.program() for one in compiled)
         self.shared = [one.shared for one in compiled]
         if self.triton:
-            from radam_kernels.backends.triton_kernel import NORM_CHUNK
+            from radam_kernels.backends.triton_kernel import norm_chunk
 
-            self.chunk, self.error = NORM_CHUNK, norms.TRITON_ERROR
+            self.chunk, self.error = norm_chunk(dtype), norms.TRITON_ERROR
         else:
             self.chunk, self.error = 1024 * (16 // self.dtype.itemsize), norms.CUDA_ERROR
         self.elements = self.launches = 0
