@@ -17,6 +17,20 @@ def step(
     scalars: int,
     scalars_count: int,
     device_scalars: int,
+    factor: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def norm_chunk(dtype: int) -> int: ...
+def power_sum(
+    grads: int,
+    work: int,
+    run: int,
+    blocks: int,
+    dtype: int,
+    norm_type: float,
+    partials: int,
+    sum: int,
     device: int,
     stream: int,
 ) -> None: ...

@@ -1,12 +1,12 @@
-"""What the compilers made of the step kernels: `python -m bench.gpu.machine_code`.
+"""What the compilers made of the kernels: `python -m bench.gpu.machine_code`.
 
-Reads the installed `_cuda` module, and the Triton kernel compiled for GPUs that this machine does
-not need. What is counted is the main path, which steps a whole chunk. It holds every instruction
-that can run between the loads and the stores, so also the few of steps that are not rectified, and
-leaves out what is called out of line: the slow path of IEEE division and square root, for operands
-near the ends of the exponent range. gfx942 has those inline, where they are counted. `in flight` is
-what the resident threads have loaded before they wait. Of the architectures that the module was
-built for, those are shown whose GPU is among `GPUS`.
+Reads the installed `_cuda` module, and the Triton kernels compiled for GPUs that this machine does
+not need. What is counted is the main path, which steps or adds up a whole chunk. It holds every
+instruction that can run between the loads and the stores, so also the few of steps that are not
+rectified, and leaves out what is called out of line: the slow path of IEEE division and square
+root, for operands near the ends of the exponent range. gfx942 has those inline, where they are
+counted. `in flight` is what the resident threads have loaded before they wait. Of the architectures
+that the module was built for, those are shown whose GPU is among `GPUS`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from math import nan
+from math import inf, nan
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +28,7 @@ import pandas as pd
 from radam_kernels import modules
 
 from .instructions import Instruction, main_path, parse_amdgcn, parse_sass
-from .triton_compile import SETS, Codes, Compiled, compile_all
+from .triton_compile import NORM_SETS, SETS, Codes, Compiled, compile_all
 
 NAMES: tuple[str, ...] = tuple(modules.cpu.dtypes)
 SIZES: tuple[int, ...] = tuple(dtype.itemsize for dtype in modules.DTYPES)
@@ -73,7 +73,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's machine code, and what was measured on its main path."""
+    """A kernel's machine code, and what was measured on its main path.
+
+    A step has the dtypes of param, grad and moments; the kernel of a norm has one dtype.
+    """
 
     backend: str
     codes: Codes
@@ -82,6 +85,7 @@ class Kernel:
     stack: int  # bytes, which spills would need too
     threads: int  # of a block
     code: list[Instruction] = field(repr=False)
+    norm: float | None = None
 
     @property
     def dtypes(self) -> str:
@@ -89,13 +93,13 @@ class Kernel:
 
     @property
     def read(self) -> int:
-        """Bytes of an element that a step reads: param, grad and both moments."""
-        param, grad, state = (SIZES[code] for code in self.codes)
-        return param + grad + 2 * state
+        """Bytes of an element that are read: grad; for a step also param and both moments."""
+        sizes = [SIZES[code] for code in self.codes]
+        return sum(sizes) + (0 if self.norm else sizes[2])
 
     @property
     def written(self) -> int:
-        return self.read - SIZES[self.codes[1]]
+        return 0 if self.norm else self.read - SIZES[self.codes[1]]
 
     @cached_property
     def main(self) -> list[Instruction]:
@@ -169,12 +173,20 @@ def dump(file: Path, *what: str) -> str:
 
 def cuda_architectures() -> list[str]:
     """For which the module holds machine code."""
-    return re.findall(r"\.(sm_\w+)\.cubin", dump(cuda_module(), "-lelf"))
+    files = re.findall(r"\.(sm_\w+)\.cubin", dump(cuda_module(), "-lelf"))
+    return list(dict.fromkeys(files))  # a source has a file for each
+
+
+def norm_of(symbol: str) -> float | None:
+    """From the mangled name of radam_norm_kernel<Norm, G>."""
+    found = re.search(r"radam_norm_kernelILNS_4NormE(\d)E", symbol)
+    return (float(found[1]) or inf) if found else None
 
 
 def dtypes_of(symbol: str) -> Codes | None:
-    """From the mangled name of radam_step_kernel<P, G, S>, where S2_, S3_ repeat a type."""
-    found = re.search(r"radam_step_kernelI(.+)EEv", symbol)
+    """From the mangled name of radam_step_kernel<P, G, S>, where S2_, S3_ repeat a type; or of
+    radam_norm_kernel<Norm, G>."""
+    found = re.search(r"radam_(?:step_kernelI|norm_kernelILNS_4NormE\dE)(.+)EEv", symbol)
     if not found:
         return None
     named: list[str] = []
@@ -192,11 +204,11 @@ def embedded_ptx() -> dict[Codes, str]:
     """The PTX of each step kernel that the CUDA module carries for GPUs to come."""
     entries = re.split(r"^\.(?:visible )?entry ", dump(cuda_module(), "-ptx"), flags=re.MULTILINE)
     named = ((dtypes_of(entry.partition("(")[0]), entry) for entry in entries[1:])
-    return {codes: entry for codes, entry in named if codes}
+    return {codes: entry for codes, entry in named if codes and len(codes) == 3}
 
 
 def read_sass(file: Path, arch: str, backend: str, codes: Codes | None = None) -> list[Kernel]:
-    """The step kernels in a module, or the one kernel of a cubin, whose dtypes are `codes`."""
+    """The kernels of steps and norms in a module, or the one in a cubin, of dtypes `codes`."""
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
         dump(file, "-res-usage", "-arch", arch),
@@ -213,8 +225,10 @@ def read_sass(file: Path, arch: str, backend: str, codes: Codes | None = None) -
         if dtypes:
             code = parse_sass(sass[symbol])
             bytes_ = int(stack) + int(local)
-            kernel = Kernel(backend, dtypes, arch, int(registers), bytes_, threads[symbol], code)
-            kernels.append(kernel)
+            norm = norm_of(symbol) or (2.0 if len(dtypes) == 1 else None)
+            kernels.append(
+                Kernel(backend, dtypes, arch, int(registers), bytes_, threads[symbol], code, norm)
+            )
     return kernels
 
 
@@ -230,7 +244,8 @@ def read_triton(compiled: Compiled) -> Kernel:
     registers, stack = number("TotalNumVgprs"), number("ScratchSize")
     threads = number(r"\.max_flat_workgroup_size")
     code = parse_amdgcn(text)
-    return Kernel("triton", compiled.codes, compiled.arch, registers, stack, threads, code)
+    norm = 2.0 if len(compiled.codes) == 1 else None
+    return Kernel("triton", compiled.codes, compiled.arch, registers, stack, threads, code, norm)
 
 
 def affordable(bytes_: int) -> float:
@@ -242,7 +257,7 @@ def table(kernels: Iterable[Kernel]) -> str:
     """A line for each kernel. Of bytes and instructions: for an element; in flight: kB."""
     return pd.DataFrame(
         {
-            "param/grad/moments": k.dtypes,
+            "param/grad/moments": k.dtypes if k.norm is None else f"norm {k.norm:g} of {k.dtypes}",
             "bytes": k.read + k.written,
             "kernel": k.backend,
             "arch": k.arch,
@@ -278,8 +293,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for compiled in compile_all(Path(folder)):
             kernels.append(read_triton(compiled))
-    shown = [k for k in kernels if args.all or k.codes in SETS]
-    print(table(sorted(shown, key=lambda k: (k.codes, k.backend))), *notes, sep="\n")
+    shown = [k for k in kernels if args.all or k.codes in (*SETS, *NORM_SETS)]
+    shown.sort(key=lambda k: (len(k.codes) == 1, k.codes, k.backend))
+    print(table(shown), *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel for GPUs that need not be there: what `launch_` hands to it.
+"""Compiles the Triton kernels for GPUs that need not be there: what their launches hand to them.
 
 Triton compiles nothing where it interprets, so `compile_all` does it in a process of its own.
 """
@@ -10,17 +10,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
-Codes = tuple[int, int, int]  # dtypes of param, grad and moments, as in radam_kernels.modules
+Codes = tuple[int, ...]  # dtypes of param, grad and moments, as in radam_kernels.modules
 
 # float32, float64, and 16-bit types as parameter, with gradient, and throughout.
 SETS: tuple[Codes, ...] = ((0, 0, 0), (3, 3, 3), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 2))
+NORM_SETS: tuple[Codes, ...] = ((0,), (1,), (3,))  # dtypes of gradients whose norm is taken
 TARGETS = ("sm_90", "sm_100", "gfx942")
 
 
 @dataclass
 class Compiled:
-    """One compiled kernel; `files` holds the path of its cubin, ptx or amdgcn."""
+    """One compiled kernel; `files` holds the path of its cubin, ptx or amdgcn.
+
+    The kernel of a norm, which is that of norm 2, has one dtype.
+    """
 
     codes: Codes
     arch: str
@@ -33,7 +38,7 @@ class Compiled:
 
 
 def compile_all(folder: Path) -> list[Compiled]:
-    """SETS for every one of TARGETS, as files in `folder`."""
+    """SETS and NORM_SETS for every one of TARGETS, as files in `folder`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     done = subprocess.run(
@@ -60,10 +65,10 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
 
     pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
     tables = [torch.zeros(width, dtype=torch.int64) for width in (5, 1, 1, 9)]
-    step = triton_kernel.radam_step_kernel
+    names = ("radam_step_kernel", "radam_norm_kernel", "radam_norm_total_kernel")
 
     class Recorder:
-        """Takes the place of the kernel, and keeps the arguments of its launch."""
+        """Takes the place of a kernel, and keeps the arguments of its launch."""
 
         def __getitem__(self, grid: object) -> "Recorder":
             return self
@@ -71,18 +76,24 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
         def __call__(self, *args: object, **options: bool | int) -> None:
             self.args, self.options = args, options
 
-    for codes in SETS:
-        triton_kernel.radam_step_kernel = recorder = Recorder()
-        triton_kernel.launch_(*tables, 0, 1, codes)
+    for codes in (*SETS, *NORM_SETS):
+        recorders = {name: Recorder() for name in names}
+        with patch.multiple(triton_kernel, **recorders):
+            if len(codes) == 1:
+                triton_kernel.launch_power_sum(*tables[:2], 0, 1, *codes, 2.0)
+            else:
+                triton_kernel.launch_(*tables, None, 0, 1, codes)
+        name = names[1] if len(codes) == 1 else names[0]
+        kernel, recorder = getattr(triton_kernel, name), recorders[name]
         signature, constants = {}, {}
-        for i, (parameter, arg) in enumerate(zip(step.params, recorder.args, strict=True)):
-            if parameter.is_constexpr:
+        for i, (parameter, arg) in enumerate(zip(kernel.params, recorder.args, strict=True)):
+            if parameter.is_constexpr or arg is None:  # None: a kernel without a factor
                 signature[parameter.name], constants[(i,)] = "constexpr", arg
             elif torch.is_tensor(arg):
                 signature[parameter.name] = pointers[arg.dtype]
             else:
                 signature[parameter.name] = "i32" if isinstance(arg, int) else repr(arg)
-        source = ASTSource(step, signature, constants, {})
+        source = ASTSource(kernel, signature, constants, {})
         for arch in TARGETS:
             compiled = Compiled(codes, arch, signature, recorder.options)
             nvidia = arch.startswith("sm_")

@@ -146,11 +146,6 @@ PYBIND11_MODULE(_cpu, m) {
         "gradients' addresses are at `grads`, with the StepScalars at address `scalars`. Dtypes "
         "are codes; `isa` indexes instruction_sets.");
 
-  py::enum_<Norm>(m, "Norm", "What GradientBucket.power_sum() computes.")
-      .value("sum_of_magnitudes", kSumOfMagnitudes)
-      .value("sum_of_squares", kSumOfSquares)
-      .value("largest_magnitude", kLargestMagnitude);
-
   py::exception<Refusal>(m, "Refusal", PyExc_ValueError).attr("__doc__") =
       "Tensors that can't be stepped together: a message with {0} and {1} for "
       "the names of owners, and the owners' indices in Plan.owners.";
@@ -251,8 +246,9 @@ PYBIND11_MODULE(_cpu, m) {
           [](const GradientBucket& b) { return b.cache.get() ? object(b.cache) : py::none(); },
           [](GradientBucket& b, const py::object& cache) { b.cache = Ref::borrow(cache.ptr()); },
           "The backend's cache, kept as long as the Gradients live; None at first.")
-      .def("power_sum", &GradientBucket::power_sum, py::arg("norm"), py::arg("threads"),
-           py::arg("isa") = 0, "The sum or the maximum that a Norm is, on the CPU.");
+      .def("power_sum", &GradientBucket::power_sum, py::arg("norm_type"), py::arg("threads"),
+           py::arg("isa") = 0,
+           "The sum of |g|**norm_type on the CPU, or the largest |g|; norm_type is 1, 2 or inf.");
 
   py::class_<Gradients>(m, "Gradients", "The gradients of an optimizer; see csrc/host/gradients.h.")
       .def(py::init<>())

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda/norm_cuda.h"
 #include "cuda/step_cuda.h"
 
 namespace py = pybind11;
@@ -25,7 +26,7 @@ T* table(uintptr_t address, int64_t rows) {
 
 void step(uintptr_t segments, uintptr_t grads, uintptr_t work, int run, int64_t blocks, int param,
           int grad, int state, uintptr_t scalars, int64_t scalars_count, uintptr_t device_scalars,
-          int device, uintptr_t stream) {
+          uintptr_t factor, int device, uintptr_t stream) {
   const CudaStep step = {dtype_set(param, grad, state),
                          table<const Segment>(segments, blocks),
                          table<const uintptr_t>(grads, blocks),
@@ -35,6 +36,7 @@ void step(uintptr_t segments, uintptr_t grads, uintptr_t work, int run, int64_t 
                          table<const StepScalars>(scalars, scalars_count),
                          scalars_count,
                          table<const StepScalars>(device_scalars, 0),
+                         reinterpret_cast<const double*>(factor),
                          device,
                          reinterpret_cast<void*>(stream)};
   const py::gil_scoped_release released;
@@ -64,6 +66,22 @@ void upload(uintptr_t to, const py::bytes& from, int device, uintptr_t stream) {
   upload_cuda(target, bytes.data(), size, device, reinterpret_cast<void*>(stream));
 }
 
+void power_sum(uintptr_t grads, uintptr_t work, int run, int64_t blocks, int dtype,
+               double norm_type, uintptr_t partials, uintptr_t sum, int device, uintptr_t stream) {
+  const CudaPowerSum power_sum = {dtype_set(dtype, dtype, dtype).grad,
+                                  norm_of_order(norm_type),
+                                  table<const Gradient>(grads, blocks),
+                                  table<const Work>(work, blocks),
+                                  run,
+                                  blocks,
+                                  table<double>(partials, blocks),
+                                  table<double>(sum, 1),
+                                  device,
+                                  reinterpret_cast<void*>(stream)};
+  const py::gil_scoped_release released;
+  power_sum_cuda(power_sum);
+}
+
 int version(cudaError_t (*ask)(int*)) {
   int found = 0;
   ask(&found);
@@ -85,9 +103,11 @@ PYBIND11_MODULE(_cuda, m) {
       "Elements that one block steps.");
   m.def("step", &step, py::arg("segments"), py::arg("grads"), py::arg("work"), py::arg("run"),
         py::arg("blocks"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("scalars"),
-        py::arg("scalars_count"), py::arg("device_scalars"), py::arg("device"), py::arg("stream"),
+        py::arg("scalars_count"), py::arg("device_scalars"), py::arg("factor"), py::arg("device"),
+        py::arg("stream"),
         "Launches one step: tables by their addresses on the device, scalars on the host "
-        "(at most inline_scalars rows) or on the device, dtypes as codes.");
+        "(at most inline_scalars rows) or on the device, dtypes as codes; factor, a float64 on the "
+        "device that multiplies the gradients, may be 0.");
   m.def("advance", &advance_counters, py::arg("counters"), py::arg("count"), py::arg("groups"),
         py::arg("scalars"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("device"),
         py::arg("stream"),
@@ -95,6 +115,15 @@ PYBIND11_MODULE(_cuda, m) {
         "the device; grad_scale and found_inf may be 0.");
   m.def("upload", &upload, py::arg("to"), py::arg("rows"), py::arg("device"), py::arg("stream"),
         "Copies bytes to an address on the device, in stream order; a CUDA graph keeps them.");
+  m.def(
+      "norm_chunk", [](int dtype) { return cuda_norm_chunk(dtype_set(dtype, dtype, dtype).grad); },
+      "Elements of a gradient that one block adds up.");
+  m.def("power_sum", &power_sum, py::arg("grads"), py::arg("work"), py::arg("run"),
+        py::arg("blocks"), py::arg("dtype"), py::arg("norm_type"), py::arg("partials"),
+        py::arg("sum"), py::arg("device"), py::arg("stream"),
+        "Launches the sum of |g|**norm_type, or if that is inf the largest |g|: tables, room for "
+        "a float64 "
+        "of each block, and the float64 result by their addresses on the device.");
   m.def("why_not", &why_not_cuda, "Why no kernel runs on this device; empty if they do.");
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });

@@ -1,18 +1,30 @@
-// The norms that clipping computes.
+// The norms of gradients that clipping needs.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace radam {
 
-// The sum of |g|, the sum of g * g, or the largest |g|. A NaN makes each of them NaN.
-enum Norm : int { kSumOfMagnitudes = 0, kSumOfSquares = 1, kLargestMagnitude = 2 };
+// What is taken of all elements: the largest, the sum, or the sum of squares, of |g|. A NaN makes
+// each of them NaN.
+enum Norm : int { kLargest, kOne, kTwo };
 
-// A gradient in memory: elements without gaps. A complex number counts as two.
-struct GradientRow {
+// The Norm of an order: inf, 1 or 2. Throws std::invalid_argument for any other.
+inline Norm norm_of_order(double order) {
+  if (order == 1) return kOne;
+  if (order == 2) return kTwo;
+  if (order > 0 && std::isinf(order)) return kLargest;
+  throw std::invalid_argument("norm_type: expected 1, 2 or inf, got " + std::to_string(order));
+}
+
+// A row of a table of gradients: dense, aligned to an element. A complex number counts as two.
+struct Gradient {
   const void* data;
   int64_t numel;
 };
-static_assert(sizeof(GradientRow) == 16, "these tables are passed as bytes");
+static_assert(sizeof(Gradient) == 16, "these tables are passed as bytes");
 
 }  // namespace radam

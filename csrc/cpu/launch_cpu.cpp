@@ -65,10 +65,10 @@ void step_cpu(const Segments& segments, const DTypeSet& dtypes, const StepScalar
   });
 }
 
-double norm_cpu(const std::vector<GradientRow>& rows, DType dtype, Norm norm, int threads,
+double norm_cpu(const std::vector<Gradient>& rows, DType dtype, Norm norm, int threads,
                 const InstructionSet& isa) {
   int64_t total = 0, count = 0;
-  for (const GradientRow& row : rows) {
+  for (const Gradient& row : rows) {
     total += row.numel;
     count += chunks(row.numel);
   }
@@ -80,7 +80,7 @@ double norm_cpu(const std::vector<GradientRow>& rows, DType dtype, Norm norm, in
     const int64_t last = thread + 1 == team ? total : total / team * (thread + 1);
     int64_t offset = 0;
     double* partial = partials.data();
-    for (const GradientRow& row : rows) {
+    for (const Gradient& row : rows) {
       for (int64_t begin = 0; begin < row.numel; begin += kNormChunk, ++partial) {
         if (offset + begin < first || offset + begin >= last) continue;
         const char* const data = static_cast<const char*>(row.data) + begin * kDTypeSizes[dtype];
@@ -92,7 +92,7 @@ double norm_cpu(const std::vector<GradientRow>& rows, DType dtype, Norm norm, in
 
   double result = 0;
   for (const double partial : partials) {
-    if (norm != kLargestMagnitude) {
+    if (norm != kLargest) {
       result += partial;
     } else if (partial > result || partial != partial) {  // keeps NaN
       result = partial;

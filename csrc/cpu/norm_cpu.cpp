@@ -77,11 +77,11 @@ RADAM_INLINE Doubles load(const void* from) {
 
 template <Norm kNorm>
 RADAM_INLINE void accumulate(Doubles& sum, Doubles g) {
-  if constexpr (kNorm == kSumOfSquares) {
+  if constexpr (kNorm == kTwo) {
     sum += g * g;
   } else {
     const Doubles magnitude = g < 0 ? -g : g;
-    if constexpr (kNorm == kSumOfMagnitudes) {
+    if constexpr (kNorm == kOne) {
       sum += magnitude;
     } else {
       sum = (magnitude > sum) | (magnitude != magnitude) ? magnitude : sum;  // keeps NaN
@@ -112,7 +112,7 @@ double norm_of(const char* data, int64_t numel) {
   double total = 0;
   for (const Doubles& sum : sums) {
     for (int k = 0; k < kLanes; ++k) {
-      if constexpr (kNorm == kLargestMagnitude) {
+      if constexpr (kNorm == kLargest) {
         total = sum[k] > total || sum[k] != sum[k] ? sum[k] : total;
       } else {
         total += sum[k];
@@ -130,12 +130,12 @@ double RADAM_CONCAT(partial_norm_, RADAM_ISA)(const void* data, int64_t numel, D
     constexpr DType kDType = decltype(element)::kDType;
     const char* const from = static_cast<const char*>(data);
     switch (norm) {
-      case kSumOfMagnitudes:
-        return norm_of<kDType, kSumOfMagnitudes>(from, numel);
-      case kSumOfSquares:
-        return norm_of<kDType, kSumOfSquares>(from, numel);
-      case kLargestMagnitude:
-        return norm_of<kDType, kLargestMagnitude>(from, numel);
+      case kOne:
+        return norm_of<kDType, kOne>(from, numel);
+      case kTwo:
+        return norm_of<kDType, kTwo>(from, numel);
+      case kLargest:
+        return norm_of<kDType, kLargest>(from, numel);
     }
     throw std::invalid_argument("not a Norm");
   });

@@ -30,7 +30,7 @@ void step_cpu(const Segments& segments, const DTypeSet& dtypes, const StepScalar
 
 // The sum or the maximum over all rows. The same bits for any number of threads: each chunk of a
 // row has a sum of its own, and these are added in order.
-double norm_cpu(const std::vector<GradientRow>& rows, DType dtype, Norm norm, int threads,
+double norm_cpu(const std::vector<Gradient>& rows, DType dtype, Norm norm, int threads,
                 const InstructionSet& isa);
 
 }  // namespace radam

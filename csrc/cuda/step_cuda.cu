@@ -9,31 +9,15 @@
 // threads are resident then, as four vectors take 104 registers. That is enough: 128 KiB in flight
 // on a multiprocessor, where 25 KiB hide the latency. bench/gpu/machine_code.py counts all this for
 // every dtype set, and bench/gpu/tune.py measures variants of the constants below.
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "core/update.h"
+#include "cuda/launch.h"
+#include "cuda/norm_cuda.h"
 #include "cuda/step_cuda.h"
 
 namespace radam {
 namespace {
-
-// bench/gpu/tune.py sets these by -D; also RADAM_STREAMING, for the cache hints, and
-// RADAM_NARROWEST, for vectors of 16 bytes of the narrowest stream.
-#ifndef RADAM_THREADS
-#define RADAM_THREADS 256
-#endif
-#ifndef RADAM_VECTORS
-#define RADAM_VECTORS 4
-#endif
-constexpr int kThreads = RADAM_THREADS;
-constexpr int kVectors = RADAM_VECTORS;  // that a thread loads before it uses the first
-
-template <typename Element>
-using Storage = typename Element::Storage;
 
 template <typename P>
 using Compute = std::conditional_t<sizeof(P) == 8, double, float>;
@@ -55,11 +39,27 @@ struct Arguments {
   const Work* work;
   int run;
   const StepScalars* device_scalars;
+  const double* factor;
   Row<T> rows[kInlineScalars];
 };
 
+// A row of scalars, with the factor in float64, as on the host.
+template <typename T>
+__device__ __forceinline__ Row<T> row_of(const Arguments<T>& arguments, int64_t index) {
+  if (arguments.device_scalars) {
+    StepScalars scalars = arguments.device_scalars[index];
+    if (arguments.factor) scalars.grad_scale *= *arguments.factor;
+    return Row<T>(scalars);
+  }
+  Row<T> row = arguments.rows[index];
+  if (arguments.factor) {
+    row.s.grad_scale = static_cast<T>(static_cast<double>(row.s.grad_scale) * *arguments.factor);
+  }
+  return row;
+}
+
 // Elements of a vector: 16 bytes of the widest stream, so that neighbours in a warp access
-// neighbouring bytes of every stream.
+// neighbouring bytes of every stream. bench/gpu/tune.py tries RADAM_NARROWEST.
 template <typename P, typename G, typename S>
 #ifdef RADAM_NARROWEST
 constexpr int kVector = 16 / std::min({sizeof(P), sizeof(G), sizeof(S)});
@@ -69,45 +69,6 @@ constexpr int kVector = 16 / std::max({sizeof(P), sizeof(G), sizeof(S)});
 
 template <typename P, typename G, typename S>
 constexpr int64_t kChunk = int64_t{kThreads} * kVectors * kVector<P, G, S>;
-
-// N elements, in accesses of 16 bytes, or of 8 where they are no more.
-template <typename T, int N>
-struct Pack {
-  using Word = std::conditional_t<N * sizeof(T) % 16 == 0, uint4, uint2>;
-  static constexpr int kWords = N * sizeof(T) / sizeof(Word);
-  union {
-    Word words[kWords];
-    T x[N];
-  };
-};
-
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> load(const T* from) {
-  Pack<T, N> pack;
-#pragma unroll
-  for (int i = 0; i < pack.kWords; ++i) {
-    const auto* const word = reinterpret_cast<const typename Pack<T, N>::Word*>(from) + i;
-#ifdef RADAM_STREAMING
-    pack.words[i] = __ldcs(word);
-#else
-    pack.words[i] = *word;
-#endif
-  }
-  return pack;
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
-#pragma unroll
-  for (int i = 0; i < pack.kWords; ++i) {
-    auto* const word = reinterpret_cast<typename Pack<T, N>::Word*>(to) + i;
-#ifdef RADAM_STREAMING
-    __stcs(word, pack.words[i]);
-#else
-    *word = pack.words[i];
-#endif
-  }
-}
 
 template <typename P, typename G, typename S, typename T = Compute<P>>
 __device__ __forceinline__ void step_element(P& p, G g, S& m, S& v, const Scalars<T>& s, bool l2,
@@ -133,23 +94,17 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kN = kVector<P, G, S>;
   constexpr int64_t kElements = kChunk<P, G, S>;
 
-  const Work work = arguments.work[blockIdx.x >> arguments.run];
-  int64_t index = work.segment;
-  int64_t chunk = work.chunk + (blockIdx.x & ((1u << arguments.run) - 1));
-  const auto chunks = [&] { return (arguments.segments[index].numel + kElements - 1) / kElements; };
-  for (; chunk >= chunks(); ++index) chunk -= chunks();
+  const auto numel = [&](int64_t index) { return arguments.segments[index].numel; };
+  const auto [index, begin, count] =
+      chunk_of_block<kElements>(arguments.work, arguments.run, numel);
   const Segment& segment = arguments.segments[index];
   const uintptr_t grad = arguments.grads[index];
-  const Row<T> row = arguments.device_scalars ? Row<T>(arguments.device_scalars[segment.scalars])
-                                              : arguments.rows[segment.scalars];
+  const Row<T> row = row_of(arguments, segment.scalars);
   const Scalars<T>& s = row.s;
   const Action action = row.action;
   if (action == kSkip) return;
   const bool l2 = s.weight_decay != 0;
 
-  const int64_t begin = chunk * kElements;
-  const int64_t left = segment.numel - begin;
-  const int count = static_cast<int>(left < kElements ? left : kElements);
   P* const params = static_cast<P*>(segment.param) + begin;
   const G* const grads = reinterpret_cast<const G*>(grad) + begin;
   S* const exp_avgs = static_cast<S*>(segment.exp_avg) + begin;
@@ -223,45 +178,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < payload.count; i += kThreads) payload.to[i] = payload.words[i];
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
-}
-
-// Makes a device current, and the one before it again.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-template <typename Argument>
-void launch(void (*kernel)(Argument), const Argument& argument, int64_t blocks, int threads,
-            int device, void* stream, const char* name) {
-  if (blocks < 0 || blocks > INT32_MAX) {
-    throw std::runtime_error("too many blocks for one launch: " + std::to_string(blocks));
-  }
-  if (blocks == 0) return;
-  const DeviceGuard guard(device);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, argument), name);
-}
-
 }  // namespace
 
 int64_t cuda_chunk(const DTypeSet& dtypes) {
@@ -281,8 +197,8 @@ void step_cuda(const CudaStep& step) {
   visit_dtypes(step.dtypes, [&](auto p, auto g, auto s) {
     using P = Storage<decltype(p)>;
     using T = Compute<P>;
-    Arguments<T> arguments = {step.segments, step.grads,          step.work,
-                              step.run,      step.device_scalars, {}};
+    Arguments<T> arguments = {step.segments,       step.grads,  step.work, step.run,
+                              step.device_scalars, step.factor, {}};
     for (int64_t i = 0; !step.device_scalars && i < step.scalars_count; ++i) {
       arguments.rows[i] = Row<T>(step.scalars[i]);
     }
@@ -315,6 +231,7 @@ const char* why_not_cuda(int device) {
           "radam_step_kernel");
     check(cudaFuncGetAttributes(&attributes, radam_advance_kernel), "radam_advance_kernel");
     check(cudaFuncGetAttributes(&attributes, radam_upload_kernel), "radam_upload_kernel");
+    load_norm_kernels();
   } catch (const std::runtime_error&) {
     return cudaGetErrorString(cudaGetLastError());
   }

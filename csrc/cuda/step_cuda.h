@@ -25,6 +25,7 @@ struct CudaStep {
   const StepScalars* scalars;         // on the host, copied into the launch; or null
   int64_t scalars_count;              // at most kInlineScalars, if on the host
   const StepScalars* device_scalars;  // on the device, where there are more or they are made there
+  const double* factor;               // on the device: multiplies the gradients; or null
   int device;
   void* stream;  // a cudaStream_t
 };

@@ -90,7 +90,8 @@ Ref as_tuple(PyObject* object, const char* message) {
   return Ref::steal(PySequence_Tuple(sequence.get()));
 }
 
-double GradientBucket::power_sum(Norm norm, int threads, int isa) const {
+double GradientBucket::power_sum(double norm_type, int threads, int isa) const {
+  const Norm norm = norm_of_order(norm_type);
   if (device.type != kCPU) throw std::invalid_argument("the bucket is not on the CPU");
   const GilReleased released;
   return norm_cpu(rows, dtype, norm, threads, instruction_sets().at(static_cast<size_t>(isa)));

@@ -25,16 +25,16 @@ struct GradientBucket {
   Ref mesh, placements;  // of DTensors; empty for plain tensors
 
   // One entry for each gradient:
-  std::vector<GradientRow> rows;
+  std::vector<Gradient> rows;
   std::vector<Ref> owners;   // the parameters
   std::vector<Ref> grads;    // as their owner has them
   std::vector<Ref> tensors;  // the memory in `rows`: the local tensors of DTensors
 
   Ref cache;  // of the backend: tables on a device
 
-  // The sum or the maximum over all rows, which must be on the CPU. `isa` is an index of
-  // instruction_sets(). Releases the GIL.
-  double power_sum(Norm norm, int threads, int isa) const;
+  // The sum of |g|^norm_type over all rows, or the largest |g|; norm_type is 1, 2 or inf. The rows
+  // must be on the CPU. `isa` is an index of instruction_sets(). Releases the GIL.
+  double power_sum(double norm_type, int threads, int isa) const;
 };
 
 class Gradients {

@@ -1,7 +1,5 @@
 """The C++ kernel for the CPU: vectorized, on torch's thread pool."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,6 @@ def run(bucket: cpu.Bucket) -> None:
     bucket.run(torch.get_num_threads())
 
 
-_NORMS = {
-    1: cpu.Norm.sum_of_magnitudes,
-    2: cpu.Norm.sum_of_squares,
-    math.inf: cpu.Norm.largest_magnitude,
-}
-
-
 def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
-    total = bucket.power_sum(_NORMS[norm_type], torch.get_num_threads())
+    total = bucket.power_sum(norm_type, torch.get_num_threads())
     return torch.tensor(total, dtype=torch.float64)

@@ -48,21 +48,16 @@ def run(bucket: cpu.Bucket) -> None:
 def launch_(module: ModuleType, bucket: cpu.Bucket, device: torch.device, stream: int) -> None:
     """Advances the counts where they are on the device, and steps; `module` has the kernels."""
 
-    def upload(rows: bytes) -> Tensor:
-        # Not from pinned memory: arguments of launches need no event to guard them.
-        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
-        module.upload(room.data_ptr(), rows, device.index, stream)
-        return room
-
-    tables = tables_of(bucket, stream, upload, keep=not is_capturing(device))
+    tables = _tables(module, bucket, device, stream)
     segments, grads, work = tables.segments(bucket, module.chunk(*bucket.dtypes))
-    address, count, rows = 0, 0, None
+    scalars, count, rows = 0, 0, None
     if bucket.capturable:
         rows = advance(module, bucket, tables, device, stream)
     else:
-        address, count = bucket.scalars
+        scalars, count = bucket.scalars
         if count > module.inline_scalars:
             rows = tables.rows("scalars", bucket.scalar_rows)
+    factor = bucket.scaling.on(device).factor
     module.step(
         segments.data_ptr(),
         grads.data_ptr(),
@@ -70,12 +65,28 @@ def launch_(module: ModuleType, bucket: cpu.Bucket, device: torch.device, stream
         tables.run,
         tables.blocks,
         *bucket.dtypes,
-        address,
+        scalars,
         count,
-        0 if rows is None else rows.data_ptr(),
+        address(rows),
+        address(factor),
         device.index,
         stream,
     )
+
+
+def _tables(
+    module: ModuleType,
+    bucket: cpu.Bucket | cpu.GradientBucket,
+    device: torch.device,
+    stream: int,
+) -> DeviceTables:
+    def upload(rows: bytes) -> Tensor:
+        # Not from pinned memory: arguments of launches need no event to guard them.
+        room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
+        module.upload(room.data_ptr(), rows, device.index, stream)
+        return room
+
+    return tables_of(bucket, stream, upload, keep=not is_capturing(device))
 
 
 def advance(
@@ -101,3 +112,35 @@ def advance(
         stream,
     )
     return rows
+
+
+def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
+    device = device_of(bucket)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return power_sum_(_cuda, bucket, norm_type, device, stream)
+
+
+def power_sum_(
+    module: ModuleType,
+    bucket: cpu.GradientBucket,
+    norm_type: float,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
+    tables = _tables(module, bucket, device, stream)
+    grads, work = tables.gradients(bucket, module.norm_chunk(bucket.dtype))
+    partials = torch.empty(tables.blocks, dtype=torch.float64, device=device)
+    result = torch.empty((), dtype=torch.float64, device=device)
+    module.power_sum(
+        grads.data_ptr(),
+        work.data_ptr(),
+        tables.run,
+        tables.blocks,
+        bucket.dtype,
+        norm_type,
+        partials.data_ptr(),
+        result.data_ptr(),
+        device.index,
+        stream,
+    )
+    return result

@@ -1,14 +1,15 @@
 """The Triton kernel: NVIDIA, AMD and Intel GPUs, and any machine under TRITON_INTERPRET=1."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from ..modules import cpu
 from . import devices
 from .advance import advance
-from .upload import tables_of, upload_pinned
+from .upload import DeviceTables, tables_of, upload_pinned
 
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
@@ -18,7 +19,7 @@ try:
     import triton
 
     from . import triton_kernel
-    from .triton_kernel import INTERPRETED, launch_, upload_by_arguments
+    from .triton_kernel import INTERPRETED, launch_, launch_power_sum, upload_by_arguments
 except ImportError as _error:
     INTERPRETED = COMPILES_EXACTLY = False
     _missing: str | None = f"Triton can't be imported ({_error}); pip install triton"
@@ -50,18 +51,35 @@ def _load_upload(device: torch.device) -> None:
     upload_by_arguments(device)(bytes(8))
 
 
+def _tables(bucket: cpu.Bucket | cpu.GradientBucket, device: torch.device) -> DeviceTables:
+    capturing = devices.is_capturing(device)
+    # Pinned memory would have to outlive the graph; arguments of launches are part of it.
+    upload = (upload_by_arguments if capturing else upload_pinned)(device)
+    return tables_of(bucket, devices.stream_key(device), upload, keep=not capturing)
+
+
+def _guard(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if device.type == "cpu" else devices.guard(device)
+
+
 def run(bucket: cpu.Bucket) -> None:
     device = devices.device_of(bucket)
-    with nullcontext() if device.type == "cpu" else devices.guard(device):
-        capturing = devices.is_capturing(device)
-        if bucket.capturable and not capturing:
+    with _guard(device):
+        if bucket.capturable and not devices.is_capturing(device):
             _load_upload(device)
-        # Pinned memory would have to outlive the graph; arguments of launches are part of it.
-        upload = (upload_by_arguments if capturing else upload_pinned)(device)
-        tables = tables_of(bucket, devices.stream_key(device), upload, keep=not capturing)
+        tables = _tables(bucket, device)
         segments, grads, work = tables.segments(bucket, triton_kernel.CHUNK)
         if bucket.capturable:
             scalars = advance(bucket).contiguous()
         else:
             scalars = tables.rows("scalars", bucket.scalar_rows)
-        launch_(segments, grads, work, scalars, tables.run, tables.blocks, bucket.dtypes)
+        factor = bucket.scaling.on(device).factor
+        launch_(segments, grads, work, scalars, factor, tables.run, tables.blocks, bucket.dtypes)
+
+
+def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
+    device = devices.device_of(bucket)
+    with _guard(device):
+        tables = _tables(bucket, device)
+        grads, work = tables.gradients(bucket, triton_kernel.norm_chunk(bucket.dtype))
+        return launch_power_sum(grads, work, tables.run, tables.blocks, bucket.dtype, norm_type)

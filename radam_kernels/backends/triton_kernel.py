@@ -1,12 +1,14 @@
 """The element update in Triton and the kernel around it; csrc/core/update.h says it in C++."""
 
+import math
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..modules import cpu
+from ..modules import DTYPES, cpu
 from ..schedule import Action, StepScalars
 from .upload import Upload
 
@@ -124,34 +126,42 @@ def _step_block(
     tl.store(v_ptr, _narrow(v, STATE), mask)
 
 
-@triton.jit(do_not_specialize=["run"])
-def radam_step_kernel(
-    segments, grads, work, scalars, run,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Steps one chunk of one segment; tables as in upload.py."""
+@triton.jit
+def _place(numels, work, run, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The tensor that a program works on, its first element there, and the tensor's size."""
     # A row of work is for 2^run programs, so walk on from where the first of them begins.
     program = tl.program_id(0).to(tl.int64)
     row = work + 2 * (program >> run)
     index = tl.load(row).to(tl.int64)
     chunk = tl.load(row + 1) + (program & ((1 << run) - 1))
-    chunks = tl.cdiv(tl.load(segments + index * _SEGMENT_WIDTH + _NUMEL), BLOCK)
-    while chunk >= chunks:
-        chunk -= chunks
+    numel = tl.load(numels + index * WIDTH)
+    while chunk >= tl.cdiv(numel, BLOCK):
+        chunk -= tl.cdiv(numel, BLOCK)
         index += 1
-        chunks = tl.cdiv(tl.load(segments + index * _SEGMENT_WIDTH + _NUMEL), BLOCK)
-    begin = chunk * BLOCK
+        numel = tl.load(numels + index * WIDTH)
+    return index, chunk * BLOCK, numel
+
+
+@triton.jit(do_not_specialize=["run", "factor"])
+def radam_step_kernel(
+    segments, grads, work, scalars, factor, run,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Steps one chunk of one segment; tables as in upload.py."""
+    index, begin, numel = _place(segments + _NUMEL, work, run, _SEGMENT_WIDTH, BLOCK)
     segment = segments + index * _SEGMENT_WIDTH
     param, grad = tl.load(segment + _PARAM), tl.load(grads + index)
     exp_avg, exp_avg_sq = tl.load(segment + _EXP_AVG), tl.load(segment + _EXP_AVG_SQ)
-    numel = tl.load(segment + _NUMEL)
     row = scalars + tl.load(segment + _SCALARS) * _SCALARS_WIDTH
 
     # float64 in memory, because a Python float argument is float32 when compiled; narrowed once.
     T: tl.constexpr = tl.float64 if PARAM == _FLOAT64 else tl.float32
+    grad_scale = tl.load(row + _GRAD_SCALE)
+    if factor is not None:
+        grad_scale *= tl.load(factor)
     s = (
-        tl.load(row + _GRAD_SCALE).to(T), tl.load(row + _WEIGHT_DECAY).to(T),
+        grad_scale.to(T), tl.load(row + _WEIGHT_DECAY).to(T),
         tl.load(row + _DECAY).to(T), tl.load(row + _ONE_MINUS_BETA1).to(T),
         tl.load(row + _BETA2).to(T), tl.load(row + _ONE_MINUS_BETA2).to(T),
         tl.load(row + _EPS).to(T), tl.load(row + _STEP_SIZE).to(T),
@@ -174,6 +184,77 @@ def radam_step_kernel(
                     param, grad, exp_avg, exp_avg_sq, at, at < numel, s, l2, action,
                     PARAM, GRAD, STATE, False,
                 )  # fmt: skip
+
+
+# Bytes that one program of the norm reads, partial sums that the last one reads at a time, and the
+# warps of both.
+_NORM_BYTES, _NORM_WARPS = 16384, 8
+_TOTAL_BLOCK, _TOTAL_WARPS = 8192, 16
+_LARGEST, _SQUARES = tl.constexpr(0), tl.constexpr(2)  # norms; 1 is the sum of |g|
+
+
+@triton.jit
+def _doubled(x):
+    """The bits of |x| shifted left: unsigned numbers, in whose order NaN is above infinity.
+
+    Not masked, which LLVM would turn into a floating-point abs, whose NaN is unspecified.
+    """
+    if x.dtype == tl.float64:
+        return x.to(tl.uint64, bitcast=True) << 1
+    else:
+        return x.to(tl.uint32, bitcast=True) << 1
+
+
+@triton.jit
+def _power_sum(x, NORM: tl.constexpr):
+    """The sum of |x|**NORM, or the largest |x|, in float64; csrc/cuda/norm_cuda.cu explains it.
+
+    A program has one scale here, and in CUDA each thread.
+    """
+    if NORM == _LARGEST:
+        return (tl.max(_doubled(x)) >> 1).to(x.dtype, bitcast=True).to(tl.float64)
+    elif x.dtype == tl.float64:
+        return tl.sum(x * x if NORM == _SQUARES else tl.abs(x))
+    else:
+        exponent = tl.minimum((tl.max(_doubled(x)) >> 24).to(tl.int32), 253)
+        x = x * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        total = tl.sum(x * x if NORM == _SQUARES else tl.abs(x)).to(tl.float64)
+        back = (1023 + NORM * (exponent - 127)).to(tl.int64) << 52
+        return total * back.to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["run"])
+def radam_norm_kernel(
+    grads, work, partials, run, GRAD: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds up one chunk of one gradient; rows of `grads` are an address and a size."""
+    index, begin, numel = _place(grads + 1, work, run, 2, BLOCK)
+    grad = tl.load(grads + 2 * index)
+    at = begin + tl.arange(0, BLOCK)
+    # A mask of unknown divisibility would turn 16-byte accesses into single ones.
+    if (begin + BLOCK <= numel) & ((grad & 15) == 0):
+        g = tl.load(_pointer(grad, GRAD, True) + at)
+    else:
+        g = tl.load(_pointer(grad, GRAD, False) + at, at < numel, 0)
+    tl.store(partials + tl.program_id(0), _power_sum(_widen(g, GRAD), NORM))
+
+
+@triton.jit(do_not_specialize=["count"])
+def radam_norm_total_kernel(partials, result, count, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the partial sums in a fixed order, which torch's sum leaves open."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.uint64 if NORM == _LARGEST else tl.float64)
+    for first in range(0, count, BLOCK):
+        at = first + lanes
+        part = tl.load(partials + at, at < count, 0)
+        if NORM == _LARGEST:
+            total = tl.maximum(total, _doubled(part))
+        else:
+            total += part
+    if NORM == _LARGEST:
+        tl.store(result, (tl.max(total) >> 1).to(tl.float64, bitcast=True))
+    else:
+        tl.store(result, tl.sum(total))
 
 
 _WORDS = 64  # 32-bit words that an upload carries as arguments
@@ -220,14 +301,43 @@ INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
 
 
 def launch_(
-    segments: Tensor, grads: Tensor, work: Tensor, scalars: Tensor, run: int, blocks: int,
-    dtypes: tuple[int, ...],
+    segments: Tensor, grads: Tensor, work: Tensor, scalars: Tensor, factor: Tensor | None, run: int,
+    blocks: int, dtypes: tuple[int, ...],
 ) -> None:  # fmt: skip
-    """Launches the kernel on the current stream: tables as tensors of 8-byte words, dtype codes."""
+    """Launches the kernel on the current stream.
+
+    Args:
+        segments, grads, work, scalars: tables as tensors of 8-byte words.
+        factor: a float64 that multiplies the gradients.
+        dtypes: codes.
+    """
     if blocks:
         warps = 2 * WARPS if dtypes[0] == _FLOAT64.value else WARPS  # else registers spill
         # No autotuning: it would run a kernel that works in place several times over.
         radam_step_kernel[(blocks,)](
-            segments, grads, work.view(torch.int32), scalars.view(torch.float64), run, *dtypes,
-            CHUNK, CHUNK // 4, num_warps=warps, enable_fp_fusion=False,
+            segments, grads, work.view(torch.int32), scalars.view(torch.float64), factor, run,
+            *dtypes, CHUNK, CHUNK // 4, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def norm_chunk(dtype: int) -> int:
+    """Elements of a gradient that one program adds up."""
+    return _NORM_BYTES // DTYPES[dtype].itemsize
+
+
+def launch_power_sum(
+    grads: Tensor, work: Tensor, run: int, blocks: int, dtype: int, norm_type: float
+) -> Tensor:
+    """Launches both kernels of the norm on the current stream; returns the result, float64."""
+    norm = 0 if norm_type == math.inf else int(norm_type)
+    partials = torch.empty(blocks, dtype=torch.float64, device=grads.device)
+    result = torch.empty((), dtype=torch.float64, device=grads.device)
+    if blocks:
+        radam_norm_kernel[(blocks,)](
+            grads, work.view(torch.int32), partials, run, dtype, norm, norm_chunk(dtype),
+            num_warps=_NORM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    radam_norm_total_kernel[(1,)](
+        partials, result, blocks, norm, _TOTAL_BLOCK, num_warps=_TOTAL_WARPS, enable_fp_fusion=False
+    )
+    return result

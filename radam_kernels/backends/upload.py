@@ -41,12 +41,20 @@ class DeviceTables:
         segments = self.rows("segments", rows)
         grads = self.rows("grads", bucket.grad_rows)
         numels = np.frombuffer(rows, np.int64)[_NUMEL::_WIDTH]
+        return segments, grads, self._work(numels, chunk)
 
+    def gradients(self, bucket: cpu.GradientBucket, chunk: int) -> tuple[Tensor, Tensor]:
+        """The gradients of a bucket whose norm is wanted, and the work; sets `blocks` and `run`."""
+        rows = bucket.rows
+        numels = np.frombuffer(rows, np.int64)[1::2]
+        return self.rows("grads", rows), self._work(numels, chunk)
+
+    def _work(self, numels: np.ndarray, chunk: int) -> Tensor:
         def make() -> bytes:
             self.blocks, self.run, work = plan(numels, chunk)
             return work.tobytes()
 
-        return segments, grads, self._keep("work", (numels.tobytes(), chunk), make)
+        return self._keep("work", (numels.tobytes(), chunk), make)
 
     def _keep(self, name: str, key: object, make: Callable[[], bytes]) -> Tensor:
         kept = self._kept.get(name)
@@ -56,7 +64,7 @@ class DeviceTables:
 
 
 def tables_of(
-    bucket: cpu.Bucket, stream: int, upload: Upload, *, keep: bool = True
+    bucket: cpu.Bucket | cpu.GradientBucket, stream: int, upload: Upload, *, keep: bool = True
 ) -> DeviceTables:
     """The tables of a bucket as the last step on this stream left them, or empty ones.
 

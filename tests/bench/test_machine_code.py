@@ -1,4 +1,4 @@
-"""What speed and equal bits depend on, read from the machine code of the step kernels.
+"""What speed and equal bits depend on, read from the machine code of the kernels.
 
 No GPU is needed: the installed `_cuda` is read, and Triton compiles for GPUs that are not there.
 `python -m bench.gpu.machine_code` prints the same facts as a table.
@@ -12,8 +12,9 @@ import pytest
 
 from bench.gpu import machine_code
 from bench.gpu.machine_code import GPUS, NAMES, SIZES, Kernel
-from bench.gpu.triton_compile import SETS, TARGETS, Codes, Compiled, compile_all
+from bench.gpu.triton_compile import NORM_SETS, SETS, TARGETS, Codes, Compiled, compile_all
 from radam_kernels.backends import triton_
+from tests.kernels.norms import NORMS
 
 CUDA_SETS = [*product((0, 1, 2), repeat=3), (3, 3, 3)]
 CUDA_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -35,13 +36,17 @@ def _tools() -> None:
 
 
 @pytest.fixture(scope="session")
-def cuda_kernels() -> dict[tuple[str, Codes], Kernel]:
+def cuda_module() -> list[Kernel]:
     if not machine_code.cuda_module():
         pytest.skip("_cuda was not built")
     file = machine_code.cuda_module()
     built = set(machine_code.cuda_architectures()) & set(CUDA_ARCHITECTURES)
-    kernels = [k for arch in built for k in machine_code.read_sass(file, arch, "cuda")]
-    return {(k.arch, k.codes): k for k in kernels}
+    return [k for arch in built for k in machine_code.read_sass(file, arch, "cuda")]
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels(cuda_module) -> dict[tuple[str, Codes], Kernel]:
+    return {(k.arch, k.codes): k for k in cuda_module if k.norm is None}
 
 
 @pytest.fixture(scope="session")
@@ -177,6 +182,43 @@ def test_triton_narrows_scalars_once(from_triton):
     else:
         narrowed = len(re.findall(r"\tv_cvt_f32_f64", from_triton.text("amdgcn")))
     assert narrowed == (0 if from_triton.codes == (3, 3, 3) else 8)
+
+
+NORM_CASES = [
+    *(("cuda", *case) for case in product(CUDA_ARCHITECTURES, range(len(NAMES)), NORMS)),
+    *(("triton", arch, code, 2.0) for arch, (code,) in product(TARGETS, NORM_SETS)),
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            case,
+            id=f"{case[0]}-{case[1]}-{NAMES[case[2]]}-{case[3]:g}",
+            marks=[pytest.mark.slow] if case[0] == "triton" else [],
+        )
+        for case in NORM_CASES
+    ]
+)
+def norm_kernel(request) -> Kernel:
+    backend, arch, code, norm = request.param
+    if backend == "triton":
+        return request.getfixturevalue("triton_kernels")[arch, (code,)]
+    kernels = [k for k in request.getfixturevalue("cuda_module") if k.arch == arch]
+    if not kernels:
+        pytest.skip(f"_cuda was built without {arch} (RADAM_CUDA_ARCHS)")
+    [kernel] = [k for k in kernels if (k.codes, k.norm) == ((code,), norm)]
+    return kernel
+
+
+def test_a_thread_loads_its_gradients_by_16_bytes_before_it_uses_them(norm_kernel):
+    assert set(norm_kernel.load_widths) == {16}
+    assert sum(norm_kernel.load_widths) >= (32 if norm_kernel.arch == "gfx942" else 64)
+    assert (norm_kernel.stack, norm_kernel.local) == (0, 0)
+    needs = MARGIN[norm_kernel.arch] * GPUS[norm_kernel.arch].needs_in_flight
+    assert norm_kernel.in_flight >= needs, f"{norm_kernel.registers=}, {norm_kernel.blocks=}"
+    if norm_kernel.arch == "sm_90":
+        assert norm_kernel.instructions <= machine_code.affordable(norm_kernel.read)
 
 
 def test_every_kernel_of_the_module_is_checked(cuda_kernels):

@@ -79,7 +79,7 @@ def triton_kernel() -> Kernel:
     def launch(rows, grads, codes, scalars):
         blocks, run, work = upload.plan(rows[:, NUMEL], triton_.triton_kernel.CHUNK)
         tables = (torch.from_numpy(t).to(device) for t in (rows, grads, work, scalars))
-        triton_.launch_(*tables, run, blocks, codes)
+        triton_.launch_(*tables, None, run, blocks, codes)
 
     return Kernel("triton", device, launch)
 
@@ -90,7 +90,7 @@ def cuda_kernel() -> Kernel:
         blocks, run, work = upload.plan(rows[:, NUMEL], module.chunk(*codes))
         tables = [torch.from_numpy(t).cuda() for t in (rows, grads, work, scalars)]
         segments, grads, work, scalars_ = (t.data_ptr() for t in tables)
-        module.step(segments, grads, work, run, blocks, *codes, 0, 0, scalars_, 0, 0)
+        module.step(segments, grads, work, run, blocks, *codes, 0, 0, scalars_, 0, 0, 0)
         torch.cuda.synchronize()
 
     return Kernel("cuda", "cuda", launch)

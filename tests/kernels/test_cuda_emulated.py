@@ -5,14 +5,16 @@ real Python of the backend; only the CUDA runtime is a stand-in. The last tests 
 kernel and see these checks find them.
 """
 
+import copy
 import itertools
+import math
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,12 @@ from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.scaling import Scaling
 from tests.helpers import DTYPE_SETS, SIZES, dtypes_id, same_bits
+from tests.kernels import norms
 from tests.kernels.cuda_emulation.worker import make_plan
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCE = CSRC / "cuda" / "step_cuda.cu"
+CUDA = CSRC / "cuda"
 FORMS = (
     {},
     {"weight_decay": 0.1},
@@ -103,13 +106,16 @@ def compile_(*arguments: str) -> None:
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def compile_kernels(source: Path, folder: Path) -> Path:
-    """The object file of one step_cuda.cu."""
-    compiled = folder / "step_cuda.o"
-    # In this order: the includes of emulation.cpp look for step_cuda.cu beside `source` first.
+def compile_kernels(source: Path, folder: Path, overlay: Path = CSRC) -> Path:
+    """The object file of one .cu file.
+
+    Args:
+        overlay: a folder that may hold changed headers.
+    """
+    compiled = folder / f"{source.stem}.o"
     compile_(
         "-c", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZE,
-        f"-I{source.parent}", str(FOLDER / "emulation.cpp"), "-o", str(compiled),
+        f"-I{overlay}", "-x", "c++", str(source), "-o", str(compiled),
     )  # fmt: skip
     return compiled
 
@@ -122,28 +128,28 @@ def compile_bindings(folder: Path) -> Path:
     return compiled
 
 
-def link(kernels: Path, bindings: Path) -> str:
-    """The module of both, in the folder of the kernels."""
-    library = kernels.with_name("_cuda.so")
-    compile_("-shared", *SANITIZE, str(kernels), str(bindings), "-o", str(library))
+def link(objects: Iterable[Path], folder: Path) -> str:
+    library = folder / "_cuda.so"
+    compile_("-shared", *SANITIZE, *map(str, objects), "-o", str(library))
     return str(library)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> tuple[Path, Path]:
-    """The object files of the kernels and of the bindings."""
+def compiled(tmp_path_factory) -> dict[str, Path]:
+    """The object files, by the stems of their sources."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulated kernels with")
     folder = tmp_path_factory.mktemp("emulation")
     with ThreadPoolExecutor(2) as pool:
-        kernels = pool.submit(compile_kernels, SOURCE, folder)
-        bindings = pool.submit(compile_bindings, folder)
-        return kernels.result(), bindings.result()
+        sources = [CUDA / "step_cuda.cu", CUDA / "norm_cuda.cu", FOLDER / "emulation.cpp"]
+        made = [pool.submit(compile_kernels, source, folder) for source in sources]
+        made.append(pool.submit(compile_bindings, folder))
+        return {done.result().stem: done.result() for done in made}
 
 
 @pytest.fixture(scope="module")
-def library(compiled) -> str:
-    return link(*compiled)
+def library(compiled, tmp_path_factory) -> str:
+    return link(compiled.values(), tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +257,28 @@ every_dtype_set = pytest.mark.parametrize(
 )
 
 
+def check_factor(worker, library, codes) -> None:
+    """A factor on the device, with rows of scalars in the launch and there; and counts there."""
+    generator = torch.Generator().manual_seed(8)
+    for value in (0.3, math.nan):
+        scaling = Scaling(torch.tensor(3.0), factor=torch.tensor(value, dtype=torch.float64))
+        groups = [group(lr=0.01 * (i + 1), maximize=i % 2 == 1) for i in range(40)]
+        for count, step in ((3, 8.0), (40, 8.0), (3, torch.tensor(7.0))):
+            segments = [
+                segment(300, codes, generator, copy.deepcopy(step), i, (i % 2,) * 4)
+                for i in range(count)
+            ]
+            check(worker, library, segments, groups[:count], scaling)
+
+
 @every_dtype_set
 def test_every_size_alignment_form_and_side_gives_the_bits_of_the_reference(worker, library, codes):
     check_product(worker, library, codes)
+
+
+@every_dtype_set
+def test_a_factor_on_the_device_multiplies_the_gradients(worker, library, codes):
+    check_factor(worker, library, codes)
 
 
 @every_dtype_set
@@ -346,7 +371,9 @@ def test_counts_on_the_device_advance_there(worker, library, codes, dtype):
         group(rectification="exact", rho_threshold=4.0, maximize=True),
     ]
     counts = (0, 4, 5, 6, 1000, 2**24)
-    for scaling in (Scaling(), Scaling(torch.tensor(1024.0), torch.tensor(0.0))):
+    scale, found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    factor = torch.tensor(0.3, dtype=torch.float64)
+    for scaling in (Scaling(), Scaling(scale, found_inf), Scaling(scale, found_inf, factor)):
         segments = [
             segment(300, codes, generator, torch.tensor(float(n), dtype=dtype), i)
             for n, i in itertools.product(counts, range(len(groups)))
@@ -362,16 +389,79 @@ def test_found_inf_skips_and_does_not_count(worker, library, found_inf):
     generator = torch.Generator().manual_seed(5)
     segments = [segment(300, (0, 0, 0), generator, torch.tensor(7.0), 0) for _ in range(3)]
     before = [[t.clone() for t in s.tensors] for s in segments]
-    scaling = Scaling(torch.tensor(2.0), torch.tensor(found_inf))
+    factor = torch.tensor(math.nan, dtype=torch.float64)
+    scaling = Scaling(torch.tensor(2.0), torch.tensor(found_inf), factor)
     check(worker, library, segments, [group()], scaling)
     for s, old in zip(segments, before, strict=True):
         assert s.step == 7
         assert all(same_bits(a, b) for a, b in zip(s.tensors, old, strict=True))
 
 
-# Faults in the kernel that these checks must find
+# The gradient norm
 
-WRONG = {
+
+def check_norm(worker, library, dtype: torch.dtype) -> None:
+    """Every case and norm, at every alignment; blocks in any order give the same bits."""
+    code = DTYPES.index(dtype)
+    chunk = worker("norm_chunk", library, code)
+    for i, (name, tensors) in enumerate(norms.cases(dtype, chunk)):
+        offset = i % (16 // dtype.itemsize)
+        arguments = (library, tensors, norms.NORMS)
+        aligned = worker("power_sums", *arguments, 0, False)
+        moved = worker("power_sums", *arguments, offset, True)
+        for norm_type, ours, other in zip(norms.NORMS, aligned, moved, strict=True):
+            try:
+                norms.assert_close(ours, tensors, norm_type, norms.CUDA_ERROR)
+                assert str(ours) == str(other), "in another order"  # NaN equals NaN there
+            except AssertionError as error:
+                raise AssertionError(f"{dtype}, {name}, norm {norm_type}: {error}") from None
+
+
+def check_norm_far(worker, library) -> None:
+    """A block beyond element 2^32."""
+    numel, block = 2**32 + 5, 2**32 // 8192
+    values, ours = worker("norm_far", library, numel, block)
+    norms.assert_close(ours, [values], 2.0, norms.CUDA_ERROR)
+
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@every_dtype
+def test_the_norm_of_every_kind_of_gradients(worker, library, dtype):
+    check_norm(worker, library, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("norm_type", norms.NORMS)
+def test_the_norm_of_a_large_odd_gradient(worker, library, dtype, norm_type):
+    large = [torch.randn(2**20 + 3, generator=torch.Generator().manual_seed(7)).to(dtype)]
+    [ours] = worker("power_sums", library, large, [norm_type], 0, False)
+    # The roundings of so many threads nearly cancel.
+    norms.assert_close(ours, large, norm_type, 3e-8)
+
+
+def test_the_norm_beyond_element_2_to_the_32(worker, library):
+    check_norm_far(worker, library)
+
+
+def test_the_norm_of_unchanged_gradients_uploads_nothing(worker, library):
+    sizes = [i % 71 for i in range(1000)]
+    first, second, moved = worker("norm_uploads", library, sizes)
+    assert first[1] >= 1000 * 16
+    assert second == (2, 0)
+    assert 16_000 <= moved[1] <= 16_100
+
+
+@pytest.mark.parametrize("norm_type", [0.0, 3.0, -math.inf, math.nan])
+def test_other_norms_are_refused(worker, library, norm_type):
+    with pytest.raises(AssertionError, match="norm_type: expected 1, 2 or inf"):
+        raise AssertionError(worker("norm_error", library, norm_type))
+
+
+# Faults in the kernels that these checks must find
+
+WRONG_STEP = {
     "a tail is never stepped": ("i < count; i += kThreads", "i < done; i += kThreads"),
     "an int32 index": (
         "const int64_t begin = chunk * kElements",
@@ -386,6 +476,28 @@ WRONG = {
     "the gradient of another segment": ("arguments.grads[index]", "*arguments.grads"),
     "one moment is not stored": ("store(exp_avg_sqs + i, v[k]);", ""),
     "a count that ignores found_inf": ("a.scaling);", "{a.scaling.grad_scale, nullptr});"),
+    "rows of the launch without the factor": ("row.s.grad_scale = static_cast<T>(", "(void)("),
+    "rows on the device without the factor": ("scalars.grad_scale *= *arguments.factor", ""),
+    "a factor that is narrowed first": (
+        "scalars.grad_scale *= *arguments.factor",
+        "scalars.grad_scale = float(scalars.grad_scale) * float(*arguments.factor)",
+    ),
+}  # fmt: skip
+WRONG_NORM = {
+    "the last element is left out": ("i < chunk.count ?", "i < chunk.count - 1 ?"),
+    "elements without a magnitude": ("x < 0 ? -x : x", "x"),
+    "a maximum that drops NaN": ("a > b || a != a ? a : b", "a > b ? a : b"),
+    "no scale": ("uint32_t exponent = largest(packs) >> 24;", "uint32_t exponent = 127;"),
+    "a scale of zero": ("exponent = exponent < 253 ? exponent : 253;", ""),
+    "a partial sum that is not written": (
+        "if (threadIdx.x == 0) arguments.partials",
+        "if (threadIdx.x == 0 && blockIdx.x != 3) arguments.partials",
+    ),
+    "partial sums beyond a turn": ("i < arguments.blocks; i +=", "i < kTotalThreads; i +="),
+    "no barrier": ("__syncthreads();", ""),
+    "half of the threads": ("int half = kCount / 2;", "int half = kCount / 4;"),
+    "a wrong alignment branch of the norm": ("(grads) % 16 == 0", "(grads) % 8 == 0"),
+    "an int32 index of the norm": (".data) + chunk.begin;", ".data) + int32_t(chunk.begin);"),
 }
 # Only float32, which compiles faster.
 SMALLER = (
@@ -402,6 +514,11 @@ CHECKS: tuple[Callable, ...] = (
     lambda *fixtures: check_many(*fixtures, (0, 0, 0), 5000),
     check_far,
     lambda *fixtures: test_found_inf_skips_and_does_not_count(*fixtures, 1.0),
+    lambda *fixtures: check_factor(*fixtures, (0, 0, 0)),
+)
+NORM_CHECKS: tuple[Callable, ...] = (
+    lambda *fixtures: check_norm(*fixtures, torch.float32),
+    check_norm_far,
 )
 
 
@@ -409,23 +526,29 @@ CHECKS: tuple[Callable, ...] = (
 def faulty(tmp_path_factory, compiled) -> dict[str, str]:
     """The module of each fault, and of none."""
 
-    def make(change: tuple[str, str], folder: Path) -> str:
-        _, bindings = compiled
-        source = SOURCE.read_text()
-        for old, new in (change, SMALLER):
-            assert source.count(old) == 1, f"{old!r} is not in the kernel: update this test"
-            source = source.replace(old, new)
-        (folder / "step_cuda.cu").write_text(source)
-        return link(compile_kernels(folder / "step_cuda.cu", folder), bindings)
+    def make(stem: str, changes: list[tuple[str, str]], folder: Path) -> str:
+        (folder / "cuda").mkdir()
+        files = {name: (CUDA / name).read_text() for name in (f"{stem}.cu", "launch.h")}
+        for old, new in changes:
+            count = sum(text.count(old) for text in files.values())
+            assert count == 1, f"{old!r} is not in the kernel: update this test"
+            files = {name: text.replace(old, new) for name, text in files.items()}
+        for name, text in files.items():
+            (folder / "cuda" / name).write_text(text)
+        changed = compile_kernels(folder / "cuda" / f"{stem}.cu", folder, folder)
+        return link((compiled | {stem: changed}).values(), folder)
 
-    changes = {"none": ("namespace radam {", "namespace radam {"), **WRONG}
-    folders = [tmp_path_factory.mktemp("faulty") for _ in changes]
+    made = {"none": ("step_cuda", [SMALLER])}
+    made |= {name: ("step_cuda", [change, SMALLER]) for name, change in WRONG_STEP.items()}
+    made |= {name: ("norm_cuda", [change]) for name, change in WRONG_NORM.items()}
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(changes, pool.map(make, changes.values(), folders), strict=True))
+        folders = [tmp_path_factory.mktemp("faulty") for _ in made]
+        libraries = pool.map(lambda what, folder: make(*what, folder), made.values(), folders)
+        return dict(zip(made, libraries, strict=True))
 
 
-def caught(worker, library) -> bool:
-    for check in CHECKS:
+def caught(worker, library, checks: tuple[Callable, ...]) -> bool:
+    for check in checks:
         try:
             check(worker, library)
         except (AssertionError, Crashed):
@@ -434,11 +557,17 @@ def caught(worker, library) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", WRONG_STEP)
 def test_a_fault_in_the_kernel_is_caught(worker, faulty, fault):
-    assert caught(worker, faulty[fault])
+    assert caught(worker, faulty[fault], CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", WRONG_NORM)
+def test_a_fault_in_the_kernel_of_the_norm_is_caught(worker, faulty, fault):
+    assert caught(worker, faulty[fault], NORM_CHECKS)
 
 
 @pytest.mark.slow
 def test_without_a_fault_nothing_is_caught(worker, faulty):
-    assert not caught(worker, faulty["none"])
+    assert not caught(worker, faulty["none"], CHECKS + NORM_CHECKS)

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from radam_kernels import RAdam, available_backends, radam_, schedule
-from radam_kernels.backends import cuda
+from radam_kernels.backends import cuda, triton_
 from radam_kernels.backends.upload import DeviceTables, upload_pinned
+from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
-from radam_kernels.scaling import UNSCALED
+from radam_kernels.scaling import UNSCALED, Scaling
 from tests.helpers import DTYPE_SETS, GPU, SIZES, dtypes_id, same_bits
+from tests.kernels import norms
+from tests.kernels.cuda_emulation.worker import make_plan
 
 pytestmark = GPU
+MODULES = {"cuda": cuda, "triton": triton_}
 USUAL = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8)
 
 
@@ -141,6 +145,87 @@ def test_more_elements_than_an_int32_can_count(backend):
     for t, (a, b) in zip(four, parts, strict=True):
         assert same_bits(t[ends[0]], a)
         assert same_bits(t[ends[1]], b)
+
+
+# The norm of gradients
+
+
+def gradients(device="cuda") -> norms.Gradients:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [0, *(i % 71 for i in range(1000)), 2**20 + 3]
+    return norms.Gradients([torch.randn(n, generator=generator).to(device) for n in sizes])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("norm_type", norms.NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_is_exact_and_the_same_each_time(backend, dtype, norm_type):
+    bucket = gradients()
+    bucket.tensors = [t.to(dtype) for t in bucket.tensors]
+    found = [MODULES[backend].power_sum(bucket, norm_type) for _ in range(5)]
+    assert len({x.item() for x in found}) == 1
+    norms.assert_close(found[0].item(), bucket.tensors, norm_type, norms.TRITON_ERROR)
+
+
+def test_the_norm_of_more_elements_than_an_int32_can_count(backend):
+    numel = 2**31 + 4099
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * numel:
+        pytest.skip(f"needs {3 * numel >> 30} GiB of GPU memory, {free >> 30} are free")
+    large = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    large[:: 2**20] = 3.0
+    large[-1] = 4.0
+    count = (numel + 2**20 - 1) // 2**20
+    assert MODULES[backend].power_sum(norms.Gradients([large]), 2.0) == 9.0 * count + 16
+
+
+def test_the_norm_does_not_wait_for_the_device(backend):
+    bucket = gradients()
+    MODULES[backend].power_sum(bucket, 2.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bucket.tensors[3] = torch.ones(7, device="cuda")
+        MODULES[backend].power_sum(bucket, 2.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_holds_a_norm_and_a_step_with_a_factor(backend):
+    """What clipping captures: the factor is made of the norm at each replay."""
+    options = dict(lr=0.1, capturable=True, backend=backend)
+    params, other = make(), make()
+    bucket = norms.Gradients([torch.ones_like(p) for p in params])
+    counts = [torch.zeros((), device="cuda") for _ in params]
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    [group] = RAdam(params, **options).param_groups
+    group = {name: value for name, value in group.items() if name != "params"}
+
+    def clip_and_step() -> None:
+        total = MODULES[backend].power_sum(bucket, 2.0).sqrt()
+        scaling = Scaling(factor=(0.5 / (total + 1e-6)).clamp(max=1.0))
+        segments = zip([p.data for p in params], bucket.tensors, *moments, strict=True)
+        launch(make_plan(list(segments), counts, [group], [0] * len(params), scaling), backend)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        clip_and_step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        clip_and_step()
+    plain = RAdam(other, **options)
+    for i in range(9):
+        if i > 0:
+            for j, g in enumerate(bucket.tensors):
+                g.fill_((i + j) % 5 / 100)
+            graph.replay()
+        total = norms.power_sum(bucket.tensors, 2.0) ** 0.5
+        for p, g in zip(other, bucket.tensors, strict=True):
+            p.grad = g * min(1.0, 0.5 / (total + 1e-6))
+        plain.step()
+    for p, q in zip(params, other, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 # The host runs ahead of the device

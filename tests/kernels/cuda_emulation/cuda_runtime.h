@@ -1,10 +1,17 @@
-// Stands in for the CUDA runtime, so that csrc/cuda/step_cuda.cu compiles as plain C++ as it
-// stands: blocks and threads become loops. Only for kernels without barriers, shuffles or shared
-// memory.
+// Stands in for the CUDA runtime, so that csrc/cuda/*.cu compile as plain C++ as they stand: blocks
+// and threads become loops. Where a block has barriers, its threads take turns between them, in
+// ascending order. There are no shuffles.
 #pragma once
 
+#include <ucontext.h>
+
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -12,6 +19,7 @@
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __shared__ static  // one block runs at a time
 
 struct uint4 {
   uint32_t x, y, z, w;
@@ -38,6 +46,7 @@ struct cudaFuncAttributes {};
 inline int emulated_device = 0;  // the current one, of two
 // Of a grid of several blocks, run just these.
 inline unsigned emulated_first_block = 0, emulated_end_block = ~0u;
+inline bool emulated_backwards = false;  // whether the last block runs first
 
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device" : ""; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -76,6 +85,81 @@ int64_t emulated_upload(const Argument&, long) {
   return 0;
 }
 
+inline void emulated_abort(const char* why) {
+  std::fprintf(stderr, "%s\n", why);
+  std::abort();
+}
+
+// The threads of one block. Each that may wait has a stack of its own.
+class EmulatedBlock {
+ public:
+  void run(unsigned threads, const std::function<void()>& body) {
+    running_ = this;
+    body_ = &body;
+    if (fibers_.size() < threads) fibers_.resize(threads);
+    done_.assign(threads, false);
+    resume(0, true);
+    if (done_[0]) {  // a barrier is for all threads, so no other comes to one either
+      for (unsigned i = 1; i < threads; ++i) {
+        threadIdx = dim3(i, 0, 0);
+        current_ = nullptr;
+        body();
+      }
+      return;
+    }
+    for (unsigned i = 1; i < threads; ++i) resume(i, true);
+    while (!done_[0]) {
+      for (unsigned i = 0; i < threads; ++i) {
+        if (done_[i]) emulated_abort("a barrier that not all threads reach");
+        resume(i, false);
+      }
+    }
+    for (const bool done : done_) {
+      if (!done) emulated_abort("a barrier that not all threads reach");
+    }
+  }
+
+  static void wait() {
+    if (!running_->current_) emulated_abort("a barrier that not all threads reach");
+    swapcontext(&running_->current_->context, &running_->scheduler_);
+  }
+
+ private:
+  struct Fiber {
+    static constexpr size_t kStack = 16 << 10;
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+  };
+
+  void resume(unsigned thread, bool start) {
+    Fiber& fiber = fibers_[thread];
+    if (start) {
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = Fiber::kStack;
+      fiber.context.uc_link = &scheduler_;
+      makecontext(&fiber.context, &EmulatedBlock::begin, 0);
+    }
+    threadIdx = dim3(thread, 0, 0);
+    current_ = &fiber;
+    swapcontext(&scheduler_, &fiber.context);
+  }
+
+  static void begin() {
+    (*running_->body_)();
+    running_->done_[threadIdx.x] = true;
+  }
+
+  inline static EmulatedBlock* running_ = nullptr;
+  ucontext_t scheduler_;
+  const std::function<void()>* body_ = nullptr;
+  std::vector<Fiber> fibers_;
+  std::vector<bool> done_;
+  Fiber* current_ = nullptr;
+};
+
+inline void __syncthreads() { EmulatedBlock::wait(); }
+
 template <typename Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
                                const Argument& argument) {
@@ -83,14 +167,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   ++emulated_launches;
   emulated_uploaded += emulated_upload(argument, 0);
   const unsigned blocks = config->gridDim.x;
-  for (unsigned block = 0; block < blocks; ++block) {
-    if (blocks > 1 && block < emulated_first_block) block = emulated_first_block;
-    if (blocks > 1 && block >= emulated_end_block) break;
-    for (unsigned thread = 0; thread < config->blockDim.x; ++thread) {
-      blockIdx = dim3(block, 0, 0);
-      threadIdx = dim3(thread, 0, 0);
-      kernel(argument);
-    }
+  static EmulatedBlock emulated;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned block = emulated_backwards ? blocks - 1 - i : i;
+    if (blocks > 1 && (block < emulated_first_block || block >= emulated_end_block)) continue;
+    blockIdx = dim3(block, 0, 0);
+    emulated.run(config->blockDim.x, [&] { kernel(argument); });
   }
   return cudaSuccess;
 }

@@ -1,7 +1,7 @@
-// The CUDA kernels and their launchers, emulated, and what tests may ask of the emulation.
+// What tests may ask of the emulation.
 #include <utility>
 
-#include "step_cuda.cu"
+#include "cuda_runtime.h"
 
 extern "C" {
 
@@ -9,6 +9,8 @@ void run_only_blocks(unsigned first, unsigned end) {
   emulated_first_block = first;
   emulated_end_block = end;
 }
+
+void run_blocks_backwards(bool backwards) { emulated_backwards = backwards; }
 
 int current_device() { return emulated_device; }
 int device_of_last_launch() { return emulated_launch_device; }

@@ -10,16 +10,21 @@ import mmap
 import os
 import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from radam_kernels.backends import cuda
+from radam_kernels.backends import upload as upload_tables
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.scaling import UNSCALED
+from tests.kernels.norms import Gradients
 
 GUARD = 777.0
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; named since Python 3.13
@@ -168,6 +173,80 @@ def far(library: str, codes: tuple[int, int, int], numel: int, blocks: list[int]
             c.run_only_blocks(0, -1)
         results.append((block * chunk, old, [part.clone() for part in parts]))
     return results, resident() - before
+
+
+def norm_chunk(library: str, dtype: int) -> int:
+    return load(library)[0].norm_chunk(dtype)
+
+
+def power_sums(
+    library: str, tensors: list[Tensor], norm_types: list[float], offset: int, backwards: bool
+) -> list[float]:
+    """The power sum of gradients for each norm.
+
+    Args:
+        offset: in elements, of where each starts behind 16 bytes.
+        backwards: whether the last block runs first.
+    """
+    module, c = load(library)
+    bucket = Gradients([place(values, offset)[0] for values in tensors])
+    c.run_blocks_backwards(backwards)
+    with new_memory_is_nan():
+        found = [cuda.power_sum_(module, bucket, p, DEVICE, 0).item() for p in norm_types]
+    c.run_blocks_backwards(False)
+    return found
+
+
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """Of torch.empty, so that it shows if it is read before it is written."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def norm_far(library: str, numel: int, block: int) -> tuple[Tensor, float]:
+    """What one block of a sparse bfloat16 gradient holds, and the sum of its squares."""
+    module, c = load(library)
+    dtype = torch.bfloat16
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    grad = torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
+    chunk = module.norm_chunk(DTYPES.index(dtype))
+    values = grad[block * chunk : (block + 1) * chunk]
+    values.copy_(torch.rand(len(values), generator=torch.Generator().manual_seed(0)))
+    blocks, run, work = upload_tables.plan(np.array([numel]), chunk)
+    rows = np.array([[grad.data_ptr(), numel]])
+    partials, result = np.zeros(blocks), np.zeros(1)
+    c.run_only_blocks(block, block + 1)
+    module.power_sum(
+        rows.ctypes.data, work.ctypes.data, run, blocks, DTYPES.index(dtype), 2.0,
+        partials.ctypes.data, result.ctypes.data, 0, 0,
+    )  # fmt: skip
+    c.run_only_blocks(0, -1)
+    return values.clone(), float(result[0])
+
+
+def norm_uploads(library: str, sizes: list[int]) -> list[tuple[int, int]]:
+    """Launches and bytes uploaded: at first, again, and after one gradient has moved."""
+    module, c = load(library)
+    bucket, seen = Gradients([torch.ones(size) for size in sizes]), []
+    c.take_launches(), c.take_uploaded()
+    for moves in (False, False, True):
+        if moves:
+            bucket.tensors[-1] = bucket.tensors[-1].clone()
+        assert cuda.power_sum_(module, bucket, 1.0, DEVICE, 0).item() == sum(sizes)
+        seen.append((c.take_launches(), c.take_uploaded()))
+    return seen
+
+
+def norm_error(library: str, norm_type: float) -> str:
+    try:
+        cuda.power_sum_(load(library)[0], Gradients([torch.ones(3)]), norm_type, DEVICE, 0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
 
 
 def resident() -> int:

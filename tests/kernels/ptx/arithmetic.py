@@ -261,9 +261,9 @@ def meaning(op: str) -> tuple[str, list[str], Callable]:
         return kind, [kind] * 2, LOGIC[name]
     if name == "not" and len(rest) == 1:
         return kind, [kind], np.invert
-    if name == "neg":
+    if name == "neg" and kind in ("s32", "s64", "f32", "f64"):
         return kind, [kind], lambda x: canonical(-x) if kind[0] == "f" else -x
-    if name == "abs" and kind[0] == "f":
+    if name == "abs" and kind in ("f32", "f64"):
         return kind, [kind], lambda x: canonical(np.abs(x))
     if name == "min" and len(rest) == 1:
         return kind, [kind] * 2, minimum

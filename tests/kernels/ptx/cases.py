@@ -19,6 +19,7 @@ from .compilers import Codes
 SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 4095, 4096, 4097, 8192, 8193, 20000)
 STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
 INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+F64 = DTYPES.index(torch.float64)
 UINTS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 Streams = list[np.ndarray]  # STREAMS of one segment, as bits
@@ -35,10 +36,22 @@ class Case:
     rows: list[int]  # the row of scalars that each segment obeys
     work_rows: int = 4096  # the most rows of work
     on_device: bool = False  # whether the scalars are there, or are arguments of the launch
+    factor: float | None = None  # on the device: multiplies the gradients
 
     @property
     def sizes(self) -> list[int]:
         return [len(streams[0]) for streams in self.segments]
+
+    @property
+    def effective(self) -> list[StepScalars]:
+        """The rows of scalars with the factor, which those of a launch meet when narrowed."""
+        if self.factor is None:
+            return self.scalars
+        narrow = float if self.on_device or self.codes[0] == F64 else np.float32
+        return [
+            row._replace(grad_scale=float(narrow(row.grad_scale)) * self.factor)
+            for row in self.scalars
+        ]
 
     def action(self, segment: int) -> float:
         return self.scalars[self.rows[segment]].action
@@ -54,7 +67,7 @@ def item_sizes(codes: Codes) -> list[int]:
 
 
 def cases(seed: int, codes: Codes, count: int) -> Iterator[Case]:
-    """Every size, aligned and not, with scalars on the device and in the launch; then random ones.
+    """Every size, aligned and not, with scalars on the device and in the launch, and a factor.
 
     `count` times there follow launches of one segment, of two and of forty, with rows of work for
     one or more blocks.
@@ -63,13 +76,15 @@ def cases(seed: int, codes: Codes, count: int) -> Iterator[Case]:
     for on_device in (True, False):
         yield make(
             rng, codes, [*SIZES, *SIZES], aligned=[True] * len(SIZES) + [False] * len(SIZES),
-            work_rows=4096 if on_device else 7, on_device=on_device,
+            work_rows=4096 if on_device else 7, on_device=on_device, factor=0.3,
         )  # fmt: skip
     for i in range(count):
         for n in (1, 2, 40):
             sizes = [int(size) for size in rng.choice(SIZES, size=n)]
             work_rows = (4096, 1, 3, 10)[i % 4]
-            yield make(rng, codes, sizes, work_rows=work_rows, on_device=bool(i // 2 % 2))
+            factor = None if n < 40 else float(rng.choice([0.1, 1.0, math.nan]))
+            on_device = bool(i // 2 % 2)
+            yield make(rng, codes, sizes, work_rows=work_rows, on_device=on_device, factor=factor)
 
 
 def make(
@@ -81,6 +96,7 @@ def make(
     work_rows: int = 4096,
     on_device: bool = False,
     scalars: list[StepScalars] | None = None,
+    factor: float | None = None,
 ) -> Case:
     """A case of segments of these sizes; what is not given is random."""
     units = [16 // size for size in item_sizes(codes)]
@@ -102,7 +118,7 @@ def make(
     if scalars is None:
         scalars = _some_scalars(rng, min(len(sizes) + 2, 48 if on_device else 32))
     rows = [int(row) for row in rng.integers(len(scalars), size=len(sizes))]
-    return Case(codes, offsets, segments, scalars, rows, work_rows, on_device)
+    return Case(codes, offsets, segments, scalars, rows, work_rows, on_device, factor)
 
 
 def options(rng: np.random.Generator) -> dict[str, Any]:
@@ -181,10 +197,10 @@ def plain(bits: np.ndarray, code: int) -> np.ndarray:
 def by_reference(case: Case) -> list[Streams]:
     """The segments after a step of the reference backend."""
     compute = torch.float64 if DTYPES[case.codes[0]] == torch.float64 else torch.float32
-    results = []
+    scalars, results = case.effective, []
     for streams, row in zip(case.segments, case.rows, strict=True):
         tensors = list(map(tensor, streams, stream_codes(case.codes)))
-        reference.radam_update_(*tensors, case.scalars[row], compute)
+        reference.radam_update_(*tensors, scalars[row], compute)
         results.append([t.view(INTS[t.element_size()]).numpy() for t in tensors])
     return results
 
@@ -194,7 +210,7 @@ def by_cpu(case: Case) -> list[Streams]:
     results = [[bits.copy() for bits in streams] for streams in case.segments]
     addresses = [[bits.ctypes.data for bits in streams] for streams in results]
     rows, grads = tables(addresses, case.sizes, case.rows)
-    scalars = np.array(case.scalars, np.float64)
+    scalars = np.array(case.effective, np.float64)
     cpu.step(
         rows.ctypes.data, grads.ctypes.data, len(grads), *case.codes, scalars.ctypes.data,
         len(scalars), 1,

@@ -4,7 +4,7 @@
     python -m tests.kernels.ptx.check --only float32-bfloat16 --cases 20 --seed 1
     python -m tests.kernels.ptx.check --only cuda --arch 75
 
-nvcc compiles csrc/cuda/step_cuda.cu with the flags of CMakeLists.txt, and Triton compiles its
+nvcc compiles csrc/cuda/*.cu with the flags of CMakeLists.txt, and Triton compiles its
 kernels as their launches ask for them. The step kernels must give the bits of the reference backend
 and of the CPU kernel, and must do nothing that machine.py forbids. Planted faults must be seen.
 
@@ -14,6 +14,7 @@ code around the launches.
 
 import argparse
 import json
+import math
 import sys
 import time
 import traceback
@@ -23,12 +24,15 @@ from pathlib import Path
 
 import torch
 
+from radam_kernels.modules import cpu
 from tests.helpers import DTYPE_SETS, dtypes_id
+from tests.kernels.norms import NORMS
 
 from .arithmetic import Fault
-from .compilers import Codes, Compiled, nvcc, triton_step, triton_upload
+from .compilers import Codes, Compiled, nvcc, triton_norm, triton_step, triton_upload
 from .exact import check_arithmetic
 from .faults import FAULTS, Planted
+from .norm_kernels import NormKernels
 from .program import Program, loose
 from .small_kernels import check_advance, check_cuda_upload, check_triton_upload
 from .step_kernels import StepKernel
@@ -67,17 +71,44 @@ def checks() -> dict[str, Check]:
     found: dict[str, Check] = {"arithmetic": lambda _: Report(*check_arithmetic())}
     for name, (compiled, check) in small.items():
         found[name] = lambda s, c=compiled, f=check: check_small(saved(c(s), s), f)
-    for backend in ("cuda", "triton"):
-        for codes in DTYPE_SETS:
-            name = f"{backend} {dtypes_id(codes)}"
-            found[name] = lambda s, b=backend, c=codes: check_step(b, c, s)
+    for name, (backend, codes, factor) in steps().items():
+        found[name] = lambda s, b=backend, c=codes, f=factor: check_step(b, c, f, s)
+    for name, (backend, dtype, norm) in norm_sums().items():
+        found[name] = lambda s, b=backend, d=dtype, n=norm: check_norm(b, d, n, s)
     for fault in FAULTS:
         found[f"fault: {fault.name}"] = lambda s, f=fault: check_fault(f, s)
     return found
 
 
-def compile_step(backend: str, codes: Codes, arch: str) -> Compiled:
-    return nvcc(arch)[codes] if backend == "cuda" else triton_step(codes, arch)
+def steps() -> dict[str, tuple[str, Codes, bool]]:
+    """Backend, dtypes, and whether there may be a factor; a CUDA kernel is for both answers."""
+    found = {f"cuda {dtypes_id(c)}": ("cuda", c, True) for c in DTYPE_SETS}
+    found |= {f"triton {dtypes_id(c)}": ("triton", c, False) for c in DTYPE_SETS}
+    few = ((0, 0, 0), (1, 1, 0), (3, 3, 3))
+    return found | {f"triton factor {dtypes_id(c)}": ("triton", c, True) for c in few}
+
+
+def norm_sums() -> dict[str, tuple[str, int, float]]:
+    """Backend, dtype and norm."""
+    return {
+        f"{backend} norm {norm:g} {name}": (backend, code, norm)
+        for backend in ("cuda", "triton")
+        for code, name in enumerate(cpu.dtypes)
+        for norm in NORMS
+    }
+
+
+def compile_step(backend: str, codes: Codes, factor: bool, arch: str) -> Compiled:
+    return nvcc(arch)[codes] if backend == "cuda" else triton_step(codes, arch, factor)
+
+
+def compile_norm(
+    backend: str, dtype: int, norm_type: float, arch: str
+) -> tuple[Compiled, Compiled]:
+    if backend == "triton":
+        return triton_norm(dtype, norm_type, arch)
+    kernels = nvcc(arch, "norm_cuda")
+    return kernels[dtype, norm_type], kernels[norm_type == math.inf]
 
 
 def saved(compiled: Compiled, settings: Settings) -> Compiled:
@@ -93,23 +124,37 @@ def check_small(compiled: Compiled, check: Callable) -> Report:
     return Report(wrong, notes + coverage(program))
 
 
-def check_step(backend: str, codes: Codes, settings: Settings) -> Report:
-    compiled = saved(compile_step(backend, codes, settings.arch), settings)
-    kernel = StepKernel(compiled.program(), codes, backend, compiled.shared)
-    wrong = what_is_wrong(kernel, settings)
-    wrong += [
-        f"line {one.line}: {one.text}: not one exact rounding" for one in loose(kernel.program)
-    ]
-    code = kernel.program.code
-    executed = sum(one.hits > 0 for one in code)
-    if not wrong and executed < 0.95 * len(code):
-        wrong.append(f"only {executed} of {len(code)} instructions were executed")
+def check_step(backend: str, codes: Codes, factor: bool, settings: Settings) -> Report:
+    compiled = saved(compile_step(backend, codes, factor, settings.arch), settings)
+    kernel = StepKernel(compiled, codes, backend, factor)
+    wrong = what_is_wrong(lambda: kernel.check(settings.seed, settings.cases))
+    wrong += wrong_in_text(kernel.program, not wrong)
     return Report(wrong, coverage(kernel.program), kernel.launches, kernel.elements)
 
 
-def what_is_wrong(kernel: StepKernel, settings: Settings) -> list[str]:
+def check_norm(backend: str, dtype: int, norm_type: float, settings: Settings) -> Report:
+    compiled = compile_norm(backend, dtype, norm_type, settings.arch)
+    kernels = NormKernels([saved(one, settings) for one in compiled], dtype, norm_type, backend)
+    wrong, notes = what_is_wrong(kernels.check), []
+    for program in (kernels.partial, kernels.total):
+        wrong += wrong_in_text(program, not wrong)
+        notes += coverage(program)
+    return Report(wrong, notes, kernels.launches, kernels.elements)
+
+
+def wrong_in_text(program: Program, complete: bool) -> list[str]:
+    """Operations that do not round once; and, after a `complete` check, too few executed ones."""
+    code = program.code
+    wrong = [f"line {one.line}: {one.text}: not one exact rounding" for one in loose(program)]
+    executed = sum(one.hits > 0 for one in code)
+    if complete and executed < 0.95 * len(code):
+        wrong.append(f"only {executed} of {len(code)} instructions were executed")
+    return wrong
+
+
+def what_is_wrong(check: Callable[[], list[str]]) -> list[str]:
     try:
-        return kernel.check(settings.seed, settings.cases)
+        return check()
     except Fault as fault:
         return [f"Fault: {fault}"]
 
@@ -125,17 +170,25 @@ def coverage(program: Program) -> list[str]:
 
 def check_fault(fault: Planted, settings: Settings) -> Report:
     """Plants a fault, which must show when the kernel is executed."""
-    compiled = compile_step(fault.backend, fault.codes, settings.arch)
-    begin = compiled.text.index(f".entry {compiled.name}(")
-    end = compiled.text.index("\n}", begin)
-    edited = fault.edit(compiled.text[begin:end])
-    text = compiled.text[:begin] + edited + compiled.text[end:]
-    compiled = compiled._replace(text=text)
-    kernel = StepKernel(compiled.program(), fault.codes, fault.backend, compiled.shared)
-    wrong = what_is_wrong(kernel, settings)
+    if fault.norm_type is None:
+        compiled = compile_step(fault.backend, fault.codes, True, settings.arch)
+        kernel = StepKernel(planted(fault, compiled), fault.codes, fault.backend, True)
+        wrong = what_is_wrong(lambda: kernel.check(settings.seed, settings.cases))
+    else:
+        [dtype], norm_type = fault.codes, fault.norm_type
+        partial, total = compile_norm(fault.backend, dtype, norm_type, settings.arch)
+        kernel = NormKernels((planted(fault, partial), total), dtype, norm_type, fault.backend)
+        wrong = what_is_wrong(kernel.check)
     if wrong:
         return Report([], [f"seen: {wrong[0][:300]}"], kernel.launches, kernel.elements)
     return Report(["not seen"], [], kernel.launches, kernel.elements)
+
+
+def planted(fault: Planted, compiled: Compiled) -> Compiled:
+    begin = compiled.text.index(f".entry {compiled.name}(")
+    end = compiled.text.index("\n}", begin)
+    edited = fault.edit(compiled.text[begin:end])
+    return compiled._replace(text=compiled.text[:begin] + edited + compiled.text[end:])
 
 
 def run(name: str, settings: Settings) -> Report:

@@ -1,5 +1,6 @@
 """The PTX of the kernels: nvcc's by the flags of the build, Triton's as its launches ask for it."""
 
+import math
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -33,14 +35,18 @@ class Compiled(NamedTuple):
 
 
 @cache
-def nvcc(arch: str) -> dict[str | Codes, Compiled]:
-    """The CUDA kernels: "advance", "upload", and the steps by their dtype codes."""
+def nvcc(arch: str, source: str = "step_cuda") -> dict[Any, Compiled]:
+    """The CUDA kernels of one file.
+
+    Returns: of step_cuda "advance", "upload", and the steps by their dtype codes; of norm_cuda the
+        norms by code and norm, and the totals by whether they are of the largest.
+    """
     build = (ROOT / "CMakeLists.txt").read_text()
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?)>\)", build, re.DOTALL)[1].rstrip(">").split()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "step_cuda.ptx"
+        out = Path(folder) / f"{source}.ptx"
         command = ["nvcc", "-ptx", f"-arch=compute_{arch}", "-std=c++17", *flags]
-        command += [f"-I{ROOT / 'csrc'}", str(ROOT / "csrc/cuda/step_cuda.cu"), "-o", str(out)]
+        command += [f"-I{ROOT / 'csrc'}", str(ROOT / f"csrc/cuda/{source}.cu"), "-o", str(out)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         text = out.read_text()
     mangled = [program.name for program in parse(text)]
@@ -49,22 +55,41 @@ def nvcc(arch: str) -> dict[str | Codes, Compiled]:
     ).stdout.splitlines()
     kernels = {}
     for symbol, name in zip(mangled, names, strict=True):
-        if step := re.search(r"radam_step_kernel<(.*?)>\(", name):
-            key = tuple(_TYPES[t.strip()] for t in step[1].split(","))
+        kind, arguments = re.search(r"radam_(\w+)_kernel(?:<(.*?)>)?\(", name).groups()
+        if kind == "step":
+            key = tuple(_TYPES[t.strip()] for t in arguments.split(","))
+        elif kind == "norm":
+            norm, dtype = re.fullmatch(r"\(radam::Norm\)(\d), (.*)", arguments).groups()
+            key = _TYPES[dtype], float(norm) or math.inf
         else:
-            key = re.search(r"radam_(\w+)_kernel", name)[1]
-        kernels[key] = Compiled(symbol, f"step_cuda-{arch}.ptx", text)
+            key = arguments == "true" if kind == "norm_total" else kind
+        kernels[key] = Compiled(symbol, f"{source}-{arch}.ptx", text)
     return kernels
 
 
 @cache
-def triton_step(codes: Codes, arch: str) -> Compiled:
+def triton_step(codes: Codes, arch: str, factor: bool) -> Compiled:
     """What launch_() compiles."""
     from radam_kernels.backends import triton_kernel
 
     tables = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
+    number = torch.zeros(1, dtype=torch.float64) if factor else None
     return _compile_launch(
-        "radam_step_kernel", arch, lambda: triton_kernel.launch_(*tables, 0, 1, codes)
+        "radam_step_kernel", arch, lambda: triton_kernel.launch_(*tables, number, 0, 1, codes)
+    )
+
+
+@cache
+def triton_norm(dtype: int, norm_type: float, arch: str) -> tuple[Compiled, Compiled]:
+    """What launch_power_sum() compiles: the kernel of the partial sums, and that of the total."""
+    from radam_kernels.backends import triton_kernel
+
+    tables = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    return tuple(
+        _compile_launch(
+            name, arch, lambda: triton_kernel.launch_power_sum(*tables, 0, 1, dtype, norm_type)
+        )
+        for name in ("radam_norm_kernel", "radam_norm_total_kernel")
     )
 
 
@@ -95,17 +120,18 @@ def _compile_launch(name: str, arch: str, launch: Callable[[], object]) -> Compi
 
     from radam_kernels.backends import triton_kernel
 
-    kernel, recorder = getattr(triton_kernel, name), _Recorder()
-    setattr(triton_kernel, name, recorder)
-    try:
+    kernels = {n: k for n, k in vars(triton_kernel).items() if n.startswith("radam_")}
+    recorders = {n: _Recorder() for n in kernels}
+    with patch.multiple(triton_kernel, **recorders):
         launch()
-    finally:
-        setattr(triton_kernel, name, kernel)
+    kernel, recorder = kernels[name], recorders[name]
     pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, arg) in enumerate(zip(kernel.params, recorder.args, strict=True)):
         if parameter.is_constexpr:
             signature[parameter.name], constants[(i,)] = "constexpr", arg
+        elif arg is None:
+            signature[parameter.name], constants[(i,)] = "constexpr", None
         elif torch.is_tensor(arg):
             signature[parameter.name] = pointers[arg.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]

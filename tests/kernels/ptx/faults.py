@@ -1,5 +1,6 @@
 """Faults to plant in the PTX of a kernel: the check must see every one of them."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -8,14 +9,15 @@ F32, BF16, MIXED = (0, 0, 0), (1, 1, 1), (1, 0, 0)
 
 @dataclass(frozen=True)
 class Planted:
-    """One changed place in the PTX of one step kernel."""
+    """One changed place in the PTX of one kernel: of a step, or of a norm."""
 
     name: str
     backend: str
-    codes: tuple[int, int, int]
+    codes: tuple[int, ...]
     pattern: str
     replacement: str
     nth: int = 0  # which of the places that match
+    norm_type: float | None = None
 
     def edit(self, ptx: str) -> str:
         places = list(re.finditer(self.pattern, ptx))
@@ -69,5 +71,37 @@ FAULTS = (
     Planted(
         "shared memory is read elsewhere", "triton", MIXED,
         r"(ld\.shared\S+\s+\{[^}]*\}, \[%r\d+)\+\d+\]", r"\1+4096]",
+    ),
+    Planted(
+        "one element too many", "cuda", (0,), r"setp\.ge\.s32", "setp.gt.s32", norm_type=2.0
+    ),
+    Planted(
+        "a scale is 0", "cuda", (0,), r"(min\.u32\s+%r\d+, %r\d+), 253", r"\1, 254", norm_type=1.0
+    ),
+    Planted(
+        "a maximum drops NaN", "cuda", (0,), r"setp\.nan\.f64", "setp.ne.f64", norm_type=math.inf
+    ),
+    Planted(
+        "a barrier of the norm is missing", "cuda", (0,), r"bar\.sync\s+0;", "", norm_type=2.0
+    ),
+    Planted(
+        "a partial sum goes elsewhere", "cuda", (0,),
+        r"(st\.global\.f64\s+\[%rd\d+)\]", r"\1+8]", norm_type=2.0,
+    ),
+    Planted(
+        "Triton's scale is 0", "triton", (1,),
+        r"(min\.u32\s+%r\d+, %r\d+), 253", r"\1, 254", norm_type=2.0,
+    ),
+    Planted(
+        "a barrier of Triton's norm is missing", "triton", (0,), r"bar\.sync\s+0;", "", 1,
+        norm_type=2.0,
+    ),
+    Planted(
+        "a shuffle takes another thread", "triton", (0,),
+        r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 16,", r"\1, 8,", norm_type=2.0,
+    ),
+    Planted(
+        "all threads write the partial sum", "triton", (0,), r"@%p\d+ (st\.global)", r"\1",
+        norm_type=2.0,
     ),
 )  # fmt: skip

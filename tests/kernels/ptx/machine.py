@@ -36,7 +36,7 @@ class Machine:
         self.block, self.tid = lane // self.threads, (lane % self.threads).astype(np.uint32)
         self.ctaid = (self.block + first).astype(np.uint32)
         self.who = (lane + first * self.threads + 1).astype(np.int32)
-        self.shared = Shared(shared, blocks)
+        self.shared = Shared(shared + program.shared_size, blocks)
         self.registers: dict[str, np.ndarray] = {}
         self.partly: dict[str, np.ndarray] = {}  # which lanes have written a register, if not all
         self.pc = np.zeros(self.lanes, np.int64)
@@ -126,6 +126,8 @@ class Machine:
             return unsigned(PARAMS + self.program.params[operand][0])
         if operand == "global_smem":
             return unsigned(0)
+        if operand in self.program.shared:
+            return unsigned(self.program.shared[operand])
         if dtype.kind == "f" or operand[:2] in ("0f", "0d"):
             if operand[:2] != {4: "0f", 8: "0d"}[dtype.itemsize]:
                 raise Fault(f"immediate {operand} does not have the size of its type")
@@ -180,6 +182,8 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
             m.waiting[slice(None) if lanes is None else lanes] = True
 
         return wait
+    if name in ("shfl", "redux"):
+        return across_warp(one)
     if name in ("ld", "st"):
         many, size, space = one.access
         kind = one.op.split(".")[-1]
@@ -229,7 +233,8 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
             whole = np.broadcast_to(m.read(source, f"b{bits}", lanes), count(m, lanes))
             pieces = np.ascontiguousarray(whole).view(TYPES[part]).reshape(-1, len(parts))
             for i, register in enumerate(parts):
-                m.write(register, lanes, pieces[:, i].copy())
+                if register != "_":
+                    m.write(register, lanes, pieces[:, i].copy())
 
         def pack(m: Machine, lanes: np.ndarray | None) -> None:
             pieces = [np.broadcast_to(m.read(p, part, lanes), count(m, lanes)) for p in parts]
@@ -246,6 +251,37 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
         m.write(operands[0], lanes, np.asarray(function(*values)).astype(TYPES[result], copy=False))
 
     return compute
+
+
+REDUCE = {"max": np.maximum, "min": np.minimum, "add": np.add, "and": np.bitwise_and,
+          "or": np.bitwise_or, "xor": np.bitwise_xor}  # fmt: skip
+
+
+def across_warp(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
+    """shfl.sync.bfly and redux.sync of whole warps."""
+    target, source, *others = one.operands
+    kind, mode = one.op.split(".")[-1], one.op.split(".")[-2]
+    shuffles = one.op == "shfl.sync.bfly.b32" and others[1] == "31" and "|" not in target
+    if not shuffles and (one.op != f"redux.sync.{mode}.{kind}" or mode not in REDUCE):
+        raise Fault("is not implemented")
+
+    def exchange(m: Machine, lanes: np.ndarray | None) -> None:
+        here = np.zeros(m.lanes, bool)
+        here[slice(None) if lanes is None else lanes] = True
+        if (bad := here & ~here.reshape(-1, 32).all(1).repeat(32)).any():
+            raise Fault("not all threads of the warp take part", bad[here])
+        if (m.read(others[-1], "u32", lanes) != 0xFFFFFFFF).any():
+            raise Fault("is not for all threads of a warp")
+        count = m.lanes if lanes is None else len(lanes)
+        values = np.broadcast_to(m.read(source, kind, lanes), count).reshape(-1, 32)
+        if shuffles:
+            by = int(np.unique(m.read(others[0], "u32", lanes)).item())
+            values = values[:, np.arange(32) ^ by]
+        else:
+            values = np.repeat(REDUCE[mode].reduce(values, axis=1), 32)
+        m.write(target, lanes, np.ascontiguousarray(values).reshape(-1))
+
+    return exchange
 
 
 def launch(program: Program, memory: Memory, params: bytes, blocks: int, shared: int = 0,

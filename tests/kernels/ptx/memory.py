@@ -142,6 +142,9 @@ class Shared:
             return memory[words].view(UINT[8 * size])
         if (bad := ((self.read[words] == now) & (self.reader[words] != me)).any(1)).any():
             raise Fault("no barrier since another thread loaded that", bad)
-        memory[words] = np.ascontiguousarray(values).view(np.uint32)
+        stored = np.ascontiguousarray(values).view(np.uint32)
+        memory[words] = stored
+        if (bad := (memory[words] != stored).any(1)).any():
+            raise Fault("two threads store different values to one place", bad)
         self.writer[words], self.written[words] = me, now
         return None

@@ -52,6 +52,8 @@ class Program:
     params: dict[str, tuple[int, int]]  # offset and size of each parameter
     params_size: int
     threads: int  # per block
+    shared: dict[str, int]  # where each array lies that the kernel declares in shared memory
+    shared_size: int  # their bytes
     code: list[Instruction]
     blocks: list[tuple[int, int]]  # ranges of instructions of which only the last one may branch
     labels: dict[str, int]  # the block that each leads to
@@ -70,11 +72,18 @@ class Program:
 def parse(text: str) -> list[Program]:
     """The kernels of a PTX file."""
     programs = []
+    arrays = re.findall(r"\.shared \.align \d+ \.b8 (\w+)\[(\d+)\]", text)
     head = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
     for found in head.finditer(text):
         end = text.index("\n}", found.end())
         first = text.count("\n", 0, found.end()) + 1
-        programs.append(_parse(*found.groups(), text[found.end() : end], first))
+        program = _parse(*found.groups(), text[found.end() : end], first)
+        used = {o for one in program.code for o in one.operands}
+        for name, size in arrays:
+            if name in used:
+                program.shared[name] = program.shared_size
+                program.shared_size += -(-int(size) // 16) * 16
+        programs.append(program)
     return programs
 
 
@@ -105,7 +114,7 @@ def _parse(name: str, parameters: str, directives: str, body: str, line: int) ->
                 type_ = declared[1]
                 widths[declared[2]] = 1 if type_ == "pred" else 8 * TYPES[type_].itemsize
                 continue
-            if not statement or statement.startswith(".pragma"):
+            if not statement or statement.startswith((".pragma", ".shared")):
                 continue
             parts = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement)
             if not parts:
@@ -119,7 +128,7 @@ def _parse(name: str, parameters: str, directives: str, body: str, line: int) ->
     starts = sorted(leaders - {len(code)})
     blocks = list(zip(starts, [*starts[1:], len(code)], strict=True))
     targets = {label: bisect.bisect_left(starts, at) for label, at in labels.items()}
-    return Program(name, widths, params, offset, threads, code, blocks, targets)
+    return Program(name, widths, params, offset, threads, {}, 0, code, blocks, targets)
 
 
 def loose(program: Program, allowed: set[str] = frozenset()) -> list[Instruction]:

@@ -15,21 +15,24 @@ from radam_kernels.schedule import Action
 from .arithmetic import Fault
 from .cases import STREAMS, Case, Streams, by_cpu, by_reference, item_sizes, make, plain, tables
 from .cases import cases as cases_of
-from .compilers import Codes
+from .compilers import Codes, Compiled
 from .machine import Machine, launch
 from .memory import Memory
-from .program import Program
 
 # Row of csrc/cuda/step_cuda.cu: the scalars and the action.
 ROWS = {4: struct.Struct("<8fi"), 8: struct.Struct("<8di4x")}
 
 
 class StepKernel:
-    """A compiled step kernel, which executes cases and counts them."""
+    """A compiled step kernel, which executes cases and counts them.
 
-    def __init__(self, program: Program, codes: Codes, backend: str, shared: int = 0) -> None:
-        self.program, self.codes, self.shared = program, codes, shared
-        self.triton = backend == "triton"
+    Args:
+        factor: whether it takes a factor on the device; Triton compiles a kernel for each answer.
+    """
+
+    def __init__(self, compiled: Compiled, codes: Codes, backend: str, factor: bool) -> None:
+        self.program, self.codes, self.shared = compiled.program(), codes, compiled.shared
+        self.triton, self.factor = backend == "triton", factor
         # How many elements a block steps, and how many a vector has: 16 bytes of the widest stream.
         if self.triton:
             from radam_kernels.backends.triton_kernel import CHUNK
@@ -44,6 +47,11 @@ class StepKernel:
         """What is wrong, in words; raises Fault where the kernel does what it must not."""
         wrong = []
         for case in cases_of(seed, self.codes, count):
+            case.on_device |= self.triton
+            if not self.factor:
+                case.factor = None
+            elif self.triton:
+                case.factor = case.factor or 0.3
             wrong += self.compare(case)
         return wrong + self.compare_far()
 
@@ -60,7 +68,7 @@ class StepKernel:
                     wrong.append(
                         f"{STREAMS[j]}[{k}] of segment {i} (and {len(bad) - 1} more): {a[k]:#x}, "
                         f"not {b[k]:#x} as the {name} has; before: {before}, "
-                        f"{case.scalars[case.rows[i]]}"
+                        f"{case.effective[case.rows[i]]}"
                     )
         return wrong
 
@@ -109,7 +117,11 @@ class StepKernel:
         for block in (0, 2**31 // self.chunk - 1, 2**31 // self.chunk, blocks - 2, blocks - 1):
             begin = block * self.chunk
             size = min(self.chunk, numel - begin)
-            case = make(rng, self.codes, [size], aligned=[True], scalars=scalars, on_device=True)
+            factor = 0.3 if self.factor else None
+            case = make(
+                rng, self.codes, [size], aligned=[True], scalars=scalars, on_device=True,
+                factor=factor,
+            )  # fmt: skip
             memory = Memory(4 * (8 * self.chunk + 512) + work.nbytes + 8192)
             [streams] = case.segments
             places = [
@@ -147,16 +159,18 @@ class StepKernel:
         segments, grads = map(memory.put, table, ("segments", "grads"))
         at_work, at_scalars = memory.put(work, "work"), 0
         scalars = np.array(case.scalars, np.float64)
-        if self.triton or case.on_device:
+        if case.on_device:
             at_scalars = memory.put(scalars, "scalars")
+        at_factor = 0 if case.factor is None else memory.put(np.array(case.factor), "factor")
         if self.triton:
-            return self.program.pack(segments, grads, at_work, at_scalars, run)
+            factor = [at_factor] if self.factor else []
+            return self.program.pack(segments, grads, at_work, at_scalars, *factor, run)
         item = 8 if DTYPES[self.codes[0]].itemsize == 8 else 4
         row, inline = ROWS[item], b""
         if not case.on_device:
             narrow = scalars.astype(f"f{item}")
             inline = b"".join(row.pack(*numbers[:8], int(numbers[8])) for numbers in narrow)
-        arguments = struct.pack("<QQQi4xQ", segments, grads, at_work, run, at_scalars)
+        arguments = struct.pack("<QQQi4xQQ", segments, grads, at_work, run, at_scalars, at_factor)
         return (arguments + inline).ljust(self.program.params_size, b"\0")
 
     def _count(self, case: Case) -> None:

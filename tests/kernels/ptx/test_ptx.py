@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from radam_kernels.backends import triton_
-from tests.helpers import DTYPE_SETS, dtypes_id
+from tests.kernels.ptx.check import norm_sums, steps
 from tests.kernels.ptx.faults import FAULTS
 
 ROOT = Path(__file__).parents[3]
-STEPS = [f"{backend} {dtypes_id(c)}" for backend in ("cuda", "triton") for c in DTYPE_SETS]
 
 pytestmark = [
     pytest.mark.slow,
@@ -76,10 +75,16 @@ def test_the_interpreters_own_arithmetic_is_exact(check):
     check("arithmetic")
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.replace(" ", "-"))
+@pytest.mark.parametrize("step", steps(), ids=lambda step: step.replace(" ", "-"))
 def test_a_step_kernel_gives_the_bits_of_the_reference(check, step):
     need(step.split()[0])
     check(step)
+
+
+@pytest.mark.parametrize("norm", norm_sums(), ids=lambda norm: norm.replace(" ", "-"))
+def test_the_kernels_of_a_norm_add_up_every_element(check, norm):
+    need(norm.split()[0])
+    check(norm)
 
 
 def test_counts_advance_as_they_do_on_the_host(check):
