@@ -36,6 +36,9 @@ def radam_(
 ) -> None:
     """Performs one RAdam step in place, with one launch for each device and dtype set.
 
+    Under torch.compile and torch.export it is one operator, `radam_kernels::radam_`. A compiled
+    function takes other values of `step`, `lr` and `grad_scale` without compiling again.
+
     Args:
         params, grads, exp_avgs, exp_avg_sqs: a tensor each, or sequences of the same length. The
             four tensors of one index have the same shape, device and dense memory layout (any
@@ -57,9 +60,6 @@ def radam_(
     """
     lists = _listed(params), _listed(grads), _listed(exp_avgs), _listed(exp_avg_sqs)
     options: dict[str, Any] = {
-        "step": step,
-        "beta1": beta1,
-        "beta2": beta2,
         "eps": eps,
         "weight_decay": weight_decay,
         "decoupled_weight_decay": decoupled_weight_decay,
@@ -67,12 +67,12 @@ def radam_(
         "rho_threshold": rho_threshold,
         "degenerated_to_sgd": degenerated_to_sgd,
         "rectification": rectification,
-        "backend": backend,
     }
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        _op(*lists, _as_tensor(lr), _as_tensor(grad_scale), **options)
+        numbers = _as_tensor(lr), _as_tensor(grad_scale)
+        _op(*lists, *numbers, step, beta1, beta2, backend, **options)
     else:
-        _step(*lists, lr, grad_scale, **options)
+        _step(*lists, lr, grad_scale, step, beta1, beta2, backend, options)
 
 
 def _as_tensor(number: float | Tensor) -> Tensor:
@@ -90,12 +90,11 @@ def _step(
     exp_avg_sqs: list[Tensor],
     lr: float | Tensor,
     grad_scale: float | Tensor,
-    *,
     step: int,
     beta1: float,
     beta2: float,
     backend: BackendChoice,
-    **options: float | str,
+    options: dict[str, Any],
 ) -> None:
     lists = params, grads, exp_avgs, exp_avg_sqs
     if len({len(tensors) for tensors in lists}) != 1:
@@ -111,9 +110,11 @@ def _step(
                 "grad_scale: expected a number or a real tensor of one element, got "
                 f"{grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
             )
-        scaling = Scaling(factor=grad_scale.detach())
-        grad_scale = 1.0
-    group = {"lr": lr, "betas": (beta1, beta2), "grad_scale": grad_scale, **options}
+        if grad_scale.device.type == "cpu":
+            grad_scale = float(grad_scale)
+        else:
+            scaling, grad_scale = Scaling(factor=grad_scale.detach()), 1.0
+    group = options | {"lr": lr, "betas": (beta1, beta2), "grad_scale": grad_scale}
     plan = cpu.Plan()
     try:
         for i, reason in plan.refresh_tensors(*lists, float(step), group, scaling):
@@ -129,15 +130,18 @@ def _step(
 
 # For torch.compile, torch.export and dispatch modes. The schema is written out, because older
 # versions of torch can't infer it from list[Tensor].
-_op = torch.library.custom_op(
+@torch.library.custom_op(
     "radam_kernels::radam_",
-    _step,
     mutates_args=("params", "exp_avgs", "exp_avg_sqs"),
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor lr, Tensor grad_scale, *, SymInt step, float beta1, "
-    "float beta2, float eps, float weight_decay, bool decoupled_weight_decay, bool maximize, "
-    "float rho_threshold, bool degenerated_to_sgd, str rectification, str backend) -> ()",
+    "Tensor(c!)[] exp_avg_sqs, Tensor lr, Tensor grad_scale, SymInt step, float beta1, "
+    "float beta2, str backend, *, float eps, float weight_decay, bool decoupled_weight_decay, "
+    "bool maximize, float rho_threshold, bool degenerated_to_sgd, str rectification) -> ()",
 )
+def _op(*arguments: Any, **options: Any) -> None:
+    _step(*arguments, options=options)
+
+
 _op.register_fake(lambda *_, **__: None)
 
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")

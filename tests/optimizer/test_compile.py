@@ -410,14 +410,14 @@ def test_fake_tensors_and_dispatch_modes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_the_operator_is_registered_as_torch_wants_it(dtype, requires_grad):
     lists = streams(2, (dtype,), requires_grad=requires_grad)
-    options = dict(
-        step=8, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=True,
-        maximize=False, rho_threshold=5.0, degenerated_to_sgd=True, rectification="exact",
-        backend="auto",
-    )  # fmt: skip
     numbers = torch.tensor(0.01, dtype=torch.float64), torch.tensor(1.0)
+    options = dict(
+        eps=1e-8, weight_decay=0.1, decoupled_weight_decay=True, maximize=False,
+        rho_threshold=5.0, degenerated_to_sgd=True, rectification="exact",
+    )  # fmt: skip
+    arguments = (*lists, *numbers, 8, 0.9, 0.999, "auto")
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.radam_kernels.radam_, (*lists, *numbers), options)
+        torch.library.opcheck(torch.ops.radam_kernels.radam_, arguments, options)
 
 
 def test_registering_imports_no_compiler_and_survives_a_reload():
