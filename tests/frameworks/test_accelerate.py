@@ -1,0 +1,103 @@
+"""accelerate.Accelerator."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from radam_kernels import RAdam
+from tests.frameworks.training import Make, assert_trains_as_with_torch
+from tests.helpers import TorchRAdam, assert_same, batch, network
+
+pytest.importorskip("accelerate", reason="pip install 'radam_kernels[frameworks]'")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+STEPS = 16
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """An Accelerator keeps the settings of the first one in its process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Loop:
+    """A training loop as accelerate's documentation writes it."""
+
+    def __init__(self, make: Make, dtype=torch.float64, capturable=False, **settings) -> None:
+        self.accelerator = Accelerator(cpu=True, **settings)
+        model = network(dtype=dtype)
+        optimizer = make(model.parameters(), lr=0.05, capturable=capturable)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        data = TensorDataset(torch.cat([batch(i, dtype) for i in range(STEPS)]))
+        self.model, self.optimizer, self.data, self.scheduler = self.accelerator.prepare(
+            model, optimizer, DataLoader(data, batch_size=16), scheduler
+        )
+
+    def train(self, first: int = 0, last: int = STEPS, max_norm: float | None = None) -> None:
+        for i, (x,) in enumerate(self.data):
+            if not first <= i < last:
+                continue
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(self.model(x).square().mean())
+                if max_norm and self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+
+    def result(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return self.accelerator.unwrap_model(self.model), self.optimizer.optimizer
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_it_trains_as_with_torch(accumulated, max_norm, capturable):
+    def run(make: Make):
+        # torch's capturable step refuses the CPU.
+        ours = capturable and make is RAdam
+        loop = Loop(make, capturable=ours, gradient_accumulation_steps=accumulated)
+        loop.train(max_norm=max_norm)
+        return loop.result()
+
+    assert_trains_as_with_torch(run)
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+def test_mixed_precision_trains_as_with_torch(capturable):
+    def run(make: Make):
+        ours = capturable and make is RAdam
+        loop = Loop(make, torch.float32, capturable=ours, mixed_precision="bf16")
+        loop.train(max_norm=0.05)
+        return loop.result()
+
+    # A last bit of a weight may be a last bit of a bfloat16 activation.
+    assert_trains_as_with_torch(run, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_resumed_is_the_uninterrupted_one_to_the_bit(dtype, capturable, tmp_path):
+    whole = Loop(RAdam, dtype, capturable)
+    whole.train(last=7)
+    whole.accelerator.save_state(tmp_path)
+    whole.train(first=7)
+    resumed = Loop(RAdam, dtype, capturable)
+    resumed.accelerator.load_state(tmp_path)
+    resumed.train(first=7)
+    assert_same(resumed.optimizer.optimizer, whole.optimizer.optimizer)
+
+
+def test_a_state_of_torchs_is_loaded(tmp_path):
+    whole = Loop(TorchRAdam)
+    whole.train(last=7)
+    whole.accelerator.save_state(tmp_path)
+    whole.train(first=7)
+    resumed = Loop(RAdam)
+    resumed.accelerator.load_state(tmp_path)
+    resumed.train(first=7)
+    assert_same(resumed.optimizer.optimizer, whole.optimizer.optimizer, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,31 @@
+"""What these tests share: one training by both optimizers, and a small language model."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from radam_kernels import RAdam
+from tests.helpers import TorchRAdam, assert_same_parameters
+
+# Either RAdam, with its parameters and options.
+Make = Callable[..., Optimizer]
+Run = Callable[[Make], tuple[nn.Module, Optimizer]]
+
+RECTIFIED = 6  # with the default betas, torch rectifies from this step on
+
+
+def assert_trains_as_with_torch(run: Run, **tolerance: float) -> None:
+    """`run(make)` trains with the optimizer that `make` makes; torch's gives the same parameters.
+
+    Without tolerances, those of a model in float64: only the last bits may differ.
+    """
+    (model, ours), (other, torchs) = run(RAdam), run(TorchRAdam)
+    assert (type(ours), type(torchs)) == (RAdam, TorchRAdam)
+    assert counts(ours) == counts(torchs)
+    assert min(counts(ours)) > RECTIFIED
+    assert_same_parameters(model, other, **(tolerance or {"rtol": 1e-10, "atol": 1e-12}))
+
+
+def counts(optimizer: Optimizer) -> list[int]:
+    return [int(state["step"]) for state in optimizer.state.values()]
