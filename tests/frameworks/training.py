@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 from torch import nn
 from torch.optim import Optimizer
 
@@ -11,6 +12,11 @@ from tests.helpers import TorchRAdam, assert_same_parameters
 # Either RAdam, with its parameters and options.
 Make = Callable[..., Optimizer]
 Run = Callable[[Make], tuple[nn.Module, Optimizer]]
+
+# Options that only ours has on the CPU: an optimizer of torch's gets none of them.
+own_options = pytest.mark.parametrize(
+    "options", [{}, {"flatten": True}, {"capturable": True}], ids=["", "flatten", "capturable"]
+)
 
 RECTIFIED = 6  # with the default betas, torch rectifies from this step on
 
@@ -25,6 +31,11 @@ def assert_trains_as_with_torch(run: Run, **tolerance: float) -> None:
     assert counts(ours) == counts(torchs)
     assert min(counts(ours)) > RECTIFIED
     assert_same_parameters(model, other, **(tolerance or {"rtol": 1e-10, "atol": 1e-12}))
+
+
+def make_with(options: dict, make: Make, *args, **settings) -> Optimizer:
+    """The optimizer, with the options if it is ours."""
+    return make(*args, **settings, **(options if make is RAdam else {}))
 
 
 def counts(optimizer: Optimizer) -> list[int]:
