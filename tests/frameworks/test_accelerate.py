@@ -12,6 +12,7 @@ from tests.helpers import TorchRAdam, assert_same, batch, network
 pytest.importorskip("accelerate", reason="pip install 'radam_kernels[frameworks]'")
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 
 STEPS = 16
@@ -74,6 +75,38 @@ def test_mixed_precision_trains_as_with_torch(options):
 
     # A last bit of a weight may be a last bit of a bfloat16 activation.
     assert_trains_as_with_torch(run, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "tells"),
+    [({}, True), ({"capturable": True}, False), ({"capturable": True, "amp_scaling": False}, True)],
+    ids=["", "capturable", "capturable without amp_scaling"],
+)
+def test_steps_with_infinite_gradients_are_skipped(options, tells):
+    """accelerate has a GradScaler on GPUs only, so this one is given to its optimizer by hand."""
+    told = {}
+
+    def run(make: Make):
+        Accelerator(cpu=True)
+        model = network()
+        scaler = torch.amp.GradScaler("cpu", 64.0)
+        optimizer = AcceleratedOptimizer(
+            make_with(options, make, model.parameters(), lr=0.05), scaler=scaler
+        )
+        told[make] = []
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            scaler.scale(model(batch(step)).square().mean()).backward()
+            if step in (3, 9):
+                model[0].weight.grad[0, 0] = float("inf")
+            optimizer.step()
+            told[make].append(optimizer.step_was_skipped)
+        return model, optimizer.optimizer
+
+    assert_trains_as_with_torch(run, rtol=1e-4, atol=1e-5)
+    assert told[TorchRAdam] == [step in (3, 9) for step in range(STEPS)]
+    # A step that skips by itself does not wait for the GPU, and accelerate does not learn of it.
+    assert told[RAdam] == (told[TorchRAdam] if tells else [False] * STEPS)
 
 
 @own_options

@@ -145,11 +145,12 @@ def test_schedule_free_is_resumed_to_the_bit():
     wrapper = schedulefree.ScheduleFreeWrapper(optimizer)
     wrapper.train()
     train(model, wrapper, 7)
+    wrapper.eval()  # the state has no mode, and a new wrapper is not in training mode
     resumed = copy.deepcopy(model)
     other = RAdam(resumed.parameters(), lr=0.05)
     other_wrapper = schedulefree.ScheduleFreeWrapper(other)
     other_wrapper.load_state_dict(saved(wrapper.state_dict()))
-    other_wrapper.train_mode = True  # the weights above are those of training; it saves no mode
-    train(model, wrapper, 7, first=7)
-    train(resumed, other_wrapper, 7, first=7)
+    for net, one in ((model, wrapper), (resumed, other_wrapper)):
+        one.train()
+        train(net, one, 7, first=7)
     assert_same(other, optimizer)
