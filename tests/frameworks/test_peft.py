@@ -4,26 +4,28 @@ import pytest
 import torch
 
 from radam_kernels import RAdam
-from tests.frameworks.training import Make, assert_trains_as_with_torch, make_with, own_options
+from tests.frameworks.training import (
+    Make,
+    assert_trains_as_with_torch,
+    gpt2,
+    make_with,
+    own_options,
+)
 from tests.helpers import assert_same, saved
 
 pytest.importorskip("peft", reason="pip install 'radam_kernels[frameworks]'")
 pytest.importorskip("transformers", reason="the models of these tests are those of transformers")
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
 
 STEPS = 12
 
 
 def lora(dtype: torch.dtype = torch.float64) -> PeftModel:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config).to(dtype)
     settings = LoraConfig(
         r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    return get_peft_model(gpt2(dtype), settings, autocast_adapter_dtype=False)
 
 
 def train(model: PeftModel, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

@@ -4,27 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from radam_kernels import RAdam
-from tests.frameworks.training import Make, assert_trains_as_with_torch
+from tests.frameworks.training import Make, assert_trains_as_with_torch, gpt2
 from tests.helpers import TorchRAdam, assert_same
 
 pytest.importorskip("transformers", reason="pip install 'radam_kernels[frameworks]'")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 STEPS = 12
-
-
-def gpt2(dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype)
 
 
 def sentences(count: int = 48) -> list[dict[str, torch.Tensor]]:
@@ -33,7 +25,7 @@ def sentences(count: int = 48) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer(model: GPT2LMHeadModel, folder: Path | str, optimizer: dict, **options) -> Trainer:
+def trainer(model: nn.Module, folder: Path | str, optimizer: dict, **options) -> Trainer:
     """A Trainer; `optimizer` holds its argument `optimizers` or `optimizer_cls_and_kwargs`."""
     settings = {
         "max_steps": STEPS,
@@ -69,7 +61,7 @@ def raw(trained: Trainer) -> Optimizer:
 @pytest.mark.parametrize("by", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_it_trains_as_with_torch(by, options, tmp_path):
     def run(make: Make):
-        model = gpt2()
+        model = gpt2(torch.float64)
         if by == "optimizers":
             optimizer = {"optimizers": (make(model.parameters(), lr=0.01), None)}
         else:
@@ -85,7 +77,7 @@ def test_it_trains_as_with_torch(by, options, tmp_path):
 
 def test_bf16_trains_as_with_torch(tmp_path):
     def run(make: Make):
-        model = gpt2(torch.float32)
+        model = gpt2()
         made = trainer(
             model, tmp_path, {"optimizers": (make(model.parameters(), lr=0.01), None)}, bf16=True
         )
@@ -116,7 +108,7 @@ def test_a_training_resumed_is_the_uninterrupted_one_to_the_bit(dtype, options, 
 
 def test_a_checkpoint_of_torchs_is_resumed(tmp_path):
     def made(make: Make) -> Trainer:
-        model = gpt2()
+        model = gpt2(torch.float64)
         return trainer(
             model, tmp_path, {"optimizer_cls_and_kwargs": (make, {"lr": 0.01})},
             save_strategy="steps", save_steps=7,
@@ -131,7 +123,9 @@ def test_a_checkpoint_of_torchs_is_resumed(tmp_path):
 
 def test_optimizer_cls_and_kwargs_ignores_the_learning_rate_of_the_arguments(tmp_path):
     """transformers, with any optimizer: which is why the page says to give it."""
-    made = trainer(gpt2(), tmp_path, {"optimizer_cls_and_kwargs": (RAdam, {})}, learning_rate=0.5)
+    made = trainer(
+        gpt2(torch.float64), tmp_path, {"optimizer_cls_and_kwargs": (RAdam, {})}, learning_rate=0.5
+    )
     assert {group["lr"] for group in made.create_optimizer().param_groups} == {1e-3}
 
 

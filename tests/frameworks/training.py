@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -13,12 +14,22 @@ from tests.helpers import TorchRAdam, assert_same_parameters
 Make = Callable[..., Optimizer]
 Run = Callable[[Make], tuple[nn.Module, Optimizer]]
 
+
 # Options that only ours has on the CPU: an optimizer of torch's gets none of them.
 own_options = pytest.mark.parametrize(
     "options", [{}, {"flatten": True}, {"capturable": True}], ids=["", "flatten", "capturable"]
 )
 
 RECTIFIED = 6  # with the default betas, torch rectifies from this step on
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A GPT-2 of one layer, from its configuration."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).to(dtype)
 
 
 def assert_trains_as_with_torch(run: Run, **tolerance: float) -> None:
