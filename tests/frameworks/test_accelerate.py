@@ -6,7 +6,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from radam_kernels import RAdam
-from tests.frameworks.training import Make, assert_trains_as_with_torch, make_with, own_options
+from tests.frameworks.training import (
+    FLOAT32,
+    MIXED,
+    Make,
+    assert_trains_as_with_torch,
+    make_with,
+    own_options,
+)
 from tests.helpers import TorchRAdam, assert_same, batch, network
 
 pytest.importorskip("accelerate", reason="pip install 'radam_kernels[frameworks]'")
@@ -73,8 +80,7 @@ def test_mixed_precision_trains_as_with_torch(options):
         loop.train(max_norm=0.05)
         return loop.result()
 
-    # A last bit of a weight may be a last bit of a bfloat16 activation.
-    assert_trains_as_with_torch(run, rtol=1e-2, atol=1e-3)
+    assert_trains_as_with_torch(run, **MIXED)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_steps_with_infinite_gradients_are_skipped(options, tells):
             told[make].append(optimizer.step_was_skipped)
         return model, optimizer.optimizer
 
-    assert_trains_as_with_torch(run, rtol=1e-4, atol=1e-5)
+    assert_trains_as_with_torch(run, **FLOAT32)
     assert told[TorchRAdam] == [step in (3, 9) for step in range(STEPS)]
     # A step that skips by itself does not wait for the GPU, and accelerate does not learn of it.
     assert told[RAdam] == (told[TorchRAdam] if tells else [False] * STEPS)

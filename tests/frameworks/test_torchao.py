@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from radam_kernels import RAdam
-from tests.frameworks.training import Make, assert_trains_as_with_torch
+from tests.frameworks.training import FLOAT32, Make, assert_trains_as_with_torch
 from tests.helpers import TorchRAdam, randn, saved
 
 pytest.importorskip("torchao", reason="pip install 'radam_kernels[frameworks]'")
@@ -50,7 +50,7 @@ def test_layers_beside_frozen_int8_weights_train_as_with_torch(flatten):
         assert torch.equal(model[0].weight.dequantize(), frozen)
         return nn.ModuleList([nn.ParameterList([model[0].bias]), model[2]]), optimizer
 
-    assert_trains_as_with_torch(run, rtol=1e-4, atol=1e-5)
+    assert_trains_as_with_torch(run, **FLOAT32)
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])

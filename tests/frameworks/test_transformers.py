@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from radam_kernels import RAdam
-from tests.frameworks.training import Make, assert_trains_as_with_torch, gpt2
+from tests.frameworks.training import MIXED, Make, assert_trains_as_with_torch, gpt2
 from tests.helpers import TorchRAdam, assert_same
 
 pytest.importorskip("transformers", reason="pip install 'radam_kernels[frameworks]'")
@@ -84,8 +84,7 @@ def test_bf16_trains_as_with_torch(tmp_path):
         made.train()
         return model, raw(made)
 
-    # A last bit of a weight may be a last bit of a bfloat16 activation.
-    assert_trains_as_with_torch(run, rtol=1e-2, atol=1e-3)
+    assert_trains_as_with_torch(run, **MIXED)
 
 
 @pytest.mark.parametrize("options", [{}, {"flatten": True}, {"capturable": True}])

@@ -20,6 +20,11 @@ own_options = pytest.mark.parametrize(
     "options", [{}, {"flatten": True}, {"capturable": True}], ids=["", "flatten", "capturable"]
 )
 
+# Tolerances for float32 weights, computed in float32, and with 16-bit activations, where a last bit
+# of a weight may decide that of an activation.
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
+MIXED = {"rtol": 1e-3, "atol": 1e-4}
+
 RECTIFIED = 6  # with the default betas, torch rectifies from this step on
 
 
