@@ -131,7 +131,7 @@ def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
 
 
 def _auto_backend(device_type: str) -> str:
-    return resolve("auto", device_type).__module__.rpartition(".")[2].strip("_")
+    return resolve("auto", device_type).__name__.rpartition(".")[2].strip("_")
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@ from .backends import check_name
 from .hyperparameters import DEFAULTS
 from .launch import explain, launch
 from .modules import cpu
+from .scaling import UNSCALED, Scaling
 
 
 def radam_(
@@ -27,7 +28,7 @@ def radam_(
     rho_threshold: float = DEFAULTS["rho_threshold"],
     degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
     rectification: str = DEFAULTS["rectification"],
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     backend: str = "auto",
 ) -> None:
     """Performs one RAdam step in place, with one launch for each device and dtype set.
@@ -42,7 +43,8 @@ def radam_(
             tensors instead.
         lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, rho_threshold,
             degenerated_to_sgd, rectification: as for `RAdam`.
-        grad_scale: multiplies the gradients first, for example 1 / loss scale.
+        grad_scale: multiplies the gradients first, for example 1 / loss scale. A tensor of one
+            element is read on its device: nothing waits for a GPU.
         backend: "auto" or a name from `available_backends()`.
 
     Raises:
@@ -69,11 +71,19 @@ def radam_(
         "rho_threshold": rho_threshold,
         "degenerated_to_sgd": degenerated_to_sgd,
         "rectification": rectification,
-        "grad_scale": grad_scale,
+        "grad_scale": 1.0 if isinstance(grad_scale, Tensor) else grad_scale,
     }
+    scaling = UNSCALED
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.numel() != 1 or grad_scale.is_complex():
+            raise ValueError(
+                "grad_scale: expected a number or a real tensor of one element, got "
+                f"{grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
+            )
+        scaling = Scaling(factor=grad_scale.detach())
     plan = cpu.Plan()
     try:
-        for i, reason in plan.refresh_tensors(*lists, float(step), group):
+        for i, reason in plan.refresh_tensors(*lists, float(step), group, scaling):
             shapes = ", ".join(
                 f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}"
                 for name, t in zip(_STREAMS, (tensors[i] for tensors in lists), strict=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import check_name
+from .clipping import Clipping
 from .flat import flatten_
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
 from .launch import explain, launch
@@ -181,9 +182,11 @@ class RAdam(Optimizer):
             # Once memory has been written, the new state is kept, because it belongs to that.
             if not plan.begun:
                 repairs.undo(self.state)
+            else:
+                self._drop_clipping()
             # GradScaler deletes these only after a step that succeeds, and would multiply its next
             # scale by the old one.
-            for name in Scaling._fields:
+            for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
         finally:
@@ -191,7 +194,65 @@ class RAdam(Optimizer):
             self._plan = plan
             if stages:
                 stages.enter(None)
+        self._drop_clipping()
         return loss
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Clips the norm of all gradients of this optimizer together, in the next step().
+
+        As `torch.nn.utils.clip_grad_norm_`, but for the gradients in memory, which stay as they
+        are: the next `step()` multiplies them by `min(1, max_norm / (norm + 1e-6))` as it reads
+        them. The norm is computed in float64 on the CPU. Call it last before `step()`, after
+        `GradScaler.unscale_`, on every rank if gradients are DTensors.
+
+        That factor is used once. `step()`, `zero_grad()` and another call drop it, and so does a
+        backward that makes new gradients after the old ones were set to None.
+
+        Args:
+            max_norm: the largest norm; inf to measure only.
+            norm_type: the order of the norm, above 0: 2, 1 and inf are computed in one read of the
+                gradients, others by torch operations.
+            error_if_nonfinite: raise if the norm is inf or NaN, which synchronizes with a GPU.
+                Otherwise gradients become 0 or NaN, as in torch.
+
+        Returns:
+            The norm before clipping: a tensor of shape () on the device of the first gradient;
+            float64 if a gradient is float64, else float32. A plain tensor for DTensors, too.
+
+        Raises:
+            ValueError: max_norm or norm_type out of range, or a gradient that can't be stepped.
+            RuntimeError: a norm that is not finite, with `error_if_nonfinite`; sparse gradients;
+                parameters of FSDP1. At the step: gradients that were changed in place, or partly
+                replaced, since.
+        """
+        self._drop_clipping()
+        clipping = self.__dict__.setdefault("_clipping", Clipping())
+        stages = listen()
+        if stages:
+            stages.enter("norm")
+        try:
+            return clipping.measure(
+                self.param_groups,
+                float(max_norm),
+                float(norm_type),
+                error_if_nonfinite,
+                self._backend,
+                self._name,
+            )
+        finally:
+            if stages:
+                stages.enter(None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, and forgets what `clip_grad_norm_` has found."""
+        self._drop_clipping()
+        super().zero_grad(set_to_none)
+
+    def _drop_clipping(self) -> None:
+        if clipping := self.__dict__.get("_clipping"):
+            clipping.factor = None
 
     def _refresh(self, plan, repairs: Repairs) -> bool:
         """Plans the step; False if the tensors are fake, so that the step is already done."""
@@ -222,8 +283,11 @@ class RAdam(Optimizer):
     def _scaling(self) -> Scaling:
         """`grad_scale` and `found_inf`, which GradScaler sets on the optimizer for this step."""
         found = self.__dict__
+        factor = None
+        if clipping := found.get("_clipping"):
+            factor = clipping.factor_for(self.param_groups, self._name)
         if "found_inf" not in found and "grad_scale" not in found:
-            return UNSCALED
+            return UNSCALED if factor is None else Scaling(factor=factor)
         if not self._step_supports_amp_scaling:
             lacking = "capturable=True" if self._amp_scaling else "amp_scaling=True"
             raise RuntimeError(
@@ -231,7 +295,12 @@ class RAdam(Optimizer):
                 f"{lacking} reads them; construct RAdam with it, or delete them and call "
                 "GradScaler.unscale_"
             )
-        return Scaling(found.get("grad_scale"), found.get("found_inf"))
+        if factor is not None and found.get("grad_scale") is not None:
+            raise RuntimeError(
+                "clip_grad_norm_ has measured gradients that are still scaled: call "
+                "GradScaler.unscale_(optimizer) before it"
+            )
+        return Scaling(found.get("grad_scale"), found.get("found_inf"), factor)
 
     def _moments(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
         """New moments of zeros for each (parameter, dtype)."""

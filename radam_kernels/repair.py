@@ -104,7 +104,7 @@ def repair(
         if old is not _MISSING:
             check_state(old, owner, name)
         olds.append(None if old is _MISSING else old)
-        _validate(owner, grad, name)
+        validate(owner, grad, name)
     grads = redistributed_gradients([grad for _, _, grad, _ in pending], owners)
     placed = [_placed(old, owner, name_of) for owner, old in zip(owners, olds, strict=True)]
     staged = [
@@ -161,7 +161,7 @@ def _placed(
     }
 
 
-def _validate(owner: Tensor, grad: Tensor, name: _Name) -> None:
+def validate(owner: Tensor, grad: Tensor, name: _Name) -> None:
     """Raises for a parameter or a gradient that no kernel can step, or that has no memory."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(

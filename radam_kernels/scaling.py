@@ -1,4 +1,4 @@
-"""The loss scale and the result of GradScaler, which it passes as attributes of the optimizer."""
+"""What multiplies the gradients of a step and is known on their device only."""
 
 from typing import NamedTuple
 
@@ -7,31 +7,34 @@ from torch import Tensor
 
 
 class Scaling(NamedTuple):
-    """`grad_scale` and `found_inf` of `torch.amp.GradScaler`, float32 tensors of one element."""
+    """Tensors of one element. `grad_scale` and `found_inf` are those of `torch.amp.GradScaler`,
+    which passes them as attributes of the optimizer."""
 
     grad_scale: Tensor | None = None  # the gradients are divided by it
     found_inf: Tensor | None = None  # nonzero: skip the step, and do not count it
+    factor: Tensor | None = None  # the gradients are multiplied by it
 
     def on(self, device: torch.device) -> "Scaling":
         """The same on a GPU; copies between GPUs do not synchronize the host."""
+        dtypes = (torch.float32, torch.float32, torch.float64)
         return Scaling(
             *(
-                None
-                if x is None
-                else torch.as_tensor(x).to(device, torch.float32, non_blocking=True)
-                for x in self
+                None if x is None else torch.as_tensor(x).to(device, dtype, non_blocking=True)
+                for x, dtype in zip(self, dtypes, strict=True)
             )
         )
 
-    def addresses(self) -> tuple[int, int]:
-        """Both addresses, 0 for None. Keep this object alive while they are read."""
-        return tuple(0 if x is None else x.data_ptr() for x in self)
-
-    def numbers(self) -> tuple[float, float]:
-        """Both values, which synchronizes with a GPU; (1.0, 0.0) for None."""
+    def numbers(self) -> tuple[float, float, float]:
+        """All values, which synchronizes with a GPU; (1.0, 0.0, 1.0) for None."""
+        defaults = (1.0, 0.0, 1.0)
         return tuple(
-            default if x is None else float(x) for x, default in zip(self, (1.0, 0.0), strict=True)
+            default if x is None else float(x) for x, default in zip(self, defaults, strict=True)
         )
 
 
 UNSCALED = Scaling()
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of its memory, 0 for None. Keep the tensor alive while it is read."""
+    return 0 if tensor is None else tensor.data_ptr()

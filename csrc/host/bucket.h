@@ -51,9 +51,10 @@ struct Bucket {
   std::vector<Ref> learning_rates;               // the tensors that lr_data points into
   float grad_scale = 1, found_inf = 0;           // GradScaler's values, if the device is the CPU
 
-  Ref groups;   // the parameter groups of the plan, a sequence of dicts
-  Ref scaling;  // radam_kernels.scaling.Scaling
-  Ref cache;    // of the backend, kept between steps: tables on a device
+  double grad_factor = 1;  // the value of Scaling.factor, if the device is the CPU
+  Ref groups;              // the parameter groups of the plan, a sequence of dicts
+  Ref scaling;             // radam_kernels.scaling.Scaling
+  Ref cache;               // of the backend, kept between steps: tables on a device
 
   Segments table() const {
     return {segments.data(), grads.data(), static_cast<int64_t>(segments.size())};

@@ -8,20 +8,9 @@
 namespace radam {
 namespace {
 
-// Releases the GIL while it exists.
-class GilReleased {
- public:
-  GilReleased() : state_(PyEval_SaveThread()) {}
-  ~GilReleased() { PyEval_RestoreThread(state_); }
-  GilReleased(const GilReleased&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
-float number(PyObject* scaling, PyObject* name, float otherwise) {
+double number(PyObject* scaling, PyObject* name, double otherwise) {
   const Ref value = attribute(scaling, name);
-  return value.get() == Py_None ? otherwise : static_cast<float>(to_double(value.get()));
+  return value.get() == Py_None ? otherwise : to_double(value.get());
 }
 
 }  // namespace
@@ -83,6 +72,7 @@ void Plan::complete(PyObject* groups, PyObject* scaling) {
     } else {
       make_scalars(bucket);
     }
+    if (bucket.device.type == kCPU) bucket.grad_factor = number(scaling, RADAM_STR(factor), 1.0);
   }
   if (const auto found = overlap_check_.find(buckets_)) {
     const auto owner = [&](int64_t i) { return owners_[static_cast<size_t>(i)].get(); };
@@ -124,8 +114,8 @@ void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
     if (lr.get()) bucket.learning_rates.push_back(std::move(lr));
   }
   if (bucket.device.type == kCPU) {
-    bucket.grad_scale = number(scaling, RADAM_STR(grad_scale), 1.0f);
-    bucket.found_inf = number(scaling, RADAM_STR(found_inf), 0.0f);
+    bucket.grad_scale = static_cast<float>(number(scaling, RADAM_STR(grad_scale), 1.0));
+    bucket.found_inf = static_cast<float>(number(scaling, RADAM_STR(found_inf), 0.0));
   }
 }
 
@@ -172,6 +162,7 @@ void Plan::run_bucket(Bucket& bucket, int threads) {
       bucket.scalars.push_back(advance(counter, bucket.hyperparameters.data(), scaling));
     }
   }
+  for (StepScalars& row : bucket.scalars) row.grad_scale *= bucket.grad_factor;
   step_cpu(bucket.table(), bucket.dtypes, bucket.scalars.data(), threads, instruction_sets()[0]);
 }
 

@@ -45,7 +45,7 @@ class Plan {
   // Like refresh(), for tensors whose steps the caller counts. The moments may have any supported
   // dtype.
   Ref refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs, PyObject* exp_avg_sqs,
-                      double step, PyObject* group);
+                      double step, PyObject* group, PyObject* scaling);
 
   // Bumps the version counters of the tensors, so that backward through a stale graph raises
   // instead of giving wrong gradients. From here on memory is written.

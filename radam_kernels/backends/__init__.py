@@ -1,10 +1,11 @@
 """The registry of backends: availability, with reasons, and dispatch by device type."""
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Protocol
+
+from torch import Tensor
 
 from . import devices
 
@@ -24,6 +25,19 @@ class Backend(Protocol):
         Args:
             bucket: a Bucket of the module _cpu. Its tensors are validated: dense, with one layout,
                 one device and a supported dtype set, and without shared memory.
+        """
+
+    def power_sum(self, bucket, norm_type: float) -> Tensor:
+        """The sum of |g|**norm_type over a bucket's gradients, or the largest |g| if that is inf.
+
+        Does not synchronize. The result does not depend on the number of threads or blocks.
+
+        Args:
+            bucket: a GradientBucket of the module _cpu.
+            norm_type: 1, 2 or inf; only 2 for complex gradients.
+
+        Returns:
+            A float64 tensor of shape () on the bucket's device.
         """
 
 
@@ -56,8 +70,8 @@ def check_name(name: str) -> None:
 
 
 @cache
-def resolve(name: str, device_type: str) -> Callable:
-    """The `run` function of a backend for tensors on `device_type`; the best one for "auto".
+def resolve(name: str, device_type: str) -> Backend:
+    """The backend for tensors on `device_type`; the best one for "auto".
 
     Raises RuntimeError if there is none. A backend named explicitly never falls back to another.
     """
@@ -72,7 +86,7 @@ def resolve(name: str, device_type: str) -> Callable:
                     "reference does: " + "; ".join(filter(None, reasons)),
                     stacklevel=2,
                 )
-            return _module(candidate).run
+            return _module(candidate)
     if name == "auto":
         raise RuntimeError(f"no backend steps parameters on {device_type!r} devices; {_working()}")
     raise RuntimeError(

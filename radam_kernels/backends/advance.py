@@ -22,7 +22,7 @@ def advance(bucket) -> Tensor:
     found_inf is nonzero, the row is zeros (Action.SKIP) and the count is unchanged.
     """
     device = bucket.steps[0][0].device
-    grad_scale, found_inf = bucket.scaling.on(device)
+    grad_scale, found_inf, _ = bucket.scaling.on(device)
     rows = torch.zeros((bucket.count, len(StepScalars._fields)), dtype=torch.float64, device=device)
     members: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, (step, group) in enumerate(bucket.steps):

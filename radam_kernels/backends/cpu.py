@@ -1,6 +1,11 @@
 """The C++ kernel for the CPU: vectorized, on torch's thread pool."""
 
+import math
+
 import torch
+from torch import Tensor
+
+from ..modules import cpu
 
 
 def why_not(device_type: str) -> str | None:
@@ -9,3 +14,15 @@ def why_not(device_type: str) -> str | None:
 
 def run(bucket) -> None:
     bucket.run(torch.get_num_threads())
+
+
+_NORMS = {
+    1: cpu.Norm.sum_of_magnitudes,
+    2: cpu.Norm.sum_of_squares,
+    math.inf: cpu.Norm.largest_magnitude,
+}
+
+
+def power_sum(bucket, norm_type: float) -> Tensor:
+    total = bucket.power_sum(_NORMS[norm_type], torch.get_num_threads())
+    return torch.tensor(total, dtype=torch.float64)

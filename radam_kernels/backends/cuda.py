@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..modules import cpu, load_optional
+from ..scaling import address
 from ..schedule import StepScalars
 from .devices import device_of, is_capturing
 from .upload import DeviceTables, tables_of
@@ -82,7 +83,8 @@ def advance(module, bucket, tables: DeviceTables, device: torch.device, stream: 
         bucket.count,
         hyperparameters.data_ptr(),
         rows.data_ptr(),
-        *scaling.addresses(),
+        address(scaling.grad_scale),
+        address(scaling.found_inf),
         device.index,
         stream,
     )

@@ -1,5 +1,7 @@
 """The step in readable torch operations: the reference that every kernel must match bit for bit."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,18 +16,19 @@ def why_not(device_type: str) -> str | None:
 
 @torch.no_grad()
 def run(bucket) -> None:
+    loss_scale, found_inf, factor = bucket.scaling.numbers()
     if bucket.capturable:
-        rows = _advance(bucket)
+        rows = _advance(bucket, loss_scale, found_inf)
     else:
         rows = [group_scalars(bucket.groups[group], step) for group, step in bucket.counts]
+    rows = [row._replace(grad_scale=row.grad_scale * factor) for row in rows]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
     for tensors, row in zip(bucket.tensors, bucket.scalar_indices, strict=True):
         radam_update_(*map(real, tensors), rows[row], compute)
 
 
-def _advance(bucket) -> list[StepScalars]:
+def _advance(bucket, loss_scale: float, found_inf: float) -> list[StepScalars]:
     """Advances step counts on the device. Synchronizes, unlike csrc/core/advance.h."""
-    loss_scale, found_inf = bucket.scaling.numbers()
     rows = []
     for step, group in bucket.steps:
         t = (step + 1).item()
@@ -35,6 +38,20 @@ def _advance(bucket) -> list[StepScalars]:
             rows.append(group_scalars({**bucket.groups[group], "grad_scale": 1.0 / loss_scale}, t))
             step.fill_(t)
     return rows
+
+
+@torch.no_grad()
+def power_sum(bucket, norm_type: float) -> Tensor:
+    """As the protocol says, and for any `norm_type` above 0, of complex gradients, too."""
+    parts = [torch.zeros((), dtype=torch.float64, device=bucket.tensors[0].device)]
+    for grad in bucket.tensors:
+        wide = grad.to(torch.complex128 if grad.is_complex() else torch.float64).abs()
+        if norm_type != math.inf:
+            parts.append(wide.pow(norm_type).sum())
+        elif wide.numel():
+            parts.append(wide.amax())
+    together = torch.stack(parts)
+    return together.amax() if norm_type == math.inf else together.sum()
 
 
 def real(tensor: Tensor) -> Tensor:

@@ -345,7 +345,7 @@ class _Bucket:
     [
         ((len, _Bucket(2, False)), "construct RAdam with capturable=True"),
         ((len, _Bucket(1, True)), "some parameters are on the CPU"),
-        ((reference.run, _Bucket(2, True)), "the reference backend waits"),
+        ((reference, _Bucket(2, True)), "the reference backend waits"),
     ],
 )
 def test_what_a_replay_would_not_do_is_refused(step, reason):

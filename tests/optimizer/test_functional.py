@@ -136,6 +136,25 @@ def test_grad_scale_multiplies_the_gradients():
     assert all(same_bits(a, b) for a, b in zip(scaled[::2], plain[::2], strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_grad_scale_may_be_a_tensor(backend, dtype):
+    numbers, tensors = streams(), streams()
+    scale = torch.tensor(0.3, dtype=dtype)
+    radam_(*numbers, step=8, **USUAL, grad_scale=float(scale))
+    radam_(*tensors, step=8, **USUAL, grad_scale=scale, backend=backend)
+    assert all(map(same_bits, tensors, numbers))
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.tensor(1j)])
+def test_a_grad_scale_that_is_no_number_is_refused(bad):
+    tensors = streams()
+    before = [t.clone() for t in tensors]
+    with pytest.raises(ValueError, match="grad_scale: expected a number or a real tensor of one"):
+        radam_(*tensors, step=8, **USUAL, grad_scale=bad)
+    assert all(map(torch.equal, tensors, before))
+
+
 def test_lr_may_be_a_tensor():
     a, b = streams(), streams()
     radam_(*a, step=8, **{**USUAL, "lr": torch.tensor(0.25)})

@@ -158,7 +158,7 @@ def far(library: str, codes: tuple[int, int, int], numel: int, blocks: list[int]
             part.copy_(torch.rand(len(part), generator=generator, dtype=torch.float64))
         old = [part.clone() for part in parts]
         plan = cpu.Plan()
-        pending = plan.refresh_tensors(*([stream] for stream in streams), 8.0, group)
+        pending = plan.refresh_tensors(*([stream] for stream in streams), 8.0, group, UNSCALED)
         assert not pending, pending
         [bucket] = plan.buckets
         c.run_only_blocks(block, block + 1)

@@ -109,7 +109,7 @@ def advance(program: Program, made: Counters, scaling: Scaling) -> tuple[np.ndar
         if torch.is_tensor(lr):
             row["lr_data"] = memory.put(lr.view(INTS[lr.element_size()]).numpy(), "lr")
     out = memory.put(np.full((n, fields), -7.0), "scalars", True)
-    at_scaling = [0 if x is None else memory.put(x.numpy(), "scaling") for x in scaling]
+    at_scaling = [0 if x is None else memory.put(x.numpy(), "scaling") for x in scaling[:2]]
     params = struct.pack(
         "<QqQQQQi4xQ", memory.put(counters, "counters"), n,
         memory.put(hyperparameters, "hyperparameters"), out, *at_scaling, 0, 0,
