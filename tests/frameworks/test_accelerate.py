@@ -45,14 +45,23 @@ class Loop:
             model, optimizer, DataLoader(data, batch_size=16), scheduler
         )
 
-    def train(self, first: int = 0, last: int = STEPS, max_norm: float | None = None) -> None:
+    def train(
+        self,
+        first: int = 0,
+        last: int = STEPS,
+        max_norm: float | None = None,
+        clip_in_the_step: bool = False,
+    ) -> None:
         for i, (x,) in enumerate(self.data):
             if not first <= i < last:
                 continue
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(self.model(x).square().mean())
                 if max_norm and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+                    if clip_in_the_step:
+                        self.optimizer.optimizer.clip_grad_norm_(max_norm)
+                    else:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
@@ -68,6 +77,17 @@ def test_it_trains_as_with_torch(accumulated, max_norm, options):
     def run(make: Make):
         loop = Loop(make, options=options, gradient_accumulation_steps=accumulated)
         loop.train(max_norm=max_norm)
+        return loop.result()
+
+    assert_trains_as_with_torch(run)
+
+
+@own_options
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_clipping_in_the_step_trains_as_with_torch(accumulated, options):
+    def run(make: Make):
+        loop = Loop(make, options=options, gradient_accumulation_steps=accumulated)
+        loop.train(max_norm=0.05, clip_in_the_step=make is RAdam)
         return loop.result()
 
     assert_trains_as_with_torch(run)

@@ -40,6 +40,16 @@ class Module(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+class ClippedInTheStep(Module):
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        if isinstance(optimizer, RAdam):
+            optimizer.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
 class TwoOptimizers(LightningModule):
     """Manual optimization: two networks pull in opposite directions, each with its optimizer."""
 
@@ -144,6 +154,25 @@ def test_capturable_clips_under_mixed_precision_without_amp_scaling(settings):
         return module, fit(module, gradient_clip_val=0.05, **{**settings, **plugins})
 
     assert_trains_as_with_torch(run, **MIXED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "tolerance"),
+    [
+        ({"precision": "64-true"}, {}, {}),
+        ({"precision": "bf16-mixed"}, {"capturable": True}, MIXED),
+        ({"plugins": "16-mixed"}, {}, MIXED),
+        ({"plugins": "16-mixed"}, {"capturable": True, "amp_scaling": False}, MIXED),
+    ],
+    ids=["64-true", "bf16-mixed capturable", "16-mixed", "16-mixed capturable"],
+)
+def test_clipping_in_the_step_trains_as_with_torch(settings, options, tolerance):
+    def run(make: Make):
+        module = ClippedInTheStep(make, **(options if make is RAdam else {}))
+        plugins = {"plugins": mixed_float16()} if "plugins" in settings else {}
+        return module, fit(module, gradient_clip_val=0.05, **{**settings, **plugins})
+
+    assert_trains_as_with_torch(run, **tolerance)
 
 
 def test_capturable_unscales_in_the_step_if_nothing_is_clipped():

@@ -14,7 +14,7 @@ from tests.helpers import TorchRAdam, assert_same
 pytest.importorskip("transformers", reason="pip install 'radam_kernels[frameworks]'")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 STEPS = 12
 
@@ -69,6 +69,29 @@ def test_it_trains_as_with_torch(by, options, tmp_path):
         if "eval_steps" in options:
             optimizer["eval_dataset"] = sentences(8)
         made = trainer(model, tmp_path, optimizer, **options)
+        made.train()
+        return model, raw(made)
+
+    assert_trains_as_with_torch(run)
+
+
+class ClipInTheStep(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **others) -> None:
+        optimizer.optimizer.clip_grad_norm_(0.1)
+
+
+def test_clipping_in_the_step_trains_as_with_torch(tmp_path):
+    def run(make: Make):
+        model = gpt2(torch.float64)
+        made = trainer(
+            model,
+            tmp_path,
+            {"optimizer_cls_and_kwargs": (make, {"lr": 0.01})},
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.0 if make is RAdam else 0.1,
+        )
+        if make is RAdam:
+            made.add_callback(ClipInTheStep)
         made.train()
         return model, raw(made)
 
