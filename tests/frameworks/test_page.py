@@ -19,9 +19,9 @@ SNIPPETS = {
 # What the reader has before: imports and a model.
 BEFORE = {
     "transformers": """
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 model, data = gpt2(), [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 16
-args = TrainingArguments("output", max_steps=2, use_cpu=True, report_to=[])
+args = TrainingArguments("output", max_steps=2, use_cpu=True, report_to=[], max_grad_norm=0)
 """,
     "accelerate": """
 from accelerate import Accelerator
@@ -53,6 +53,7 @@ optimizer = RAdam(model.parameters(), flatten=True)
 # What shows that it works.
 AFTER = {
     "transformers": """
+trainer.add_callback(ClipInTheStep)
 trainer.train()
 assert type(trainer.optimizer.optimizer) is RAdam
 assert trainer.optimizer.optimizer.param_groups[0]["initial_lr"] == 3e-4
@@ -68,6 +69,7 @@ class Module(lightning.LightningModule):
         return self.net(x).square().mean()
 
 Module.configure_optimizers = configure_optimizers
+Module.configure_gradient_clipping = configure_gradient_clipping
 module = Module()
 lightning.Trainer(
     accelerator="cpu", max_steps=2, precision="bf16-mixed", gradient_clip_val=0.1, logger=False
