@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import devices, reference, resolve
+from .backends import BackendChoice, devices, reference, resolve
 from .flat import is_dense
 from .modules import DTYPES, cpu
 from .repair import validate
@@ -36,7 +36,7 @@ class Clipping:
         max_norm: float,
         norm_type: float,
         error_if_nonfinite: bool,
-        backend: str,
+        backend: BackendChoice,
         name_of: NameOf,
     ) -> Tensor:
         """Sets `factor`, and returns the norm; see `RAdam.clip_grad_norm_`."""
@@ -87,7 +87,7 @@ class Clipping:
             )
         return None if replaced else self.factor
 
-    def _read(self, groups: list[dict[str, Any]], name_of: NameOf) -> list[Any]:
+    def _read(self, groups: list[dict[str, Any]], name_of: NameOf) -> list[cpu.GradientBucket]:
         """Buckets of all gradients, in dense memory, and without pending sums over ranks."""
         replaced: dict[int, tuple[Tensor, Tensor]] = {}
         while pending := self._gradients.refresh(groups, replaced):
@@ -124,7 +124,7 @@ def _is_partial(grad: Tensor) -> bool:
     return is_sharded(grad) and any(placement.is_partial() for placement in grad.placements)
 
 
-def _refuse_flat_parameters(buckets: list[Any]) -> None:
+def _refuse_flat_parameters(buckets: list[cpu.GradientBucket]) -> None:
     """FSDP1's flat parameters are plain tensors, so their shards can't be told from whole ones."""
     if "torch.distributed.fsdp" not in sys.modules:
         return
@@ -136,7 +136,7 @@ def _refuse_flat_parameters(buckets: list[Any]) -> None:
             )
 
 
-def _power_sum(bucket: Any, norm_type: float, backend: str) -> Tensor:
+def _power_sum(bucket: cpu.GradientBucket, norm_type: float, backend: BackendChoice) -> Tensor:
     module = resolve(backend, devices.type_name(bucket.device[0]))
     known = norm_type == 2 or (norm_type in (1, math.inf) and not bucket.complex)
     return (module if known else reference).power_sum(bucket, norm_type)
@@ -148,7 +148,7 @@ def _root(total: Tensor, norm_type: float) -> Tensor:
     return total.sqrt() if norm_type == 2 else total ** (1 / norm_type)
 
 
-def _total(buckets: list[Any], sums: list[Tensor], norm_type: float) -> Tensor:
+def _total(buckets: list[cpu.GradientBucket], sums: list[Tensor], norm_type: float) -> Tensor:
     """The sum or maximum over all buckets and ranks, on the device of the first bucket."""
     largest = norm_type == math.inf
     sums = list(sums)

@@ -49,7 +49,7 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
             if param.grad is None:
                 continue
             own = state.get(param)
-            if is_new(own):
+            if own is None or is_new(own):
                 dtype = moment_dtype(param, group.get("state_dtype"))
                 made = {"step": as_step(0, step_device(param, group))}
                 made |= {key: torch.zeros_like(param, dtype=dtype) for key in MOMENTS}

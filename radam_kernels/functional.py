@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .backends import check_name
+from .backends import BackendChoice, check_name
 from .hyperparameters import DEFAULTS
 from .launch import explain, launch
 from .modules import cpu
 from .scaling import UNSCALED, Scaling
+from .schedule import Form
 
 
 def radam_(
@@ -27,9 +28,9 @@ def radam_(
     maximize: bool = DEFAULTS["maximize"],
     rho_threshold: float = DEFAULTS["rho_threshold"],
     degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
-    rectification: str = DEFAULTS["rectification"],
+    rectification: Form = DEFAULTS["rectification"],
     grad_scale: float | Tensor = 1.0,
-    backend: str = "auto",
+    backend: BackendChoice = "auto",
 ) -> None:
     """Performs one RAdam step in place, with one launch for each device and dtype set.
 
@@ -52,9 +53,7 @@ def radam_(
             betas, eps or a threshold out of range. Nothing is changed.
         RuntimeError: the backend does not work here, or not for these tensors. Nothing is changed.
     """
-    lists = [
-        [x] if isinstance(x, Tensor) else list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)
-    ]
+    lists = _listed(params), _listed(grads), _listed(exp_avgs), _listed(exp_avg_sqs)
     if len({len(tensors) for tensors in lists}) != 1:
         raise ValueError(
             "params, grads, exp_avgs and exp_avg_sqs: expected equally many tensors, got "
@@ -95,6 +94,10 @@ def radam_(
 
 
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def _name_among(params: list[Tensor]) -> Callable[[Tensor], str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .backends import Backend, devices, reference, resolve
+from .backends import Backend, BackendChoice, devices, reference, resolve
 from .backends import cpu as cpu_backend
 from .hyperparameters import DEFAULTS, check
 from .interrupts import deferred_interrupts
@@ -15,12 +15,12 @@ from .stages import Stages
 
 
 def launch(
-    plan,
-    backend: str,
+    plan: cpu.Plan,
+    backend: BackendChoice,
     write_backs: Iterable[tuple[Tensor, Tensor]] = (),
     stages: Stages | None = None,
 ) -> None:
-    """Steps every bucket of a plan of the module _cpu, and writes the step counts.
+    """Steps every bucket of a plan, and writes the step counts.
 
     No Ctrl-C comes between the first write and the last: where the CPU kernel does all of it, that
     is one call, and elsewhere SIGINT is deferred.
@@ -60,7 +60,7 @@ def launch(
                     owner.copy_(param)
 
 
-def _check_capture(steps: list[tuple[Backend, object]]) -> None:
+def _check_capture(steps: list[tuple[Backend, cpu.Bucket]]) -> None:
     """Raises RuntimeError for steps that a CUDA graph, which is being captured, can't hold."""
     for module, bucket in steps:
         if not bucket.capturable:
@@ -74,7 +74,9 @@ def _check_capture(steps: list[tuple[Backend, object]]) -> None:
         raise RuntimeError(f"a CUDA graph is being captured, and replays would not step: {reason}")
 
 
-def explain(error: Exception, plan, name_of: Callable[[Tensor], str]) -> Exception:
+def explain(
+    error: cpu.Refusal | cpu.InvalidGroup, plan: cpu.Plan, name_of: Callable[[Tensor], str]
+) -> Exception:
     """What to raise for a Refusal or InvalidGroup of a plan: the same, with names."""
     if isinstance(error, cpu.Refusal):
         message, indices = error.args

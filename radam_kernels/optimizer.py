@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .backends import check_name
+from .backends import BackendChoice, check_name
 from .clipping import Clipping
 from .flat import flatten_
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
@@ -16,6 +16,7 @@ from .launch import explain, launch
 from .modules import cpu
 from .repair import Repairs, repair
 from .scaling import UNSCALED, Scaling
+from .schedule import Form
 from .stages import listen
 from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, prepare_load
 from .watch import Watch
@@ -101,12 +102,12 @@ class RAdam(Optimizer):
         maximize: bool = DEFAULTS["maximize"],
         capturable: bool = DEFAULTS["capturable"],
         differentiable: bool = DEFAULTS["differentiable"],
-        backend: str = "auto",
+        backend: BackendChoice = "auto",
         flatten: bool = False,
         amp_scaling: bool = True,
         rho_threshold: float = DEFAULTS["rho_threshold"],
         degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
-        rectification: str = DEFAULTS["rectification"],
+        rectification: Form = DEFAULTS["rectification"],
         state_dtype: torch.dtype | str | None = DEFAULTS["state_dtype"],
     ) -> None:
         defaults = {
@@ -127,7 +128,7 @@ class RAdam(Optimizer):
         check(defaults)
         compact(defaults)
         check_name(backend)
-        self._backend = backend
+        self._backend: BackendChoice = backend
         self._amp_scaling = amp_scaling
         self._flatten = False  # until all groups are added: they share one buffer
         self._watch = Watch([])
@@ -155,11 +156,18 @@ class RAdam(Optimizer):
                 raise
         self._watch.sizes.append(len(self.param_groups[-1]["params"]))
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step; `closure` reevaluates the model and returns the loss."""
         if torch.compiler.is_compiling():
             # A traced step would count only once. A decorator would cost 20 us at every step.
-            return torch.compiler.disable(self._step)(closure)
+            step = cast("Callable[..., float | None]", torch.compiler.disable(self._step))
+            return step(closure)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -254,7 +262,7 @@ class RAdam(Optimizer):
         if clipping := self.__dict__.get("_clipping"):
             clipping.factor = None
 
-    def _refresh(self, plan, repairs: Repairs) -> bool:
+    def _refresh(self, plan: cpu.Plan, repairs: Repairs) -> bool:
         """Plans the step; False if the tensors are fake, so that the step is already done."""
         groups, state, scaling = self.param_groups, self.state, self._scaling()
         if torch._C._len_torch_dispatch_stack():

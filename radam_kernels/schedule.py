@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum
 from math import expm1, inf, log, sqrt
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-FORMS = ("first_order", "exact")
+Form: TypeAlias = Literal["first_order", "exact"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class Action(IntEnum):
@@ -97,7 +98,7 @@ def adaptive_variance_first_order(rho: float) -> float:
     return rho / (2.0 * (rho - 2.0) * (rho - 4.0))
 
 
-def check_rho_threshold(rho_threshold: float, form: str) -> None:
+def check_rho_threshold(rho_threshold: float, form: Form) -> None:
     """Raises ValueError for an unknown form, or a threshold at which its variance is infinite.
 
     The smallest threshold is 4 for "first_order" and 2 for "exact"; math.inf never rectifies.
@@ -113,7 +114,7 @@ def check_rho_threshold(rho_threshold: float, form: str) -> None:
 
 
 def rectification(
-    step: float, beta2: float, *, form: str = "first_order", rho_threshold: float = 5.0
+    step: float, beta2: float, *, form: Form = "first_order", rho_threshold: float = 5.0
 ) -> float | None:
     """The factor r_t in (0, 1], or None (do not rectify) when `rho_t <= rho_threshold`.
 
@@ -140,7 +141,7 @@ def step_scalars(
     maximize: bool = False,
     rho_threshold: float = 5.0,
     degenerated_to_sgd: bool = True,
-    rectification: str = "first_order",
+    rectification: Form = "first_order",
     grad_scale: float = 1.0,
 ) -> StepScalars:
     """The scalars of one step; `step` includes this step, so it is 1 for the first.
@@ -247,7 +248,7 @@ def _langevin(y: float) -> float:
     return y / (3.0 + s / (5.0 + s / (7.0 + s / (9.0 + s / (11.0 + s / (13.0 + s / 15.0))))))
 
 
-def _rectification(t: float, beta2: float, form: str, rho_threshold: float) -> float | None:
+def _rectification(t: float, beta2: float, form: Form, rho_threshold: float) -> float | None:
     rho_t = _rho(t, beta2)
     if rho_t <= rho_threshold:
         return None

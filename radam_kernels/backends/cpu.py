@@ -12,7 +12,7 @@ def why_not(device_type: str) -> str | None:
     return None if device_type == "cpu" else "the C++ kernel steps CPU tensors only"
 
 
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     bucket.run(torch.get_num_threads())
 
 
@@ -23,6 +23,6 @@ _NORMS = {
 }
 
 
-def power_sum(bucket, norm_type: float) -> Tensor:
+def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
     total = bucket.power_sum(_NORMS[norm_type], torch.get_num_threads())
     return torch.tensor(total, dtype=torch.float64)

@@ -1,5 +1,8 @@
 """The handwritten CUDA kernel: 16-byte accesses, any number of tensors in one launch."""
 
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,10 @@ from ..schedule import StepScalars
 from .devices import device_of, is_capturing
 from .upload import DeviceTables, tables_of
 
-_cuda = load_optional("_cuda")
+if TYPE_CHECKING:
+    from .. import _cuda
+else:
+    _cuda = load_optional("_cuda")
 NOT_BUILT = {
     "off": "RADAM_CUDA=0 was set when radam_kernels was installed; install it again without",
     "no nvcc": "there was no nvcc when radam_kernels was installed; put CUDA's compiler on the "
@@ -34,12 +40,12 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     device = device_of(bucket)
     launch_(_cuda, bucket, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-def launch_(module, bucket, device: torch.device, stream: int) -> None:
+def launch_(module: ModuleType, bucket: cpu.Bucket, device: torch.device, stream: int) -> None:
     """Advances the counts where they are on the device, and steps; `module` has the kernels."""
 
     def upload(rows: bytes) -> Tensor:
@@ -72,7 +78,13 @@ def launch_(module, bucket, device: torch.device, stream: int) -> None:
     )
 
 
-def advance(module, bucket, tables: DeviceTables, device: torch.device, stream: int) -> Tensor:
+def advance(
+    module: ModuleType,
+    bucket: cpu.Bucket,
+    tables: DeviceTables,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
     """Advances the counts; returns float64 rows of StepScalars, one a segment, without waiting."""
     counters = tables.rows("counters", bucket.counter_rows)
     hyperparameters = tables.rows("hyperparameters", bucket.hyperparameter_rows)

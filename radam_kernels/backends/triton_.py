@@ -5,20 +5,23 @@ from functools import cache
 
 import torch
 
+from ..modules import cpu
 from . import devices
 from .advance import advance
 from .upload import tables_of, upload_pinned
 
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
+# run() is called only where why_not() returns None, so what is imported here is there.
+# pyright: reportPossiblyUnboundVariable=false
 try:
     import triton
 
     from . import triton_kernel
     from .triton_kernel import INTERPRETED, launch_, upload_by_arguments
-except ImportError as error:
+except ImportError as _error:
     INTERPRETED = COMPILES_EXACTLY = False
-    _missing = f"Triton can't be imported ({error}); pip install triton"
+    _missing: str | None = f"Triton can't be imported ({_error}); pip install triton"
 else:
     _missing = None
     COMPILES_EXACTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -47,7 +50,7 @@ def _load_upload(device: torch.device) -> None:
     upload_by_arguments(device)(bytes(8))
 
 
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     device = devices.device_of(bucket)
     with nullcontext() if device.type == "cpu" else devices.guard(device):
         capturing = devices.is_capturing(device)

@@ -31,7 +31,7 @@ class DeviceTables:
         """The table `name` on the device, with these rows."""
         return self._keep(name, rows, lambda: rows)
 
-    def segments(self, bucket, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def segments(self, bucket: cpu.Bucket, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """The bucket's segments, their gradients, and the work; sets `blocks` and `run`.
 
         Args:
@@ -55,7 +55,9 @@ class DeviceTables:
         return kept[1]
 
 
-def tables_of(bucket, stream: int, upload: Upload, *, keep: bool = True) -> DeviceTables:
+def tables_of(
+    bucket: cpu.Bucket, stream: int, upload: Upload, *, keep: bool = True
+) -> DeviceTables:
     """The tables of a bucket as the last step on this stream left them, or empty ones.
 
     Args:
