@@ -190,7 +190,10 @@ def step_scalars(
 
 
 def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
-    """`step_scalars` for a parameter group: a dict with RAdam's keys, optionally `grad_scale`."""
+    """`step_scalars` for a parameter group: a dict with RAdam's keys, optionally `grad_scale`.
+
+    Raises ValueError as `step_scalars` and `weight_decay_of` do.
+    """
     beta1, beta2 = group["betas"]
     return step_scalars(
         step,
@@ -198,11 +201,35 @@ def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
+        weight_decay=weight_decay_of(group),
         decoupled_weight_decay=group["decoupled_weight_decay"],
         maximize=group["maximize"],
         **{name: group[name] for name in _OPTIONAL if name in group},
     )
+
+
+def weight_decay_of(group: Mapping[str, Any]) -> float:
+    """The weight decay of a parameter group, divided by its `initial_lr` if `decouple_lr`.
+
+    So the decoupled decay becomes `1 - weight_decay * lr / initial_lr`. Raises ValueError for
+    `decouple_lr` without `decoupled_weight_decay`, or without an `initial_lr` > 0.
+    """
+    weight_decay = float(group["weight_decay"])
+    if not group.get("decouple_lr", False):
+        return weight_decay
+    if not group["decoupled_weight_decay"]:
+        raise ValueError(
+            "decouple_lr=True needs decoupled_weight_decay=True: an L2 penalty is no decay of the "
+            "parameter"
+        )
+    initial_lr = group.get("initial_lr")
+    if initial_lr is None or not float(initial_lr) > 0.0:
+        raise ValueError(
+            f"decouple_lr=True divides by the group's initial_lr: expected a number > 0, got "
+            f"{initial_lr!r}; construct RAdam with lr > 0, or set initial_lr in the group to the "
+            "learning rate at which a step shall decay by weight_decay"
+        )
+    return weight_decay / float(initial_lr)
 
 
 _OPTIONAL = ("rho_threshold", "degenerated_to_sgd", "rectification", "grad_scale")

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ..hyperparameters import complete
 from ..modules import cpu
-from ..schedule import Action, StepScalars, adaptive_variance, adaptive_variance_first_order
+from ..schedule import (
+    Action,
+    StepScalars,
+    adaptive_variance,
+    adaptive_variance_first_order,
+    weight_decay_of,
+)
 from ..schedule import rho_inf as rho_inf_of
 
 _T = TypeVar("_T", float, Tensor)
@@ -59,7 +65,7 @@ def _columns(
     lr = lr.double() if isinstance(lr, Tensor) and lr.device == t.device else float(lr)
     lr = lr.view(()) if isinstance(lr, Tensor) else lr
     beta1, beta2 = map(float, group["betas"])
-    weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
+    weight_decay, decoupled = weight_decay_of(group), group["decoupled_weight_decay"]
     exact = group["rectification"] == "exact"
     inf, rho_t = rho_inf_of(beta2), _rho(t, beta2)
 
