@@ -94,6 +94,18 @@ def test_clipping_in_the_step_trains_as_with_torch(accumulated, options):
 
 
 @own_options
+def test_steps_in_backward_train_as_with_torch(options):
+    def run(make: Make):
+        loop = Loop(make, options=options)
+        if make is RAdam:
+            loop.optimizer.optimizer.step_in_backward()
+        loop.train()
+        return loop.result()
+
+    assert_trains_as_with_torch(run)
+
+
+@own_options
 def test_mixed_precision_trains_as_with_torch(options):
     def run(make: Make):
         loop = Loop(make, torch.float32, options, mixed_precision="bf16")

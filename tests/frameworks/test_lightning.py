@@ -50,6 +50,25 @@ class ClippedInTheStep(Module):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
+class SteppedInBackward(Module):
+    """Manual optimization, of the optimizer itself: Lightning's steps always have a closure."""
+
+    automatic_optimization = False
+
+    def training_step(self, x: Tensor, index: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(x, index))
+        optimizer.step()
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self):
+        optimizers, schedulers = super().configure_optimizers()
+        if isinstance(optimizers[0], RAdam):
+            optimizers[0].step_in_backward()
+        return optimizers, schedulers
+
+
 class TwoOptimizers(LightningModule):
     """Manual optimization: two networks pull in opposite directions, each with its optimizer."""
 
@@ -154,6 +173,19 @@ def test_capturable_clips_under_mixed_precision_without_amp_scaling(settings):
         return module, fit(module, gradient_clip_val=0.05, **{**settings, **plugins})
 
     assert_trains_as_with_torch(run, **MIXED)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("64-true", {}), ("bf16-mixed", MIXED)],
+    ids=["64-true", "bf16-mixed"],
+)
+def test_steps_in_backward_train_as_with_torch(precision, tolerance):
+    def run(make: Make):
+        module = SteppedInBackward(make)
+        return module, fit(module, precision=precision)
+
+    assert_trains_as_with_torch(run, **tolerance)
 
 
 @pytest.mark.parametrize(

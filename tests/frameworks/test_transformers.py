@@ -98,6 +98,19 @@ def test_clipping_in_the_step_trains_as_with_torch(tmp_path):
     assert_trains_as_with_torch(run)
 
 
+def test_steps_in_backward_train_as_with_torch(tmp_path):
+    def run(make: Make):
+        model = gpt2(torch.float64)
+        optimizer = make(model.parameters(), lr=0.01)
+        if make is RAdam:
+            optimizer.step_in_backward()
+        made = trainer(model, tmp_path, {"optimizers": (optimizer, None)}, max_grad_norm=0.0)
+        made.train()
+        return model, raw(made)
+
+    assert_trains_as_with_torch(run)
+
+
 def test_bf16_trains_as_with_torch(tmp_path):
     def run(make: Make):
         model = gpt2()
