@@ -50,6 +50,9 @@ class RAdam(Optimizer):
         flatten: keep parameters that need a gradient, and their moments, in flat buffers, one for
             each dtype and device; see `flatten_` for benefits and costs. Frozen parameters stay
             where they are; sharded ones are refused.
+        amp_scaling: with `capturable`, take `grad_scale` and `found_inf` from GradScaler inside the
+            step. False: GradScaler unscales before the step and waits for the GPU, as for
+            torch.optim.RAdam; for Lightning's `gradient_clip_val`.
         rho_threshold: rectify if rho_t is above it. torch has 5.0, the paper's Algorithm 2 has 4.0.
         degenerated_to_sgd: below the threshold, step along the momentum (torch); False leaves the
             parameter unchanged (the authors' code).
@@ -76,14 +79,16 @@ class RAdam(Optimizer):
     checkpoints have the keys of torch's. A group without one has that default, wherever it came
     from; `RAdam.hyperparameters(group)` returns all values.
 
-    `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
-    which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes
-    an optimizer with backend="auto" and flatten=False.
+    `backend`, `flatten` and `amp_scaling` belong to the optimizer and not to a group: they are not
+    in `defaults`, which torch copies into every group and checkpoint. So
+    `type(opt)(params, **opt.defaults)` makes an optimizer with backend="auto", flatten=False and
+    amp_scaling=True.
 
     If all groups are `capturable`, `GradScaler.step` passes `grad_scale` and `found_inf` to the
-    step: the kernel unscales the gradients as it reads them and leaves them scaled in memory
-    (torch's fused optimizers write them back unscaled), and a skipped step is not counted. FSDP1's
-    `ShardedGradScaler` exchanges `found_inf` between ranks in `unscale_` only: call that first.
+    step, unless `amp_scaling` is False: the kernel unscales the gradients as it reads them and
+    leaves them scaled in memory (torch's fused optimizers write them back unscaled), and a skipped
+    step is not counted. FSDP1's `ShardedGradScaler` exchanges `found_inf` between ranks in
+    `unscale_` only: call that first.
 
     Raises:
         ValueError: a hyperparameter out of range. At a step: tensors that can't be stepped or that
@@ -110,6 +115,7 @@ class RAdam(Optimizer):
         differentiable: bool = DEFAULTS["differentiable"],
         backend: BackendChoice = "auto",
         flatten: bool = False,
+        amp_scaling: bool = True,
         rho_threshold: float = DEFAULTS["rho_threshold"],
         degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
         rectification: Form = DEFAULTS["rectification"],
@@ -136,6 +142,7 @@ class RAdam(Optimizer):
         compact(defaults)
         check_name(backend)
         self._backend: BackendChoice = backend
+        self._amp_scaling = amp_scaling
         self._flatten = False  # until all groups are added: they share one buffer
         self._watch = Watch([])
         super().__init__(params, defaults)
@@ -146,7 +153,7 @@ class RAdam(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether the step unscales and skips by itself; GradScaler asks."""
-        return all(group["capturable"] for group in self.param_groups)
+        return self._amp_scaling and all(group["capturable"] for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; with `flatten`, its parameters move into a buffer too."""
@@ -342,9 +349,11 @@ class RAdam(Optimizer):
                 "remove() on the handle"
             )
         if not self._step_supports_amp_scaling:
+            lacking = "capturable=True" if self._amp_scaling else "amp_scaling=True"
             raise RuntimeError(
-                "grad_scale and found_inf are set on the optimizer, and only capturable=True "
-                "heeds them; construct RAdam with it, or delete them and call GradScaler.unscale_"
+                "grad_scale and found_inf are set on the optimizer, and only a step with "
+                f"{lacking} reads them; construct RAdam with it, or delete them and call "
+                "GradScaler.unscale_"
             )
         if factor is not None and found.get("grad_scale") is not None:
             raise RuntimeError(
@@ -475,13 +484,17 @@ class RAdam(Optimizer):
 
     def __repr__(self) -> str:
         groups = super().__repr__().removesuffix(")")
-        return f"{groups}backend: {self._backend}\nflatten: {self._flatten}\n)"
+        return (
+            f"{groups}backend: {self._backend}\nflatten: {self._flatten}\n"
+            f"amp_scaling: {self._amp_scaling}\n)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
             "_backend": self._backend,
             "_flatten": self._flatten,
+            "_amp_scaling": self._amp_scaling,
             "_steps_in_backward": self._in_backward is not None,
         }
 
@@ -491,6 +504,7 @@ class RAdam(Optimizer):
         steps_in_backward = self.__dict__.pop("_steps_in_backward", False)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_flatten", False)
+        self.__dict__.setdefault("_amp_scaling", True)
         self.__dict__.setdefault("_watch", Watch(self.param_groups))
         for own in self.state.values():
             for key, value in own.items() if isinstance(own, dict) else ():

@@ -27,26 +27,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests in the folders bench and paper."""
+    """Marks the tests in the folders bench, frameworks and paper."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        if folder in ("bench", "paper"):
+        if folder in ("bench", "frameworks", "paper"):
             item.add_marker(folder)
 
 
-def asks_for_gpu_tests(expression: str) -> bool:
-    """Whether a marker expression (`-m`) selects tests of a GPU, and no others."""
-
-    def selects(*marks: str) -> bool:
+def selects(expression: str, *marks: str) -> bool:
+    """Whether a marker expression (`-m`) selects a test with these marks."""
+    try:
         # The syntax is Python's, with markers as names.
         return bool(eval(expression or "True", {}, defaultdict(bool, dict.fromkeys(marks, True))))
-
-    others = [(), ("slow",), ("bench",), ("paper",), ("distributed",)]
-    try:
-        asks = selects("gpu") or selects("gpu", "sanitize")
-        return asks and not any(selects(*marks) for marks in others)
     except SyntaxError:  # which pytest is about to report
         return False
+
+
+def asks_for_gpu_tests(expression: str) -> bool:
+    """Whether a marker expression selects tests of a GPU, and no others."""
+    others = [(), ("slow",), ("bench",), ("paper",), ("distributed",), ("frameworks",)]
+    asks = selects(expression, "gpu") or selects(expression, "gpu", "sanitize")
+    return asks and not any(selects(expression, *marks) for marks in others)
 
 
 class Processes:

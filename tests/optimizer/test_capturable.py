@@ -222,6 +222,24 @@ def test_gradients_stay_scaled_where_the_step_unscales_them(device):
     torch.testing.assert_close(ours.state[params[0]]["exp_avg"], torch.full_like(params[0], 0.1))
 
 
+@every_device
+def test_without_amp_scaling_the_scaler_unscales_before_the_step(device):
+    params = make(device)
+    ours = RAdam(params, capturable=True, amp_scaling=False)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    for inf_at in (None, 3):
+        for p in params:
+            p.grad = None
+        scaler.scale(sum(p.sum() for p in params)).backward()
+        if inf_at is not None:
+            params[inf_at].grad[0, 0] = float("inf")
+        scaler.step(ours)
+        scaler.update()
+        assert all((p.grad == 1).all() for i, p in enumerate(params) if i != inf_at)
+        assert ours.state[params[0]]["step"] == 1
+    torch.testing.assert_close(ours.state[params[0]]["exp_avg"], torch.full_like(params[0], 0.1))
+
+
 @every_backend
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])
 def test_found_inf_of_several_devices_may_be_two(backend, device, found_inf):
@@ -256,13 +274,17 @@ def test_a_scaler_takes_its_default_path_if_a_group_counts_on_the_host():
     assert ours.state[params[0]]["step"] == ours.state[params[3]]["step"] == 1
 
 
-def test_a_found_inf_that_would_be_ignored_is_refused():
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [({}, "capturable=True"), ({"capturable": True, "amp_scaling": False}, "amp_scaling=True")],
+)
+def test_a_found_inf_that_would_be_ignored_is_refused(options, remedy):
     params = make()
-    ours = RAdam(params)
+    ours = RAdam(params, **options)
     set_grads(params, 0)
     ours.found_inf = torch.tensor(1.0)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(RuntimeError, match="only capturable=True heeds them"):
+    with pytest.raises(RuntimeError, match=f"only a step with {remedy} reads them"):
         ours.step()
     assert all(map(torch.equal, params, before))
 

@@ -457,6 +457,7 @@ def test_the_signature_is_torchs_and_ours():
     assert extra == {
         "backend": "auto",
         "flatten": False,
+        "amp_scaling": True,
         "rho_threshold": 5.0,
         "degenerated_to_sgd": True,
         "rectification": "first_order",

@@ -317,10 +317,11 @@ def test_a_model_that_is_cast_is_not_flat_any_more_and_steps_on():
     assert optimizer.state[model.weight]["step"] == 2
 
 
-def test_the_optimizer_shows_backend_and_flatten():
+def test_the_optimizer_shows_what_belongs_to_no_group():
     optimizer = radam_kernels.RAdam([torch.nn.Parameter(torch.ones(3))], backend="cpu")
-    assert "backend: cpu\nflatten: False" in repr(optimizer)
-    assert not {"backend", "flatten"} & {*optimizer.defaults, *optimizer.param_groups[0]}
+    assert "backend: cpu\nflatten: False\namp_scaling: True" in repr(optimizer)
+    own = {"backend", "flatten", "amp_scaling"}
+    assert not own & {*optimizer.defaults, *optimizer.param_groups[0]}
 
 
 def test_a_group_that_cannot_be_flattened_is_not_added():
