@@ -400,9 +400,11 @@ class RAdam(Optimizer):
         optimizer goes on with its own parameters.
 
         Each backward steps with what it has, so there is no gradient accumulation, no closure and
-        no clipping or unscaling of gradients: `max_grad_norm` of a Trainer, a GradScaler and
-        torch's `clip_grad_norm_` find none, and can't be noticed. With FSDP2 memory is freed for
-        one FSDP group at a time. Hooks of `register_step_pre_hook` see no gradients.
+        no clipping or unscaling of all gradients: `max_grad_norm` of a Trainer, a GradScaler and
+        torch's `clip_grad_norm_` find none, which can't be seen beforehand. Hooks of
+        `register_step_pre_hook` see none either. With FSDP2 memory is freed for one FSDP group at
+        a time, and gradients may accumulate under `set_requires_gradient_sync(False)`. Compiled
+        autograd can't trace these steps.
 
         If backward fails midway, some parameters have been stepped. To go on, call `zero_grad()`
         and `step()`, which ends that step; another backward first raises.
@@ -411,7 +413,8 @@ class RAdam(Optimizer):
             RuntimeError: it is on already, or for another optimizer of the same parameters;
                 parameters of DistributedDataParallel or FSDP1. In backward: create_graph=True, or
                 a second gradient since the last `step()`. In `step()`: a closure, `grad_scale` or
-                `found_inf`, or a parameter that was stepped and has a gradient again.
+                `found_inf`, or a parameter that was stepped and has a gradient again. In
+                `clip_grad_norm_()`: always.
             ValueError: parameters share memory. In backward: whatever a step raises.
         """
         self._drop_clipping()
