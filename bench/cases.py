@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from .models import MODELS, Shape
 
-NEW, COLD = ", gradients new", ", caches cold"  # in names
+NEW, COLD, CLIPPED = ", gradients new", ", caches cold", ", norm and step"  # in names
 TRANSFORMER, CONVNET = "training a transformer", "training a convnet"
 _QUICK, _FULL, _GPU = frozenset({"quick", "full"}), frozenset({"full"}), frozenset({"gpu"})
 
@@ -26,6 +26,7 @@ class Case:
         cold: caches are swept before every step. On a GPU they always are.
         grad_dtype: of gradients that differ from their parameters.
         sharded: parameters are DTensors.
+        max_norm: each step is timed with the clipping of all gradients to this norm.
         sets: those of "quick", "full" and "gpu" that the case belongs to.
     """
 
@@ -37,6 +38,7 @@ class Case:
     cold: bool = False
     grad_dtype: torch.dtype | None = None
     sharded: bool = False
+    max_norm: float | None = None
     sets: frozenset[str] = _FULL
 
     @property
@@ -121,6 +123,11 @@ def cold(case: Case, sets: frozenset[str]) -> Case:
     return replace(case, name=case.name + COLD, cold=True, sets=sets)
 
 
+def clipped(case: Case, sets: frozenset[str]) -> Case:
+    """By torch's clip_grad_norm_, or ours; random gradients have a larger norm."""
+    return replace(case, name=case.name + CLIPPED, max_norm=1.0, sets=sets)
+
+
 def all_cases() -> list[Case]:
     """All of them, the most telling first: a GPU is lent for minutes."""
     thousand = many(1000, _QUICK | _GPU)
@@ -152,6 +159,9 @@ def all_cases() -> list[Case]:
         replace(offload, name=OFFLOAD),
         replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16),
         *(case for tensors in (30, 300, 1000) for case in _sharded(tensors)),
+        clipped(one(26, "float32", _FULL), _QUICK | _GPU),
+        *(clipped(case, _FULL | _GPU) for case in (thousand, gpt2)),
+        *(clipped(case, _FULL) for case in _sharded(300)),
         one(22, "float64", _FULL),
         # What malloc keeps of blocks below 32 MB, which it need not map, is chance.
         *(_memory(one(power, "float32", _QUICK)) for power in (24, 25)),

@@ -42,7 +42,8 @@ def wrong(row: Optimizer, session: Session) -> str | None:
     """Takes one step; what is wrong with it, or None. Compares the ends of tensors and of lists."""
     optimizer, params = session.optimizer, session.params
     compared = params if len(params) <= 2 * TENSORS else [*params[:TENSORS], *params[-TENSORS:]]
-    expected = [_expected(row, optimizer, param) for param in compared]
+    factor = _factor(session)
+    expected = [_expected(row, optimizer, param, factor) for param in compared]
     session.step()
     for i, (param, truths) in enumerate(zip(compared, expected, strict=True)):
         state = optimizer.state[param]
@@ -98,11 +99,22 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def _expected(row: Optimizer, optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+def _factor(session: Session) -> float:
+    """What the gradients are multiplied by, if the session clips them."""
+    if session.max_norm is None:
+        return 1.0
+    squares = [local(param.grad).double().square().sum() for param in session.params]
+    return min(1.0, session.max_norm / (math.sqrt(sum(squares)) + 1e-6))
+
+
+def _expected(
+    row: Optimizer, optimizer: torch.optim.Optimizer, param: Tensor, factor: float
+) -> dict[str, Tensor]:
     group, state = optimizer.param_groups[0], optimizer.state[param]
     beta1, beta2 = group["betas"] if "betas" in group else (group["beta1"], group["beta2"])
     t = 1 + int(state["step"] if "step" in state else group["step"])
     p, g, m, v = (_ends(x) for x in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+    g = g * factor
     eps = group["eps"]
     if row.debiased:  # eps is added after the division
         m, v = m * (1 - beta1 ** (t - 1)), v * (1 - beta2 ** (t - 1))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .cases import COLD, NEW, model, sharded, size, small
+from .cases import CLIPPED, COLD, NEW, model, sharded, size, small
 from .optimizers import ADAM, CPU, CPU16, CUDA, RADAM
 from .roofline import STREAM, limit_name
 
@@ -45,6 +45,14 @@ GOALS = [
     Goal("300 DTensors, speed of plain tensors", 0.5, SHARDED, CPU, "vs_plain"),
     Goal(f"300 DTensors, times {ADAM}", 7.0, SHARDED, CPU, ADAM_RATIO),
     Goal(f"300 DTensors, times {RADAM}", 10.0, SHARDED, CPU, RADAM_RATIO),
+    Goal(f"2^26, norm and step, times {ADAM}", 1.5, [size(26) + CLIPPED], CPU, ADAM_RATIO),
+    Goal(
+        f"300 DTensors, norm and step, times {ADAM}",
+        5.0,
+        [case + CLIPPED for case in SHARDED],
+        CPU,
+        ADAM_RATIO,
+    ),
 ]
 
 

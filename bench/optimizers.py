@@ -49,6 +49,7 @@ class Session:
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer
     params: Sequence[Tensor]
+    max_norm: float | None = None  # its steps clip first
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,14 @@ class Optimizer:
             return f"works on {', '.join(self.kinds)} only"
         return (why_not(self.backend, kind) if self.backend else None) or ""
 
-    def start(self, params: Sequence[Tensor], lr: float = LR) -> Session:
+    def start(
+        self, params: Sequence[Tensor], lr: float = LR, max_norm: float | None = None
+    ) -> Session:
         """Ready for timed steps: warm, and captured if it is a graph."""
         optimizer = self.make(params, lr)
         step = optimizer.step
+        if max_norm is not None:
+            step = _clipping(optimizer, params, max_norm)
         if not self.any_gradient and params[0].grad.dtype != params[0].dtype:
             step = _converting(step, params)
         if self.form == "graph":
@@ -106,7 +111,7 @@ class Optimizer:
         else:
             for _ in range(WARM_UP):
                 step()
-        return Session(step, optimizer, params)
+        return Session(step, optimizer, params, max_norm)
 
 
 def version_of(package: str) -> str | None:
@@ -129,6 +134,21 @@ def _converting(step: Callable[[], object], params: Sequence[Tensor]) -> Callabl
             param.grad = grad
 
     return converted
+
+
+def _clipping(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], max_norm: float
+) -> Callable[[], None]:
+    """The step with the clipping before it: ours with our own, the others with torch's."""
+
+    def clipped() -> None:
+        if isinstance(optimizer, radam_kernels.RAdam):
+            optimizer.clip_grad_norm_(max_norm)
+        else:
+            torch.nn.utils.clip_grad_norm_(params, max_norm)
+        optimizer.step()
+
+    return clipped
 
 
 def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import available_backends
-from .backends import resolve, why_not
+from .backends import BackendName, resolve, why_not
 from .backends.cuda import NOT_BUILT
 from .backends.devices import DEVICE_TYPES, is_available
 from .functional import radam_
@@ -82,14 +82,15 @@ def _facts() -> dict[str, str]:
     return facts
 
 
-def _test(name: str, device_type: str) -> tuple[str, bool]:
+def _test(name: BackendName, device_type: str) -> tuple[str, bool]:
     """Compares a backend's bits on a device with the reference's, and measures its speed.
 
     Returns a line for the report, and whether the bits are right.
     """
     size = 5000
     results = []
-    for backend in (name, "reference"):
+    backends: tuple[BackendName, ...] = (name, "reference")
+    for backend in backends:
         tensors = _tensors(size, device_type)
         for step in (5, 6):  # below and above the threshold
             _step(tensors, step, backend)
@@ -113,11 +114,11 @@ def _tensors(size: int, device_type: str) -> list[Tensor]:
     return [t.to(device_type) for t in tensors]
 
 
-def _step(tensors: list[Tensor], step: int, backend: str) -> None:
+def _step(tensors: list[Tensor], step: int, backend: BackendName) -> None:
     radam_(*tensors, step=step, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, backend=backend)
 
 
-def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
+def _time(tensors: list[Tensor], backend: BackendName, device_type: str) -> float:
     """Median seconds per step, measured for about half a second."""
     times: list[float] = []
     begin = time.perf_counter()
@@ -131,7 +132,7 @@ def _time(tensors: list[Tensor], backend: str, device_type: str) -> float:
 
 
 def _auto_backend(device_type: str) -> str:
-    return resolve("auto", device_type).__module__.rpartition(".")[2].strip("_")
+    return resolve("auto", device_type).__name__.rpartition(".")[2].strip("_")
 
 
 def _version(package: str) -> str:

@@ -22,6 +22,12 @@ def any_fake(tensors: list[Tensor]) -> bool:
     return any(map(is_fake, tensors))
 
 
+def norm(groups: list[dict[str, Any]], norm_type: float) -> Tensor:
+    """A fake tensor of one element, in place of the norm of all gradients."""
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in grads]).amax()
+
+
 @torch.no_grad()
 def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
     """Makes the same state as a real step, and writes to the same tensors.
@@ -43,7 +49,7 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
             if param.grad is None:
                 continue
             own = state.get(param)
-            if is_new(own):
+            if own is None or is_new(own):
                 dtype = moment_dtype(param, group.get("state_dtype"))
                 made = {"step": as_step(0, step_device(param, group))}
                 made |= {key: torch.zeros_like(param, dtype=dtype) for key in MOMENTS}

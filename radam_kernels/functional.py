@@ -1,14 +1,17 @@
 """The step as a function of tensors, for callers that keep their own state or flat buffers."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .backends import check_name
+from .backends import BackendChoice, check_name
 from .hyperparameters import DEFAULTS
 from .launch import explain, launch
 from .modules import cpu
 from .scaling import UNSCALED, Scaling
+from .schedule import Form
 
 
 def radam_(
@@ -27,9 +30,9 @@ def radam_(
     maximize: bool = DEFAULTS["maximize"],
     rho_threshold: float = DEFAULTS["rho_threshold"],
     degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
-    rectification: str = DEFAULTS["rectification"],
+    rectification: Form = DEFAULTS["rectification"],
     grad_scale: float | Tensor = 1.0,
-    backend: str = "auto",
+    backend: BackendChoice = "auto",
 ) -> None:
     """Performs one RAdam step in place, with one launch for each device and dtype set.
 
@@ -52,18 +55,11 @@ def radam_(
             betas, eps or a threshold out of range. Nothing is changed.
         RuntimeError: the backend does not work here, or not for these tensors. Nothing is changed.
     """
-    lists = [
-        [x] if isinstance(x, Tensor) else list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)
-    ]
-    if len({len(tensors) for tensors in lists}) != 1:
-        raise ValueError(
-            "params, grads, exp_avgs and exp_avg_sqs: expected equally many tensors, got "
-            f"{[len(tensors) for tensors in lists]}"
-        )
-    check_name(backend)
-    group = {
-        "lr": lr,
-        "betas": (beta1, beta2),
+    lists = _listed(params), _listed(grads), _listed(exp_avgs), _listed(exp_avg_sqs)
+    options: dict[str, Any] = {
+        "step": step,
+        "beta1": beta1,
+        "beta2": beta2,
         "eps": eps,
         "weight_decay": weight_decay,
         "decoupled_weight_decay": decoupled_weight_decay,
@@ -71,8 +67,43 @@ def radam_(
         "rho_threshold": rho_threshold,
         "degenerated_to_sgd": degenerated_to_sgd,
         "rectification": rectification,
-        "grad_scale": 1.0 if isinstance(grad_scale, Tensor) else grad_scale,
+        "backend": backend,
     }
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        _op(*lists, _as_tensor(lr), _as_tensor(grad_scale), **options)
+    else:
+        _step(*lists, lr, grad_scale, **options)
+
+
+def _as_tensor(number: float | Tensor) -> Tensor:
+    # A multiplication, because torch.compile keeps its factor a variable. It would compile any
+    # other use of a float again for each value.
+    if isinstance(number, Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64) * number
+
+
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    lr: float | Tensor,
+    grad_scale: float | Tensor,
+    *,
+    step: int,
+    beta1: float,
+    beta2: float,
+    backend: BackendChoice,
+    **options: float | str,
+) -> None:
+    lists = params, grads, exp_avgs, exp_avg_sqs
+    if len({len(tensors) for tensors in lists}) != 1:
+        raise ValueError(
+            "params, grads, exp_avgs and exp_avg_sqs: expected equally many tensors, got "
+            f"{[len(tensors) for tensors in lists]}"
+        )
+    check_name(backend)
     scaling = UNSCALED
     if isinstance(grad_scale, Tensor):
         if grad_scale.numel() != 1 or grad_scale.is_complex():
@@ -81,6 +112,8 @@ def radam_(
                 f"{grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
             )
         scaling = Scaling(factor=grad_scale.detach())
+        grad_scale = 1.0
+    group = {"lr": lr, "betas": (beta1, beta2), "grad_scale": grad_scale, **options}
     plan = cpu.Plan()
     try:
         for i, reason in plan.refresh_tensors(*lists, float(step), group, scaling):
@@ -90,11 +123,28 @@ def radam_(
             )
             raise ValueError(f"tensors {i}: {reason}; got {shapes}")
     except (cpu.Refusal, cpu.InvalidGroup) as error:
-        raise explain(error, plan, _name_among(lists[0])) from None
+        raise explain(error, plan, _name_among(params)) from None
     launch(plan, backend)
 
 
+# For torch.compile, torch.export and dispatch modes. The schema is written out, because older
+# versions of torch can't infer it from list[Tensor].
+_op = torch.library.custom_op(
+    "radam_kernels::radam_",
+    _step,
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor lr, Tensor grad_scale, *, SymInt step, float beta1, "
+    "float beta2, float eps, float weight_decay, bool decoupled_weight_decay, bool maximize, "
+    "float rho_threshold, bool degenerated_to_sgd, str rectification, str backend) -> ()",
+)
+_op.register_fake(lambda *_, **__: None)
+
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def _name_among(params: list[Tensor]) -> Callable[[Tensor], str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .modules import DTYPES, cpu
-from .schedule import check_rho_threshold
+from .schedule import check_rho_threshold, weight_decay_of
 
 
 class Hyperparameter(NamedTuple):
@@ -75,6 +75,7 @@ TABLE = {
     "degenerated_to_sgd": Hyperparameter(True),
     "rectification": Hyperparameter("first_order"),
     "state_dtype": Hyperparameter(None, _check_state_dtype),
+    "decouple_lr": Hyperparameter(False),
 }
 DEFAULTS = {name: row.default for name, row in TABLE.items()}
 
@@ -84,7 +85,13 @@ DEFAULTS = {name: row.default for name, row in TABLE.items()}
 # loads into, reads torch's files and ours alike.
 OPTIONAL = {
     name: DEFAULTS[name]
-    for name in ("rho_threshold", "degenerated_to_sgd", "rectification", "state_dtype")
+    for name in (
+        "rho_threshold",
+        "degenerated_to_sgd",
+        "rectification",
+        "state_dtype",
+        "decouple_lr",
+    )
 }
 
 
@@ -118,3 +125,4 @@ def check(options: dict[str, Any]) -> None:
         if row.check:
             row.check(options[name])
     check_rho_threshold(options["rho_threshold"], options["rectification"])
+    weight_decay_of({"initial_lr": options["lr"], **options})

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .backends import Backend, BackendChoice, devices, reference, resolve
 from .backends import cpu as cpu_backend
-from .backends import devices, reference, resolve
 from .hyperparameters import DEFAULTS, check
 from .interrupts import deferred_interrupts
 from .modules import cpu
@@ -15,12 +15,12 @@ from .stages import Stages
 
 
 def launch(
-    plan,
-    backend: str,
+    plan: cpu.Plan,
+    backend: BackendChoice,
     write_backs: Iterable[tuple[Tensor, Tensor]] = (),
     stages: Stages | None = None,
 ) -> None:
-    """Steps every bucket of a plan of the module _cpu, and writes the step counts.
+    """Steps every bucket of a plan, and writes the step counts.
 
     No Ctrl-C comes between the first write and the last: where the CPU kernel does all of it, that
     is one call, and elsewhere SIGINT is deferred.
@@ -46,13 +46,13 @@ def launch(
         _check_capture(steps)
     if stages:
         stages.enter("update")
-    if not write_backs and all(run is cpu_backend.run for run, _ in steps):
+    if not write_backs and all(module is cpu_backend for module, _ in steps):
         plan.run_cpu(torch.get_num_threads())
         return
     with deferred_interrupts():
         plan.begin()
-        for run, bucket in steps:
-            run(bucket)
+        for module, bucket in steps:
+            module.run(bucket)
         plan.commit()
         if write_backs:
             with torch.no_grad():
@@ -60,21 +60,23 @@ def launch(
                     owner.copy_(param)
 
 
-def _check_capture(steps: list[tuple[Callable, object]]) -> None:
+def _check_capture(steps: list[tuple[Backend, cpu.Bucket]]) -> None:
     """Raises RuntimeError for steps that a CUDA graph, which is being captured, can't hold."""
-    for run, bucket in steps:
+    for module, bucket in steps:
         if not bucket.capturable:
             reason = "the host counts the steps: construct RAdam with capturable=True"
         elif bucket.device[0] == 1:
             reason = "some parameters are on the CPU: give them an optimizer of their own"
-        elif run is reference.run:
+        elif module is reference:
             reason = "the reference backend waits for the GPU: use the cuda or triton backend"
         else:
             continue
         raise RuntimeError(f"a CUDA graph is being captured, and replays would not step: {reason}")
 
 
-def explain(error: Exception, plan, name_of: Callable[[Tensor], str]) -> Exception:
+def explain(
+    error: cpu.Refusal | cpu.InvalidGroup, plan: cpu.Plan, name_of: Callable[[Tensor], str]
+) -> Exception:
     """What to raise for a Refusal or InvalidGroup of a plan: the same, with names."""
     if isinstance(error, cpu.Refusal):
         message, indices = error.args

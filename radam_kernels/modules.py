@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch  # before _cpu, which uses the OpenMP runtime that torch loads
 
@@ -43,7 +44,10 @@ def load(name: str) -> ModuleType:
     return module
 
 
-cpu = load("_cpu")
+if TYPE_CHECKING:
+    from . import _cpu as cpu
+else:
+    cpu = load("_cpu")
 
 # The dtypes of the kernels, in the order of their codes.
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in cpu.dtypes)

@@ -2,19 +2,21 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .backends import check_name
+from .backends import BackendChoice, check_name
+from .clipping import Clipping
 from .flat import flatten_
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
 from .launch import explain, launch
 from .modules import cpu
 from .repair import Repairs, repair
 from .scaling import UNSCALED, Scaling
+from .schedule import Form
 from .stages import listen
 from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, prepare_load
 from .watch import Watch
@@ -53,6 +55,11 @@ class RAdam(Optimizer):
             float32. `torch.bfloat16` with bfloat16 parameters takes as much memory as torch, with
             torch's problem: at beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep
             float64 moments.
+        decouple_lr: with `decoupled_weight_decay`, multiply parameters by
+            `1 - weight_decay * lr / initial_lr`, so that `weight_decay` is the decay of a step
+            whatever the learning rate (a usual value is 1e-5, where it was 1e-2 at lr=1e-3).
+            `initial_lr` is the group's key of that name, which schedulers share: the lr at
+            construction unless the group has one. OneCycleLR sets it to max_lr / div_factor.
 
     The state of a parameter is the same as in torch: `step` (in the default dtype; a float32 count
     stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`.
@@ -60,10 +67,10 @@ class RAdam(Optimizer):
     state, gradients, `p.data`) take effect at the next step. As in torch, a loaded moment that fits
     is used without a copy: deepcopy a state dict to load it into two optimizers.
 
-    `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in `defaults`, in a
-    group and in a checkpoint only if they differ from the defaults above, so that checkpoints have
-    the keys of torch's. A group without one has that default, wherever it came from;
-    `RAdam.hyperparameters(group)` returns all values.
+    `rho_threshold`, `degenerated_to_sgd`, `rectification`, `state_dtype` and `decouple_lr` are in
+    `defaults`, in a group and in a checkpoint only if they differ from the defaults above, so that
+    checkpoints have the keys of torch's. A group without one has that default, wherever it came
+    from; `RAdam.hyperparameters(group)` returns all values.
 
     `backend` and `flatten` belong to the optimizer and not to a group: they are not in `defaults`,
     which torch copies into every group and checkpoint. So `type(opt)(params, **opt.defaults)` makes
@@ -95,12 +102,13 @@ class RAdam(Optimizer):
         maximize: bool = DEFAULTS["maximize"],
         capturable: bool = DEFAULTS["capturable"],
         differentiable: bool = DEFAULTS["differentiable"],
-        backend: str = "auto",
+        backend: BackendChoice = "auto",
         flatten: bool = False,
         rho_threshold: float = DEFAULTS["rho_threshold"],
         degenerated_to_sgd: bool = DEFAULTS["degenerated_to_sgd"],
-        rectification: str = DEFAULTS["rectification"],
+        rectification: Form = DEFAULTS["rectification"],
         state_dtype: torch.dtype | str | None = DEFAULTS["state_dtype"],
+        decouple_lr: bool = DEFAULTS["decouple_lr"],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -116,11 +124,12 @@ class RAdam(Optimizer):
             "degenerated_to_sgd": degenerated_to_sgd,
             "rectification": rectification,
             "state_dtype": state_dtype,
+            "decouple_lr": decouple_lr,
         }
         check(defaults)
         compact(defaults)
         check_name(backend)
-        self._backend = backend
+        self._backend: BackendChoice = backend
         self._flatten = False  # until all groups are added: they share one buffer
         self._watch = Watch([])
         super().__init__(params, defaults)
@@ -138,7 +147,10 @@ class RAdam(Optimizer):
         if isinstance(param_group, dict):
             check({**DEFAULTS, **self.defaults, **param_group})
         super().add_param_group(param_group)
-        compact(self.param_groups[-1], self.defaults)
+        group = self.param_groups[-1]
+        compact(group, self.defaults)
+        if group.get("decouple_lr"):
+            group.setdefault("initial_lr", float(group["lr"]))
         if self._flatten:
             try:
                 flatten_(_trained(self.param_groups[-1:]))
@@ -147,11 +159,19 @@ class RAdam(Optimizer):
                 raise
         self._watch.sizes.append(len(self.param_groups[-1]["params"]))
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step; `closure` reevaluates the model and returns the loss."""
         if torch.compiler.is_compiling():
             # A traced step would count only once. A decorator would cost 20 us at every step.
-            return torch.compiler.disable(self._step)(closure)
+            from .uncompiled import step
+
+            return step(self, closure)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -174,6 +194,8 @@ class RAdam(Optimizer):
             # Once memory has been written, the new state is kept, because it belongs to that.
             if not plan.begun:
                 repairs.undo(self.state)
+            else:
+                self._drop_clipping()
             # GradScaler deletes these only after a step that succeeds, and would multiply its next
             # scale by the old one.
             for name in ("grad_scale", "found_inf"):
@@ -184,9 +206,67 @@ class RAdam(Optimizer):
             self._plan = plan
             if stages:
                 stages.enter(None)
+        self._drop_clipping()
         return loss
 
-    def _refresh(self, plan, repairs: Repairs) -> bool:
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Clips the norm of all gradients of this optimizer together, in the next step().
+
+        As `torch.nn.utils.clip_grad_norm_`, but for the gradients in memory, which stay as they
+        are: the next `step()` multiplies them by `min(1, max_norm / (norm + 1e-6))` as it reads
+        them. The norm is computed in float64 on the CPU. Call it last before `step()`, after
+        `GradScaler.unscale_`, on every rank if gradients are DTensors.
+
+        That factor is used once. `step()`, `zero_grad()` and another call drop it, and so does a
+        backward that makes new gradients after the old ones were set to None.
+
+        Args:
+            max_norm: the largest norm; inf to measure only.
+            norm_type: the order of the norm, above 0: 2, 1 and inf are computed in one read of the
+                gradients, others by torch operations.
+            error_if_nonfinite: raise if the norm is inf or NaN, which synchronizes with a GPU.
+                Otherwise gradients become 0 or NaN, as in torch.
+
+        Returns:
+            The norm before clipping: a tensor of shape () on the device of the first gradient;
+            float64 if a gradient is float64, else float32. A plain tensor for DTensors, too.
+
+        Raises:
+            ValueError: max_norm or norm_type out of range, or a gradient that can't be stepped.
+            RuntimeError: a norm that is not finite, with `error_if_nonfinite`; sparse gradients;
+                parameters of FSDP1. At the step: gradients that were changed in place, or partly
+                replaced, since.
+        """
+        self._drop_clipping()
+        clipping = self.__dict__.setdefault("_clipping", Clipping())
+        stages = listen()
+        if stages:
+            stages.enter("norm")
+        try:
+            return clipping.measure(
+                self.param_groups,
+                float(max_norm),
+                float(norm_type),
+                error_if_nonfinite,
+                self._backend,
+                self._name,
+            )
+        finally:
+            if stages:
+                stages.enter(None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, and forgets what `clip_grad_norm_` has found."""
+        self._drop_clipping()
+        super().zero_grad(set_to_none)
+
+    def _drop_clipping(self) -> None:
+        if clipping := self.__dict__.get("_clipping"):
+            clipping.factor = None
+
+    def _refresh(self, plan: cpu.Plan, repairs: Repairs) -> bool:
         """Plans the step; False if the tensors are fake, so that the step is already done."""
         groups, state, scaling = self.param_groups, self.state, self._scaling()
         if torch._C._len_torch_dispatch_stack():
@@ -215,14 +295,22 @@ class RAdam(Optimizer):
     def _scaling(self) -> Scaling:
         """`grad_scale` and `found_inf`, which GradScaler sets on the optimizer for this step."""
         found = self.__dict__
+        factor = None
+        if clipping := found.get("_clipping"):
+            factor = clipping.factor_for(self.param_groups, self._name)
         if "found_inf" not in found and "grad_scale" not in found:
-            return UNSCALED
+            return UNSCALED if factor is None else Scaling(factor=factor)
         if not self._step_supports_amp_scaling:
             raise RuntimeError(
                 "grad_scale and found_inf are set on the optimizer, and only capturable=True "
                 "heeds them; construct RAdam with it, or delete them and call GradScaler.unscale_"
             )
-        return Scaling(found.get("grad_scale"), found.get("found_inf"))
+        if factor is not None and found.get("grad_scale") is not None:
+            raise RuntimeError(
+                "clip_grad_norm_ has measured gradients that are still scaled: call "
+                "GradScaler.unscale_(optimizer) before it"
+            )
+        return Scaling(found.get("grad_scale"), found.get("found_inf"), factor)
 
     def _moments(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
         """New moments of zeros for each (parameter, dtype)."""
@@ -301,8 +389,7 @@ class RAdam(Optimizer):
     def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
         """All hyperparameters of one of `param_groups`, those that are absent there included.
 
-        `rho_threshold`, `degenerated_to_sgd`, `rectification` and `state_dtype` are in a group only
-        if they differ from their default.
+        Those that torch.optim.RAdam lacks are in a group only if they differ from their default.
         """
         options = {key: value for key, value in group.items() if key in DEFAULTS}
         compact(options)

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
-from math import gcd, inf
+from math import gcd
+from sys import maxsize
 from typing import Any
 
 import torch
@@ -47,9 +48,11 @@ class Repairs:
     """What was changed for a step, and how to undo it if the step fails before it writes memory."""
 
     # id of the owner: (owner, param, grad, exp_avg, exp_avg_sq, step), to be stepped in its place.
-    replacements: dict[int, tuple] = field(default_factory=dict)
+    replacements: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (owner, stepped copy)
-    before: list[tuple[Tensor, dict | None]] = field(default_factory=list)  # (owner, old state)
+    before: list[tuple[Tensor, dict[str, Any] | None]] = field(
+        default_factory=list
+    )  # (owner, old state)
 
     def undo(self, state: dict[Tensor, Any]) -> None:
         for owner, items in reversed(self.before):
@@ -82,8 +85,8 @@ class _Name:
 @torch.no_grad()
 def repair(
     repairs: Repairs,
-    pending: list[tuple],
-    plan,
+    pending: list[tuple[dict[str, Any], Tensor, Tensor, str]],
+    plan: cpu.Plan,
     state: dict[Tensor, Any],
     name_of: Callable[[Tensor], str],
     make_moments: MakeMoments,
@@ -95,7 +98,7 @@ def repair(
     stepped.
     """
     owners = [owner for _, owner, _, _ in pending]
-    olds = []
+    olds: list[dict[str, Any] | None] = []
     for _, owner, grad, _ in pending:
         name = _Name(owner, name_of)
         # A copy, so that other threads can't change it between validation and use.
@@ -104,7 +107,7 @@ def repair(
         if old is not _MISSING:
             check_state(old, owner, name)
         olds.append(None if old is _MISSING else old)
-        _validate(owner, grad, name)
+        validate(owner, grad, name)
     grads = redistributed_gradients([grad for _, _, grad, _ in pending], owners)
     placed = [_placed(old, owner, name_of) for owner, old in zip(owners, olds, strict=True)]
     staged = [
@@ -119,7 +122,7 @@ def repair(
         fitting = bool(moments) and all(fits(moments[k], owner, dtype) for k in MOMENTS)
         if not fitting:
             fresh.append((owner, dtype))
-        counted = fitting and is_step(old["step"], step_device(owner, group))
+        counted = old is not None and fitting and is_step(old["step"], step_device(owner, group))
         if not counted and is_capturing(local(owner).device):
             raise RuntimeError(
                 f"{name_of(owner)} has no state that fits it, and state that is made while a CUDA "
@@ -127,7 +130,7 @@ def repair(
             )
     made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
     for (group, owner, _, _), old, moments, item in zip(pending, olds, placed, staged, strict=True):
-        new = {"step": as_step(0 if is_new(old) else old["step"], step_device(owner, group))}
+        new = {"step": as_step((old or {}).get("step", 0), step_device(owner, group))}
         new |= made.get(owner, moments)
         if owner in made:
             for key, moment in moments.items():
@@ -154,14 +157,14 @@ def _placed(
     old: dict[str, Any] | None, owner: Tensor, name_of: Callable[[Tensor], str]
 ) -> dict[str, Tensor]:
     """The moments in a parameter's state, placed as the parameter is; empty if it has none."""
-    if is_new(old):
+    if old is None or is_new(old):
         return {}
     return {
         key: redistributed(old[key], owner, _Name(owner, name_of, f"{key} of ")) for key in MOMENTS
     }
 
 
-def _validate(owner: Tensor, grad: Tensor, name: _Name) -> None:
+def validate(owner: Tensor, grad: Tensor, name: object) -> None:
     """Raises for a parameter or a gradient that no kernel can step, or that has no memory."""
     if grad.layout != torch.strided or owner.layout != torch.strided:
         raise RuntimeError(
@@ -205,7 +208,7 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
     return Staged(param, _match_gradient(grad, param), copied)
 
 
-def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
+def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: object) -> None:
     if not is_sharded(owner):
         if is_sharded(grad):
             raise ValueError(
@@ -213,8 +216,8 @@ def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: _Name) -> None:
                 "full_tensor() on the gradient, or distribute the parameter"
             )
         return
-    where = grad.device_mesh if is_sharded(grad) else "a plain tensor"
-    if where != owner.device_mesh:
+    if not is_sharded(grad) or grad.device_mesh != owner.device_mesh:
+        where = grad.device_mesh if is_sharded(grad) else "a plain tensor"
         raise ValueError(
             f"grad of {name}: expected a DTensor on {owner.device_mesh}, got {where}; make it one "
             "with torch.distributed.tensor.distribute_tensor"
@@ -249,8 +252,9 @@ def _match_gradient(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient, copied if its layout differs from the parameter's or its dtype can't be mixed
     with it."""
     dtype = grad.dtype
-    codes = [cpu.dtype_code(REAL.get(t, t)) for t in (param.dtype, dtype)]
-    if grad.is_complex() != param.is_complex() or not cpu.supported(*codes, codes[0]):
+    of_param, of_grad = (cpu.dtype_code(REAL.get(t, t)) for t in (param.dtype, dtype))
+    mixes = cpu.supported(of_param, of_grad, of_param)
+    if grad.is_complex() != param.is_complex() or not mixes:
         dtype = moment_dtype(param, None)  # wide enough for any gradient that fits the parameter
     if dtype == grad.dtype and laid_out_like(grad, param):
         return grad
@@ -282,7 +286,7 @@ def find_sharing(params: list[Tensor]) -> tuple[int, int] | None:
             spans.append((begin, begin + (last + 1) * size, i))
     cluster: list[int] = []
     start = end = 0
-    for begin, stop, i in [*sorted(spans), (inf, inf, -1)]:
+    for begin, stop, i in [*sorted(spans), (maxsize, maxsize, -1)]:
         if begin >= end:
             if pair := _sharing_in_cluster([(j, local(params[j])) for j in cluster], start, end):
                 return pair

@@ -27,9 +27,10 @@ class Scaling(NamedTuple):
     def numbers(self) -> tuple[float, float, float]:
         """All values, which synchronizes with a GPU; (1.0, 0.0, 1.0) for None."""
         defaults = (1.0, 0.0, 1.0)
-        return tuple(
+        grad_scale, found_inf, factor = (
             default if x is None else float(x) for x, default in zip(self, defaults, strict=True)
         )
+        return grad_scale, found_inf, factor
 
 
 UNSCALED = Scaling()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum
 from math import expm1, inf, log, sqrt
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-FORMS = ("first_order", "exact")
+Form: TypeAlias = Literal["first_order", "exact"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class Action(IntEnum):
@@ -97,7 +98,7 @@ def adaptive_variance_first_order(rho: float) -> float:
     return rho / (2.0 * (rho - 2.0) * (rho - 4.0))
 
 
-def check_rho_threshold(rho_threshold: float, form: str) -> None:
+def check_rho_threshold(rho_threshold: float, form: Form) -> None:
     """Raises ValueError for an unknown form, or a threshold at which its variance is infinite.
 
     The smallest threshold is 4 for "first_order" and 2 for "exact"; math.inf never rectifies.
@@ -113,7 +114,7 @@ def check_rho_threshold(rho_threshold: float, form: str) -> None:
 
 
 def rectification(
-    step: float, beta2: float, *, form: str = "first_order", rho_threshold: float = 5.0
+    step: float, beta2: float, *, form: Form = "first_order", rho_threshold: float = 5.0
 ) -> float | None:
     """The factor r_t in (0, 1], or None (do not rectify) when `rho_t <= rho_threshold`.
 
@@ -140,7 +141,7 @@ def step_scalars(
     maximize: bool = False,
     rho_threshold: float = 5.0,
     degenerated_to_sgd: bool = True,
-    rectification: str = "first_order",
+    rectification: Form = "first_order",
     grad_scale: float = 1.0,
 ) -> StepScalars:
     """The scalars of one step; `step` includes this step, so it is 1 for the first.
@@ -189,7 +190,10 @@ def step_scalars(
 
 
 def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
-    """`step_scalars` for a parameter group: a dict with RAdam's keys, optionally `grad_scale`."""
+    """`step_scalars` for a parameter group: a dict with RAdam's keys, optionally `grad_scale`.
+
+    Raises ValueError as `step_scalars` and `weight_decay_of` do.
+    """
     beta1, beta2 = group["betas"]
     return step_scalars(
         step,
@@ -197,11 +201,35 @@ def group_scalars(group: Mapping[str, Any], step: float) -> StepScalars:
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
+        weight_decay=weight_decay_of(group),
         decoupled_weight_decay=group["decoupled_weight_decay"],
         maximize=group["maximize"],
         **{name: group[name] for name in _OPTIONAL if name in group},
     )
+
+
+def weight_decay_of(group: Mapping[str, Any]) -> float:
+    """The weight decay of a parameter group, divided by its `initial_lr` if `decouple_lr`.
+
+    So the decoupled decay becomes `1 - weight_decay * lr / initial_lr`. Raises ValueError for
+    `decouple_lr` without `decoupled_weight_decay`, or without an `initial_lr` > 0.
+    """
+    weight_decay = float(group["weight_decay"])
+    if not group.get("decouple_lr", False):
+        return weight_decay
+    if not group["decoupled_weight_decay"]:
+        raise ValueError(
+            "decouple_lr=True needs decoupled_weight_decay=True: an L2 penalty is no decay of the "
+            "parameter"
+        )
+    initial_lr = group.get("initial_lr")
+    if initial_lr is None or not float(initial_lr) > 0.0:
+        raise ValueError(
+            f"decouple_lr=True divides by the group's initial_lr: expected a number > 0, got "
+            f"{initial_lr!r}; construct RAdam with lr > 0, or set initial_lr in the group to the "
+            "learning rate at which a step shall decay by weight_decay"
+        )
+    return weight_decay / float(initial_lr)
 
 
 _OPTIONAL = ("rho_threshold", "degenerated_to_sgd", "rectification", "grad_scale")
@@ -247,7 +275,7 @@ def _langevin(y: float) -> float:
     return y / (3.0 + s / (5.0 + s / (7.0 + s / (9.0 + s / (11.0 + s / (13.0 + s / 15.0))))))
 
 
-def _rectification(t: float, beta2: float, form: str, rho_threshold: float) -> float | None:
+def _rectification(t: float, beta2: float, form: Form, rho_threshold: float) -> float | None:
     rho_t = _rho(t, beta2)
     if rho_t <= rho_threshold:
         return None

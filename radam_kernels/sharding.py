@@ -3,14 +3,21 @@
 Everything here that communicates is a collective: all ranks of the mesh must call it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-def is_sharded(tensor: Any) -> bool:
+
+def is_sharded(tensor: Any) -> TypeIs[DTensor]:
     """Whether a tensor is a DTensor, whatever its placements. torch.distributed may be missing."""
     return hasattr(tensor, "to_local")
 
@@ -33,9 +40,14 @@ def same_placement(tensor: Tensor, owner: Tensor) -> bool:
     )
 
 
-def shard_order(tensor: Tensor) -> object:
+def shard_order(tensor: DTensor) -> object:
     """The shard order of a DTensor; None in older versions of torch."""
     return getattr(tensor._spec, "shard_order", None)
+
+
+def _class_of(owner: DTensor) -> type[DTensor]:
+    """The class of a parameter's data, which a subclass of Parameter is not."""
+    return cast("type[DTensor]", type(owner.data))
 
 
 def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
@@ -46,7 +58,7 @@ def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
     """
     if not is_sharded(owner):
         return moment
-    cls = type(owner.data)
+    cls = _class_of(owner)
     if moment.dtype == owner.dtype and hasattr(owner, "_spec"):
         return cls(moment, owner._spec, requires_grad=False)
     return cls.from_local(
@@ -74,7 +86,7 @@ def redistributed(moment: Tensor, owner: Tensor, what: object) -> Tensor:
     if same_placement(moment, owner):
         return moment
     if not is_sharded(owner):
-        return moment.full_tensor()
+        return moment.full_tensor() if is_sharded(moment) else moment
     mesh = owner.device_mesh
     if is_sharded(moment) and moment.device_mesh != mesh:
         if not {*mesh.mesh.flatten().tolist()} <= {*moment.device_mesh.mesh.flatten().tolist()}:
@@ -88,7 +100,7 @@ def redistributed(moment: Tensor, owner: Tensor, what: object) -> Tensor:
 
         moment = moment.to(local(owner).device)
         everywhere = [Replicate()] * mesh.ndim
-        moment = type(owner.data).from_local(moment, mesh, everywhere, run_check=False)
+        moment = _class_of(owner).from_local(moment, mesh, everywhere, run_check=False)
     if moment.placements != owner.placements:
         moment = moment.redistribute(placements=owner.placements)
     if not same_placement(moment, owner):
@@ -115,22 +127,22 @@ def redistributed_gradients(grads: Sequence[Tensor], owners: Sequence[Tensor]) -
     together: one all-reduce for all gradients of a mesh and dtype.
     """
     placed = list(grads)
-    together: dict[tuple, list[int]] = {}
+    together: dict[tuple, list[tuple[int, DTensor]]] = {}
     for i, (grad, owner) in enumerate(zip(grads, owners, strict=True)):
-        if is_sharded(owner) and (pending := _pending_sums(grad)):
+        if is_sharded(owner) and is_sharded(grad) and (pending := _pending_sums(grad)):
             kind = (grad.device_mesh, pending, grad.dtype, local(grad).device)
-            together.setdefault(kind, []).append(i)
+            together.setdefault(kind, []).append((i, grad))
     for (mesh, pending, *_), members in together.items():
-        reduced = _reduced([grads[i] for i in members], mesh, pending)
-        for i, grad in zip(members, reduced, strict=True):
+        reduced = _reduced([grad for _, grad in members], mesh, pending)
+        for (i, _), grad in zip(members, reduced, strict=True):
             placed[i] = grad
     for i, (grad, owner) in enumerate(zip(placed, owners, strict=True)):
-        if is_sharded(owner) and grad.placements != owner.placements:
+        if is_sharded(owner) and is_sharded(grad) and grad.placements != owner.placements:
             placed[i] = grad.redistribute(placements=owner.placements)
     return placed
 
 
-def _pending_sums(grad: Tensor) -> tuple[tuple[int, str], ...]:
+def _pending_sums(grad: DTensor) -> tuple[tuple[int, str], ...]:
     """(mesh dimension, "sum" or "avg") of each sum over ranks that is pending."""
     from torch.distributed.tensor import Partial
 
@@ -144,8 +156,8 @@ def _pending_sums(grad: Tensor) -> tuple[tuple[int, str], ...]:
 
 
 def _reduced(
-    grads: Sequence[Tensor], mesh: Any, pending: tuple[tuple[int, str], ...]
-) -> list[Tensor]:
+    grads: Sequence[DTensor], mesh: DeviceMesh, pending: tuple[tuple[int, str], ...]
+) -> list[DTensor]:
     """Copies of DTensors whose pending sums have been computed, with one all-reduce for each mesh
     dimension."""
     import torch.distributed as dist

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
     return local(param).device if group["capturable"] else torch.device("cpu")
 
 
-def is_step(value: Any, device: torch.device) -> bool:
+def is_step(value: Any, device: torch.device) -> TypeGuard[Tensor]:
     """Whether a step count can be used without a copy."""
     return (
         isinstance(value, Tensor)
@@ -91,7 +91,9 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
         good = good and not step.is_complex() and not step.is_meta
     else:
         # Not every integer above 2**53 is a float, and some are too large for any float.
-        good = isinstance(step, Real) and not (isinstance(step, Integral) and abs(step) > 2**53)
+        good = isinstance(step, Real) and not (
+            isinstance(step, Integral) and abs(int(step)) > 2**53
+        )
     if not good:
         raise ValueError(
             f"step of {name}: expected a number or one in a tensor, got {_short(step)}"

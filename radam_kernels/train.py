@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def evaluate(run: Run, model: ByteModel, batch: Tensor, bar: tqdm) -> None:
+def evaluate(run: Run, model: ByteModel, batch: Tensor, bar: tqdm[NoReturn]) -> None:
     """Records the loss of `batch`, the same on all processes, and shows it on the bar."""
     run.eval_steps.append(run.steps)
     run.held_out.append(held_out_loss(model, batch))
@@ -75,7 +75,7 @@ def train_one(run: Run, setup: Setup, checkpoints: Checkpoints | None) -> None:
     processes.shard(model, device)
     run.parameters = sum(p.numel() for p in model.parameters())
     optimizer = setup.factories[run.name](model.parameters())
-    if run.steps:
+    if checkpoints and run.steps:
         checkpoints.load(model, optimizer, draws)
     train, held_out = setup.text
     last = len(held_out) - args.context - 1
@@ -220,7 +220,7 @@ def open_checkpoints(
 
     names = "steps", "seed", "lr", "layers", "width", "context", "batch", "backend"
     settings = {f"--{name}": str(getattr(args, name)) for name in names}
-    text = torch.cat(setup.text).to(torch.uint8).numpy()
+    text = torch.cat(setup.text).to(torch.uint8).numpy().tobytes()
     settings["--text"] = f"of SHA-256 {hashlib.sha256(text).hexdigest()[:12]}"
     return Checkpoints(args.checkpoint, settings, runs, setup.processes)
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ class Checkpoints:
         self._newest, records = processes.from_first(self._open)
         runs.update({record["name"]: Run(**record) for record in records})
         # async_save communicates from a thread of its own, so not on the group of the training.
-        self._group = dist.new_group(backend="gloo") if processes.distributed else None
+        self._group = _new_group() if processes.distributed else None
         self._saving: Future | None = None
 
     def load(
@@ -80,12 +80,11 @@ class Checkpoints:
         steps = sum(run.steps for run in self._runs.values())
         self._newest = self._folder / f"{PREFIX}{steps:08}"
         if self._processes.first:
-            self._write_record()
+            self._write_record(self._newest)
         state = _state(model, optimizer, draws)
         if self._processes.distributed:
-            self._saving = dcp.async_save(
-                state, checkpoint_id=self._newest, process_group=self._group
-            )
+            saving = dcp.async_save(state, checkpoint_id=self._newest, process_group=self._group)
+            self._saving = cast("Future", saving)  # only with a stager it is something else
             return
         with _no_warning_of_one_process():
             dcp.save(state, checkpoint_id=self._newest)
@@ -127,7 +126,7 @@ class Checkpoints:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self._lock, f"{os.getpid():<20}".encode())
         except BlockingIOError as error:
-            owner = os.read(self._lock, 20).decode().strip()
+            owner = (self._folder / "lock").read_text().strip()
             raise UserError(
                 f"--checkpoint {self._folder}: process {owner} still trains with it; wait for "
                 "it, end it, or choose another folder"
@@ -160,10 +159,10 @@ class Checkpoints:
                 "give the same, or choose another folder"
             )
 
-    def _write_record(self) -> None:
+    def _write_record(self, folder: Path) -> None:
         runs = [asdict(run) for run in self._runs.values()]
-        self._newest.mkdir(exist_ok=True)  # DCP of another rank may be here first
-        with (self._newest / RECORD).open("w") as file:
+        folder.mkdir(exist_ok=True)  # DCP of another rank may be here first
+        with (folder / RECORD).open("w") as file:
             json.dump({"settings": self._settings, "runs": runs}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -176,6 +175,11 @@ class Checkpoints:
         for path in self._all():
             if path != self._newest:
                 shutil.rmtree(path)
+
+
+def _new_group() -> dist.ProcessGroup:
+    """A group of all ranks, so that each of them is a member and gets a group."""
+    return cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
 
 
 @contextmanager

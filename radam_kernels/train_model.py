@@ -16,6 +16,13 @@ HEAD_WIDTH = 32
 class Block(nn.Module):
     """A transformer block: pre-norm attention and MLP with residual connections."""
 
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    qkv: nn.Linear
+    proj: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -38,6 +45,12 @@ class Block(nn.Module):
 
 class ByteModel(nn.Module):
     """A decoder-only transformer over bytes: int64 (batch, time) to logits (batch, time, 256)."""
+
+    token: nn.Embedding
+    position: nn.Embedding
+    blocks: nn.Sequential
+    norm: nn.LayerNorm
+    head: nn.Linear
 
     def __init__(self, layers: int, width: int, context: int) -> None:
         super().__init__()

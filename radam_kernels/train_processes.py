@@ -6,11 +6,13 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+
+if TYPE_CHECKING:
+    from .train_model import ByteModel
 
 T = TypeVar("T")
 
@@ -45,9 +47,10 @@ class Processes:
 
     def agree(self, check: Callable[[], T]) -> T:
         """What `check` returns here. Raises the UserError of any process on all. Collective."""
-        result, error = None, None
+        results: list[T] = []
+        error = None
         try:
-            result = check()
+            results.append(check())
         except UserError as raised:
             error = str(raised)
         if self.distributed:
@@ -56,16 +59,16 @@ class Processes:
             error = next(filter(None, errors), None)
         if error is not None:
             raise UserError(error)
-        return result
+        return results[0]
 
     def from_first(self, compute: Callable[[], T]) -> T:
         """What `compute` returns on rank 0, for all. It runs nowhere else. Collective."""
         result = [self.agree(compute if self.first else lambda: None)]
         if self.distributed:
             dist.broadcast_object_list(result)
-        return result[0]
+        return cast("T", result[0])
 
-    def shard(self, model: nn.Module, device: torch.device) -> None:
+    def shard(self, model: ByteModel, device: torch.device) -> None:
         """Shards the parameters of `model.blocks` and the rest over the processes, in place."""
         if not self.distributed:
             return
@@ -111,8 +114,9 @@ def pick_device(name: str | None, processes: Processes) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and processes.distributed and torch.cuda.is_available():
-            device = _own_gpu(device, processes.local_rank)
+        own = processes.local_rank
+        if device.type == "cuda" and own is not None and torch.cuda.is_available():
+            device = _own_gpu(device, own)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name or 'cuda'}: {str(error).splitlines()[0]}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -59,7 +61,9 @@ def table(runs: dict[str, Run]) -> str:
     return "\n".join(rows)
 
 
-def record(runs: dict[str, Run], settings: dict[str, object], machine: dict[str, object]) -> str:
+def record(
+    runs: dict[str, Run], settings: Mapping[str, object], machine: Mapping[str, object]
+) -> str:
     """All numbers of the comparison as JSON text."""
     results = {
         name: {
@@ -91,7 +95,10 @@ def draw(runs: dict[str, Run], caption: str) -> bytes:
     figure = Figure(figsize=(8, 3.8), dpi=200, facecolor="white", layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
     # The curves of the two RAdams coincide: a thin dashed line on a wide light one shows both.
-    strokes = {OURS: {"lw": 6, "alpha": 0.75}, TORCH_RADAM: {"lw": 1.6, "ls": (0, (4, 2))}}
+    strokes: dict[str, dict[str, Any]] = {
+        OURS: {"lw": 6, "alpha": 0.75},
+        TORCH_RADAM: {"lw": 1.6, "ls": (0, (4, 2))},
+    }
     for name, run in runs.items():
         stroke = strokes.get(name, {"lw": 1.8})
         curves.plot(run.eval_steps, run.held_out, color=COLOURS[name], label=name, **stroke)

@@ -18,7 +18,7 @@ class Watch:
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        self.sizes = [len(group["params"]) for group in groups]
+        self.sizes: list[int] = [len(group["params"]) for group in groups]
         self._steps = 0
         self._trained = False
 

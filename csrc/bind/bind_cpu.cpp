@@ -7,6 +7,7 @@
 
 #include "cpu/step_cpu.h"
 #include "cpu/threads.h"
+#include "host/gradients.h"
 #include "host/plan.h"
 
 namespace py = pybind11;
@@ -62,6 +63,12 @@ void step(uintptr_t rows, uintptr_t grads, int64_t count, int param, int grad, i
 }
 
 py::object object(const Ref& ref) { return py::reinterpret_borrow<py::object>(ref.get()); }
+
+py::list objects(const std::vector<Ref>& refs) {
+  py::list rows;
+  for (const Ref& ref : refs) rows.append(object(ref));
+  return rows;
+}
 
 py::list tensors(const Bucket& bucket) {
   py::list rows;
@@ -139,6 +146,11 @@ PYBIND11_MODULE(_cpu, m) {
         "gradients' addresses are at `grads`, with the StepScalars at address `scalars`. Dtypes "
         "are codes; `isa` indexes instruction_sets.");
 
+  py::enum_<Norm>(m, "Norm", "What GradientBucket.power_sum() computes.")
+      .value("sum_of_magnitudes", kSumOfMagnitudes)
+      .value("sum_of_squares", kSumOfSquares)
+      .value("largest_magnitude", kLargestMagnitude);
+
   py::exception<Refusal>(m, "Refusal", PyExc_ValueError).attr("__doc__") =
       "Tensors that can't be stepped together: a message with {0} and {1} for "
       "the names of owners, and the owners' indices in Plan.owners.";
@@ -211,6 +223,60 @@ PYBIND11_MODULE(_cpu, m) {
           "The backend's cache, kept between steps as long as the plan lives; None at first.")
       .def("run", &Plan::run_bucket, py::arg("threads"), "Steps the segments, on the CPU.");
 
+  py::class_<GradientBucket>(m, "GradientBucket",
+                             "The gradients of one device, dtype and placement; valid until "
+                             "Gradients.release().")
+      .def_property_readonly(
+          "device",
+          [](const GradientBucket& b) { return py::make_tuple(b.device.type, b.device.index); },
+          "DLPack's number of the device type, and the device's index.")
+      .def_property_readonly(
+          "dtype", [](const GradientBucket& b) { return static_cast<int>(b.dtype); },
+          "The code of their dtype; of each part, if complex.")
+      .def_readonly("complex", &GradientBucket::complex)
+      .def_property_readonly("count", [](const GradientBucket& b) { return b.rows.size(); })
+      .def_property_readonly(
+          "rows", [](const GradientBucket& b) { return as_bytes(b.rows); },
+          "The address and the number of elements of each gradient, as bytes of int64.")
+      .def_property_readonly(
+          "owners", [](const GradientBucket& b) { return objects(b.owners); }, "The parameters.")
+      .def_property_readonly(
+          "grads", [](const GradientBucket& b) { return objects(b.grads); },
+          "The gradients, as their parameters have them.")
+      .def_property_readonly(
+          "tensors", [](const GradientBucket& b) { return objects(b.tensors); },
+          "The dense, local tensors that the rows describe.")
+      .def_property(
+          "cache",
+          [](const GradientBucket& b) { return b.cache.get() ? object(b.cache) : py::none(); },
+          [](GradientBucket& b, const py::object& cache) { b.cache = Ref::borrow(cache.ptr()); },
+          "The backend's cache, kept as long as the Gradients live; None at first.")
+      .def("power_sum", &GradientBucket::power_sum, py::arg("norm"), py::arg("threads"),
+           py::arg("isa") = 0, "The sum or the maximum that a Norm is, on the CPU.");
+
+  py::class_<Gradients>(m, "Gradients", "The gradients of an optimizer; see csrc/host/gradients.h.")
+      .def(py::init<>())
+      .def(
+          "refresh",
+          [](Gradients& gradients, py::handle groups, const py::dict& replaced) {
+            return py::reinterpret_steal<py::list>(
+                gradients.refresh(groups.ptr(), replaced.ptr()).release());
+          },
+          py::arg("groups"), py::arg("replaced"))
+      .def(
+          "compare",
+          [](const Gradients& gradients, py::handle groups) {
+            const Gradients::Comparison found = gradients.compare(groups.ptr());
+            return py::make_tuple(found.same, found.replaced,
+                                  found.changed.get() ? object(found.changed) : py::none());
+          },
+          py::arg("groups"),
+          "How many gradients are those that refresh() read, how many are others, and a parameter "
+          "whose gradient was changed in place, or None.")
+      .def("release", &Gradients::release, "Drops all references to tensors.")
+      .def_property_readonly("buckets", &Gradients::buckets,
+                             py::return_value_policy::reference_internal);
+
   py::class_<Plan>(m, "Plan", "The plan of one step; see csrc/host/plan.h.")
       .def(py::init<>())
       .def(
@@ -240,9 +306,5 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("begun", &Plan::begun, "Whether memory may have been written.")
       .def_property_readonly("buckets", &Plan::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("groups", [](const Plan& plan) { return object(plan.groups()); })
-      .def_property_readonly("owners", [](const Plan& plan) {
-        py::list owners;
-        for (const Ref& owner : plan.owners()) owners.append(object(owner));
-        return owners;
-      });
+      .def_property_readonly("owners", [](const Plan& plan) { return objects(plan.owners()); });
 }

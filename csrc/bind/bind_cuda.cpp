@@ -73,10 +73,10 @@ void power_sum(uintptr_t grads, uintptr_t work, int run, int64_t blocks, int dty
     throw py::value_error("norm_type: expected 1, 2 or inf");
   }
   const CudaPowerSum power_sum = {dtype_set(dtype, dtype, dtype).grad,
-                                  norm == 1   ? kOne
-                                  : norm == 2 ? kTwo
-                                              : kLargest,
-                                  table<const Gradient>(grads, blocks),
+                                  norm == 1   ? kSumOfMagnitudes
+                                  : norm == 2 ? kSumOfSquares
+                                              : kLargestMagnitude,
+                                  table<const GradientRow>(grads, blocks),
                                   table<const Work>(work, blocks),
                                   run,
                                   blocks,

@@ -60,7 +60,7 @@ __device__ __forceinline__ auto largest(const Pack<G, kVector<G>> (&packs)[kVect
   return found;
 }
 
-// The sum of |x * scale|^kNorm, vector by vector.
+// The sum of the magnitudes or squares of x * scale, vector by vector.
 template <Norm kNorm, typename G, typename T>
 __device__ __forceinline__ T sum_of_powers(const Pack<G, kVector<G>> (&packs)[kVectors], T scale) {
   T sum = 0;
@@ -70,7 +70,7 @@ __device__ __forceinline__ T sum_of_powers(const Pack<G, kVector<G>> (&packs)[kV
 #pragma unroll
     for (int j = 0; j < kVector<G>; ++j) {
       const T x = widen(packs[k].x[j]) * scale;
-      part += kNorm == kTwo ? x * x : x < 0 ? -x : x;
+      part += kNorm == kSumOfSquares ? x * x : x < 0 ? -x : x;
     }
     sum += part;
   }
@@ -81,7 +81,7 @@ __device__ __forceinline__ T sum_of_powers(const Pack<G, kVector<G>> (&packs)[kV
 template <Norm kNorm, typename G>
 __device__ __forceinline__ double of_thread(const Pack<G, kVector<G>> (&packs)[kVectors]) {
   using T = decltype(widen(G{}));
-  if constexpr (kNorm == kLargest) {
+  if constexpr (kNorm == kLargestMagnitude) {
     return bit_cast<T>(largest(packs) >> 1);
   } else if constexpr (sizeof(T) == 8) {
     return sum_of_powers<kNorm>(packs, T{1});
@@ -91,7 +91,7 @@ __device__ __forceinline__ double of_thread(const Pack<G, kVector<G>> (&packs)[k
     uint32_t exponent = largest(packs) >> 24;
     exponent = exponent < 253 ? exponent : 253;
     const T sum = sum_of_powers<kNorm>(packs, bit_cast<float>((254 - exponent) << 23));
-    const int back = kNorm * (static_cast<int>(exponent) - 127);
+    const int back = (kNorm == kSumOfSquares ? 2 : 1) * (static_cast<int>(exponent) - 127);
     return sum * bit_cast<double>(static_cast<uint64_t>(1023 + back) << 52);
   }
 }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  const double partial = over_block<kThreads, kNorm == kLargest>(of_thread<kNorm>(packs));
+  const double partial = over_block<kThreads, kNorm == kLargestMagnitude>(of_thread<kNorm>(packs));
   if (threadIdx.x == 0) arguments.partials[blockIdx.x] = partial;
 }
 
@@ -157,11 +157,12 @@ void power_sum_cuda(const CudaPowerSum& power_sum) {
   if (power_sum.run < 0 || power_sum.run > 30) {
     throw std::runtime_error("run: expected 0 to 30, got " + std::to_string(power_sum.run));
   }
-  const Kernel kernel = power_sum.norm == kLargest ? kernel_for<kLargest>(power_sum.dtype)
-                        : power_sum.norm == kOne   ? kernel_for<kOne>(power_sum.dtype)
-                                                   : kernel_for<kTwo>(power_sum.dtype);
-  const Kernel total =
-      power_sum.norm == kLargest ? radam_norm_total_kernel<true> : radam_norm_total_kernel<false>;
+  const Kernel kernel =
+      power_sum.norm == kLargestMagnitude  ? kernel_for<kLargestMagnitude>(power_sum.dtype)
+      : power_sum.norm == kSumOfMagnitudes ? kernel_for<kSumOfMagnitudes>(power_sum.dtype)
+                                           : kernel_for<kSumOfSquares>(power_sum.dtype);
+  const Kernel total = power_sum.norm == kLargestMagnitude ? radam_norm_total_kernel<true>
+                                                           : radam_norm_total_kernel<false>;
   launch(kernel, power_sum, power_sum.blocks, kThreads, power_sum.device, power_sum.stream,
          "radam_norm_kernel");
   launch(total, power_sum, 1, kTotalThreads, power_sum.device, power_sum.stream,
@@ -170,7 +171,8 @@ void power_sum_cuda(const CudaPowerSum& power_sum) {
 
 void load_norm_kernels() {
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, radam_norm_kernel<kTwo, float>), "radam_norm_kernel");
+  check(cudaFuncGetAttributes(&attributes, radam_norm_kernel<kSumOfSquares, float>),
+        "radam_norm_kernel");
   check(cudaFuncGetAttributes(&attributes, radam_norm_total_kernel<false>),
         "radam_norm_total_kernel");
 }

@@ -2,26 +2,17 @@
 #pragma once
 
 #include "core/dtypes.h"
+#include "core/norm.h"
 #include "cuda/step_cuda.h"
 
 namespace radam {
 
-// What is taken of all elements: the largest, the sum, or the sum of squares, of |g|.
-enum Norm : int { kLargest = 0, kOne = 1, kTwo = 2 };
-
-// A row of the table of gradients: dense, aligned to an element.
-struct Gradient {
-  const void* data;
-  int64_t numel;
-};
-static_assert(sizeof(Gradient) == 16, "Python makes these rows");
-
 struct CudaPowerSum {
   DType dtype;
   Norm norm;
-  const Gradient* grads;  // on the device
-  const Work* work;       // on the device
-  int run;                // log2 of the blocks that a row of work is for
+  const GradientRow* grads;  // on the device
+  const Work* work;          // on the device
+  int run;                   // log2 of the blocks that a row of work is for
   int64_t blocks;
   double* partials;  // on the device: one for each block
   double* sum;       // on the device: the result

@@ -7,9 +7,6 @@ namespace {
 
 constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "step"};
 
-// Nearly all memory is allocated above this address. Gradients below it are checked in full.
-constexpr uintptr_t kLowest = uintptr_t{1} << 40;
-
 }  // namespace
 
 // Adds row_ to its bucket, or returns why it can't be stepped.
@@ -92,9 +89,8 @@ Plan::Reason Plan::check_memory(int stream, Seen& seen) const {
     if (const char* reason = find_lazy(tensor, info)) return {reason, kStreamNames[stream]};
   }
   if (same) return {};
-  // Most gradients are new at each step, so this check must be cheap for them. In a freed storage
-  // the address is the offset, far below any allocation.
-  if (stream != kGrad || reinterpret_cast<uintptr_t>(info.data) < kLowest) {
+  // Most gradients are new at each step, so this check must be cheap for them.
+  if (stream != kGrad || reinterpret_cast<uintptr_t>(info.data) < kLowestAddress) {
     if (const char* reason = find_short_storage(tensor, info)) {
       return {reason, kStreamNames[stream]};
     }

@@ -36,11 +36,6 @@ class Slot {
   Py_ssize_t offset_ = 0;
 };
 
-Ref spec_of(PyObject* dtensor) {
-  static const Slot slot(RADAM_STR(_spec));
-  return slot(dtensor);
-}
-
 // None in older versions of torch.
 Ref shard_order(PyObject* spec) {
   PyObject* found = PyObject_GetAttr(spec, RADAM_STR(shard_order));
@@ -48,12 +43,6 @@ Ref shard_order(PyObject* spec) {
   if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw PythonError();
   PyErr_Clear();
   return Ref::borrow(Py_None);
-}
-
-bool equal(const Ref& a, const Ref& b) {
-  const int same = PyObject_RichCompareBool(a.get(), b.get(), Py_EQ);  // true for one object
-  if (same < 0) throw PythonError();
-  return same == 1;
 }
 
 }  // namespace
@@ -71,6 +60,17 @@ Ref local_tensor(PyObject* dtensor) {
   static const Slot slot(RADAM_STR(_local_tensor));
   Ref local = slot(dtensor);
   return reinterpret_cast<PyObject*>(Py_TYPE(local.get())) == plain ? std::move(local) : Ref();
+}
+
+Ref spec_of(PyObject* dtensor) {
+  static const Slot slot(RADAM_STR(_spec));
+  return slot(dtensor);
+}
+
+bool equal(const Ref& a, const Ref& b) {
+  const int same = PyObject_RichCompareBool(a.get(), b.get(), Py_EQ);
+  if (same < 0) throw PythonError();
+  return same == 1;
 }
 
 bool same_placement(PyObject* a, PyObject* b) {

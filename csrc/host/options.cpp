@@ -44,6 +44,15 @@ bool read_lr(PyObject* lr, Hyperparameters& h, const Device* device) {
   return false;
 }
 
+// Applies decouple_lr: the decay becomes 1 - weight_decay * lr / initial_lr, and kernels need no
+// option of their own for it. False if the group does not allow it.
+bool divide_by_initial_lr(PyObject* group, Hyperparameters& h) {
+  const Ref found = item(group, RADAM_STR(initial_lr));
+  const double initial_lr = found.get() ? to_double(found.get()) : 0.0;
+  h.weight_decay /= initial_lr;
+  return h.decoupled_weight_decay && initial_lr > 0.0;
+}
+
 }  // namespace
 
 bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* device,
@@ -65,7 +74,7 @@ bool read_hyperparameters(PyObject* group, Hyperparameters& h, const Device* dev
   RADAM_HYPERPARAMETERS(RADAM_READ_NUMBER, RADAM_READ_FLAG)
 #undef RADAM_READ_NUMBER
 #undef RADAM_READ_FLAG
-  return true;
+  return !to_bool(option(group, RADAM_STR(decouple_lr)).get()) || divide_by_initial_lr(group, h);
 }
 
 }  // namespace radam

@@ -8,17 +8,6 @@
 namespace radam {
 namespace {
 
-// Releases the GIL while it exists.
-class GilReleased {
- public:
-  GilReleased() : state_(PyEval_SaveThread()) {}
-  ~GilReleased() { PyEval_RestoreThread(state_); }
-  GilReleased(const GilReleased&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 double number(PyObject* scaling, PyObject* name, double otherwise) {
   const Ref value = attribute(scaling, name);
   return value.get() == Py_None ? otherwise : to_double(value.get());

@@ -43,6 +43,17 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Releases the GIL while it exists.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() { PyEval_RestoreThread(state_); }
+  GilReleased(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // The Python string `name`, interned once and never released.
 #define RADAM_STR(name)                                                  \
   ([] {                                                                  \

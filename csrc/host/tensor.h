@@ -16,6 +16,10 @@ struct Device {
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 
+// Nearly all memory is allocated above this address. In a freed storage the address is the offset,
+// far below it, so gradients below it are checked in full.
+constexpr uintptr_t kLowestAddress = uintptr_t{1} << 40;
+
 constexpr int kMaxDims = 64;  // tensors with more can't be described
 
 struct TensorInfo {

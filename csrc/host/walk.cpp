@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "host/dtensor.h"
+#include "host/gradients.h"
 #include "host/plan.h"
 
 namespace radam {
@@ -14,37 +15,6 @@ namespace {
 
 // How many parameters ahead of the walk to prefetch.
 constexpr size_t kAhead = 4;
-
-// param.grad. For plain types and DTensor this calls the attribute's getter directly, which avoids
-// a lookup in every base class.
-Ref gradient(PyObject* param) {
-  struct Plain {
-    PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    PyGetSetDef* grad = nullptr;
-
-    Plain() {
-      const Ref torch = Ref::steal(PyImport_ImportModule("torch.nn"));
-      Ref type = attribute(torch.get(), "Parameter");
-      Ref found = attribute(type.get(), "grad");
-      if (!PyObject_TypeCheck(found.get(), &PyGetSetDescr_Type)) return;
-      grad = reinterpret_cast<PyGetSetDescrObject*>(found.release())->d_getset;
-      parameter = reinterpret_cast<PyTypeObject*>(type.release());
-      tensor = parameter->tp_base;
-    }
-  };
-  static const Plain plain;
-  PyTypeObject* type = Py_TYPE(param);
-  if (plain.grad && (type == plain.parameter || type == plain.tensor || is_dtensor(param))) {
-    return Ref::steal(plain.grad->get(param, plain.grad->closure));
-  }
-  return attribute(param, RADAM_STR(grad));
-}
-
-// A copy of a list, or of any other iterable.
-Ref tuple(PyObject* object, const char* message) {
-  const Ref sequence = Ref::steal(PySequence_Fast(object, message));
-  return Ref::steal(PySequence_Tuple(sequence.get()));
-}
 
 void append_to(PyObject* list, PyObject* object) {
   if (PyList_Append(list, object) != 0) throw PythonError();
@@ -60,7 +30,7 @@ Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObjec
   release();
   find_dtensor();
   const Ref pending = Ref::steal(PyList_New(0));
-  const Ref all = tuple(groups, "param_groups: expected a list of dicts");
+  const Ref all = as_tuple(groups, "param_groups: expected a list of dicts");
   if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
   walk(all.get(), state, repaired, pending.get());
   if (PyList_GET_SIZE(pending.get()) == 0) complete(all.get(), scaling);
@@ -79,7 +49,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       throw std::invalid_argument("param_groups[" + std::to_string(g) + "] has no \"params\"");
     }
     groups_.back().params =
-        tuple(found.get(), "\"params\" of a parameter group: expected a list of tensors");
+        as_tuple(found.get(), "\"params\" of a parameter group: expected a list of tensors");
   }
   // Copied after the parameters: one created later, at the address of a deleted key, can't match.
   PyObject *key, *value;

@@ -1,29 +1,47 @@
 """The registry of backends: availability, with reasons, and dispatch by device type."""
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, cast, get_args
 
+from torch import Tensor
+
+from .. import modules
 from . import devices
 
-_MODULES = {"cuda": "cuda", "cpu": "cpu", "triton": "triton_", "reference": "reference"}
-NAMES = tuple(_MODULES)
+BackendName: TypeAlias = Literal["cuda", "cpu", "triton", "reference"]
+BackendChoice: TypeAlias = Literal["auto"] | BackendName
+NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
 
 class Backend(Protocol):
     """The interface of a backend module in this folder."""
 
+    __name__: str
+
     def why_not(self, device_type: str) -> str | None:
         """Why the backend can't step tensors on this type of device here; None if it can."""
 
-    def run(self, bucket) -> None:
+    def run(self, bucket: modules.cpu.Bucket) -> None:
         """Steps a bucket's segments in place; advances its step counts if it is capturable.
 
         Args:
-            bucket: a Bucket of the module _cpu. Its tensors are validated: dense, with one layout,
-                one device and a supported dtype set, and without shared memory.
+            bucket: its tensors are validated: dense, with one layout, one device and a supported
+                dtype set, and without shared memory.
+        """
+
+    def power_sum(self, bucket: modules.cpu.GradientBucket, norm_type: float) -> Tensor:
+        """The sum of |g|**norm_type over a bucket's gradients, or the largest |g| if that is inf.
+
+        Does not synchronize. The result does not depend on the number of threads or blocks.
+
+        Args:
+            bucket: its gradients are dense, on one device and of one dtype.
+            norm_type: 1, 2 or inf; only 2 for complex gradients.
+
+        Returns:
+            A float64 tensor of shape () on the bucket's device.
         """
 
 
@@ -33,19 +51,19 @@ def why_not(name: str, device_type: str) -> str | None:
     return _module(name).why_not(device_type)
 
 
-def available_backends() -> dict[str, str | None]:
+def available_backends() -> dict[BackendName, str | None]:
     """Maps each backend's name to None if it works here, or to the reason why it does not.
 
     A backend works if it can step tensors on some type of device that is available.
     """
-    reasons = {}
+    reasons: dict[BackendName, str | None] = {}
     for name in NAMES:
         found = [why_not(name, row.name) for row in devices.DEVICE_TYPES]
         reasons[name] = None if None in found else found[0]
     return reasons
 
 
-def check_name(name: str) -> None:
+def check_name(name: BackendChoice) -> None:
     """Raises ValueError for an unknown backend, RuntimeError for one that does not work here."""
     if name == "auto":
         return
@@ -56,8 +74,8 @@ def check_name(name: str) -> None:
 
 
 @cache
-def resolve(name: str, device_type: str) -> Callable:
-    """The `run` function of a backend for tensors on `device_type`; the best one for "auto".
+def resolve(name: str, device_type: str) -> Backend:
+    """The backend for tensors on `device_type`; the best one for "auto".
 
     Raises RuntimeError if there is none. A backend named explicitly never falls back to another.
     """
@@ -72,7 +90,7 @@ def resolve(name: str, device_type: str) -> Callable:
                     "reference does: " + "; ".join(filter(None, reasons)),
                     stacklevel=2,
                 )
-            return _module(candidate).run
+            return _module(candidate)
     if name == "auto":
         raise RuntimeError(f"no backend steps parameters on {device_type!r} devices; {_working()}")
     raise RuntimeError(
@@ -82,7 +100,9 @@ def resolve(name: str, device_type: str) -> Callable:
 
 
 def _module(name: str) -> Backend:
-    return import_module(f"{__name__}.{_MODULES[name]}")
+    # Not triton.py: that is the package which it imports.
+    module = import_module(f".{'triton_' if name == 'triton' else name}", __name__)
+    return cast(Backend, module)
 
 
 def _working() -> str:

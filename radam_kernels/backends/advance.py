@@ -4,18 +4,27 @@ For backends without a kernel for it. schedule.py is the same for one count, wit
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..hyperparameters import complete
-from ..schedule import Action, StepScalars, adaptive_variance, adaptive_variance_first_order
+from ..modules import cpu
+from ..schedule import (
+    Action,
+    StepScalars,
+    adaptive_variance,
+    adaptive_variance_first_order,
+    weight_decay_of,
+)
 from ..schedule import rho_inf as rho_inf_of
+
+_T = TypeVar("_T", float, Tensor)
 
 
 @torch.no_grad()
-def advance(bucket) -> Tensor:
+def advance(bucket: cpu.Bucket) -> Tensor:
     """Advances the counts of a capturable bucket; returns float64 [segments, StepScalars].
 
     Rows agree with schedule.group_scalars to 1e-10. If a count is not a whole number >= 0, or
@@ -36,7 +45,7 @@ def advance(bucket) -> Tensor:
         if found_inf is not None:
             good &= found_inf == 0
         columns = _columns(bucket.groups[group], t, grad_scale)
-        made = torch.stack([_column(c, t) for c in columns], 1)
+        made = torch.stack([_column(columns[name], t) for name in StepScalars._fields], 1)
         made = torch.where(good[:, None], made, 0.0)
         if len(members) == 1:
             rows = made
@@ -47,14 +56,16 @@ def advance(bucket) -> Tensor:
     return rows
 
 
-def _columns(group: dict[str, Any], t: Tensor, grad_scale: Tensor | None) -> StepScalars:
+def _columns(
+    group: dict[str, Any], t: Tensor, grad_scale: Tensor | None
+) -> dict[str, float | Tensor]:
     """StepScalars for all counts `t`: numbers, or float64 tensors on the counts' device."""
     group = complete(group)
     lr = group["lr"]
     lr = lr.double() if isinstance(lr, Tensor) and lr.device == t.device else float(lr)
     lr = lr.view(()) if isinstance(lr, Tensor) else lr
     beta1, beta2 = map(float, group["betas"])
-    weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
+    weight_decay, decoupled = weight_decay_of(group), group["decoupled_weight_decay"]
     exact = group["rectification"] == "exact"
     inf, rho_t = rho_inf_of(beta2), _rho(t, beta2)
 
@@ -66,25 +77,25 @@ def _columns(group: dict[str, Any], t: Tensor, grad_scale: Tensor | None) -> Ste
     step_size = lr / _bias_correction(t, beta1)
     decay = 1.0 - lr * weight_decay if decoupled else 1.0
     scale = 1.0 if grad_scale is None else grad_scale.double().view(()).reciprocal()
-    return StepScalars(
-        grad_scale=-scale if group["maximize"] else scale,
-        weight_decay=0.0 if decoupled else weight_decay,
-        decay=torch.where(rectified | momentum, _column(decay, t), 1.0),
-        one_minus_beta1=1.0 - beta1,
-        beta2=beta2,
-        one_minus_beta2=1.0 - beta2,
-        eps=float(group["eps"]),
-        step_size=torch.where(
+    return {
+        "grad_scale": -scale if group["maximize"] else scale,
+        "weight_decay": 0.0 if decoupled else weight_decay,
+        "decay": torch.where(rectified | momentum, _column(decay, t), 1.0),
+        "one_minus_beta1": 1.0 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1.0 - beta2,
+        "eps": float(group["eps"]),
+        "step_size": torch.where(
             rectified,
             step_size * _bias_correction(t, beta2).sqrt() * r_t,
             step_size if momentum else 0.0,
         ),
-        action=torch.where(
+        "action": torch.where(
             rectified,
             _column(float(Action.RECTIFIED), t),
             float(Action.MOMENTUM if momentum else Action.HOLD),
         ),
-    )
+    }
 
 
 def _column(x: float | Tensor, t: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ def _rho(t: Tensor, beta2: float) -> Tensor:
     return torch.where(th > 1.0, far, near)
 
 
-def _langevin(y):
+def _langevin(y: _T) -> _T:
     s = y * y
     return y / (3.0 + s / (5.0 + s / (7.0 + s / (9.0 + s / (11.0 + s / (13.0 + s / 15.0))))))
 

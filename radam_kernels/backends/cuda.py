@@ -1,5 +1,8 @@
 """The handwritten CUDA kernel: 16-byte accesses, any number of tensors in one launch."""
 
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,10 @@ from ..schedule import StepScalars
 from .devices import device_of, is_capturing
 from .upload import DeviceTables, tables_of
 
-_cuda = load_optional("_cuda")
+if TYPE_CHECKING:
+    from .. import _cuda
+else:
+    _cuda = load_optional("_cuda")
 NOT_BUILT = {
     "off": "RADAM_CUDA=0 was set when radam_kernels was installed; install it again without",
     "no nvcc": "there was no nvcc when radam_kernels was installed; put CUDA's compiler on the "
@@ -34,12 +40,12 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     device = device_of(bucket)
     launch_(_cuda, bucket, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-def launch_(module, bucket, device: torch.device, stream: int) -> None:
+def launch_(module: ModuleType, bucket: cpu.Bucket, device: torch.device, stream: int) -> None:
     """Advances the counts where they are on the device, and steps; `module` has the kernels."""
 
     tables = _tables(module, bucket, device, stream)
@@ -68,7 +74,12 @@ def launch_(module, bucket, device: torch.device, stream: int) -> None:
     )
 
 
-def _tables(module, bucket, device: torch.device, stream: int) -> DeviceTables:
+def _tables(
+    module: ModuleType,
+    bucket: cpu.Bucket | cpu.GradientBucket,
+    device: torch.device,
+    stream: int,
+) -> DeviceTables:
     def upload(rows: bytes) -> Tensor:
         # Not from pinned memory: arguments of launches need no event to guard them.
         room = torch.empty(len(rows) // 8, dtype=torch.int64, device=device)
@@ -78,7 +89,13 @@ def _tables(module, bucket, device: torch.device, stream: int) -> DeviceTables:
     return tables_of(bucket, stream, upload, keep=not is_capturing(device))
 
 
-def advance(module, bucket, tables: DeviceTables, device: torch.device, stream: int) -> Tensor:
+def advance(
+    module: ModuleType,
+    bucket: cpu.Bucket,
+    tables: DeviceTables,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
     """Advances the counts; returns float64 rows of StepScalars, one a segment, without waiting."""
     counters = tables.rows("counters", bucket.counter_rows)
     hyperparameters = tables.rows("hyperparameters", bucket.hyperparameter_rows)
@@ -97,21 +114,19 @@ def advance(module, bucket, tables: DeviceTables, device: torch.device, stream: 
     return rows
 
 
-def power_sum(bucket, norm_type: float) -> Tensor:
-    """The sum of |g|**norm_type over all gradients of a bucket; the largest |g| for inf.
-
-    Returns: float64, 0-dim, on the bucket's device; nothing waits for it. NaN if a gradient is.
-
-    Args:
-        bucket: gradients of one device and dtype.
-        norm_type: 1, 2 or inf.
-    """
+def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
     device = device_of(bucket)
     stream = torch.cuda.current_stream(device).cuda_stream
     return power_sum_(_cuda, bucket, norm_type, device, stream)
 
 
-def power_sum_(module, bucket, norm_type: float, device: torch.device, stream: int) -> Tensor:
+def power_sum_(
+    module: ModuleType,
+    bucket: cpu.GradientBucket,
+    norm_type: float,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
     tables = _tables(module, bucket, device, stream)
     grads, work = tables.gradients(bucket, module.norm_chunk(bucket.dtype))
     partials = torch.empty(tables.blocks, dtype=torch.float64, device=device)

@@ -1,8 +1,11 @@
 """The types of devices whose tensors can be stepped, and what a launch asks of a device."""
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+
+from ..modules import cpu
 
 
 class DeviceType(NamedTuple):
@@ -27,8 +30,8 @@ def type_name(dlpack: int) -> str:
     return _NAMES.get(dlpack, f"DLPack type {dlpack}")
 
 
-def device_of(bucket) -> torch.device:
-    """The device of a Bucket of the module _cpu."""
+def device_of(bucket: cpu.Bucket) -> torch.device:
+    """The device of a bucket's tensors."""
     number, index = bucket.device
     return torch.device(_NAMES[number], index)
 
@@ -53,7 +56,7 @@ def is_capturing(device: torch.device) -> bool:
         return module.is_current_stream_capturing()
 
 
-def guard(device: torch.device):
+def guard(device: torch.device) -> AbstractContextManager[None]:
     """A context in which `device` is the current one."""
     return torch.get_device_module(device).device(device)
 

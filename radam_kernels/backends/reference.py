@@ -1,10 +1,12 @@
 """The step in readable torch operations: the reference that every kernel must match bit for bit."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..modules import DTYPES
+from ..modules import DTYPES, cpu
 from ..schedule import Action, StepScalars, group_scalars
 
 
@@ -13,7 +15,7 @@ def why_not(device_type: str) -> str | None:
 
 
 @torch.no_grad()
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     loss_scale, found_inf, factor = bucket.scaling.numbers()
     if bucket.capturable:
         rows = _advance(bucket, loss_scale, found_inf)
@@ -22,20 +24,35 @@ def run(bucket) -> None:
     rows = [row._replace(grad_scale=row.grad_scale * factor) for row in rows]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
     for tensors, row in zip(bucket.tensors, bucket.scalar_indices, strict=True):
-        radam_update_(*map(real, tensors), rows[row], compute)
+        param, grad, exp_avg, exp_avg_sq = map(real, tensors)
+        radam_update_(param, grad, exp_avg, exp_avg_sq, rows[row], compute)
 
 
-def _advance(bucket, loss_scale: float, found_inf: float) -> list[StepScalars]:
+def _advance(bucket: cpu.Bucket, loss_scale: float, found_inf: float) -> list[StepScalars]:
     """Advances step counts on the device. Synchronizes, unlike csrc/core/advance.h."""
     rows = []
     for step, group in bucket.steps:
-        t = (step + 1).item()
+        t = float(step + 1)
         if found_inf != 0 or not (t >= 1 and t.is_integer()):
             rows.append(StepScalars(*[0.0] * len(StepScalars._fields)))  # Action.SKIP
         else:
             rows.append(group_scalars({**bucket.groups[group], "grad_scale": 1.0 / loss_scale}, t))
             step.fill_(t)
     return rows
+
+
+@torch.no_grad()
+def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
+    """As the protocol says, and for any `norm_type` above 0, of complex gradients, too."""
+    parts = [torch.zeros((), dtype=torch.float64, device=bucket.tensors[0].device)]
+    for grad in bucket.tensors:
+        wide = grad.to(torch.complex128 if grad.is_complex() else torch.float64).abs()
+        if norm_type != math.inf:
+            parts.append(wide.pow(norm_type).sum())
+        elif wide.numel():
+            parts.append(wide.amax())
+    together = torch.stack(parts)
+    return together.amax() if norm_type == math.inf else together.sum()
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -59,19 +76,21 @@ def radam_update_(
     if scalars.action == Action.SKIP:
         return
     # 0-dim tensors of the compute dtype: narrowed once, as in the kernels.
-    s = StepScalars(*(torch.tensor(x, dtype=compute, device=param.device) for x in scalars))
+    grad_scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, _ = (
+        torch.tensor(x, dtype=compute, device=param.device) for x in scalars
+    )
     p, g, m, v = (t.to(compute) for t in (param, grad, exp_avg, exp_avg_sq))
 
-    g = g * s.grad_scale
-    if s.weight_decay != 0:  # 0 * p would turn an infinite p into NaN
-        g = g + s.weight_decay * p
-    p = p * s.decay
-    m = m + s.one_minus_beta1 * (g - m)
-    v = s.beta2 * v + s.one_minus_beta2 * (g * g)
+    g = g * grad_scale
+    if weight_decay != 0:  # 0 * p would turn an infinite p into NaN
+        g = g + weight_decay * p
+    p = p * decay
+    m = m + one_minus_beta1 * (g - m)
+    v = beta2 * v + one_minus_beta2 * (g * g)
     if scalars.action == Action.RECTIFIED:
-        p = p - s.step_size * (m / (_sqrt(v) + s.eps))
+        p = p - step_size * (m / (_sqrt(v) + eps))
     elif scalars.action == Action.MOMENTUM:
-        p = p - s.step_size * m
+        p = p - step_size * m
 
     if scalars.action != Action.HOLD:
         param.copy_(p)

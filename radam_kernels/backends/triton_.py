@@ -1,25 +1,28 @@
 """The Triton kernel: NVIDIA, AMD and Intel GPUs, and any machine under TRITON_INTERPRET=1."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..modules import cpu
 from . import devices
 from .advance import advance
 from .upload import DeviceTables, tables_of, upload_pinned
 
 _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernel on the CPU, slowly"
 
+# run() is called only where why_not() returns None, so what is imported here is there.
+# pyright: reportPossiblyUnboundVariable=false
 try:
     import triton
 
     from . import triton_kernel
     from .triton_kernel import INTERPRETED, launch_, launch_power_sum, upload_by_arguments
-except ImportError as error:
+except ImportError as _error:
     INTERPRETED = COMPILES_EXACTLY = False
-    _missing = f"Triton can't be imported ({error}); pip install triton"
+    _missing: str | None = f"Triton can't be imported ({_error}); pip install triton"
 else:
     _missing = None
     COMPILES_EXACTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -48,18 +51,18 @@ def _load_upload(device: torch.device) -> None:
     upload_by_arguments(device)(bytes(8))
 
 
-def _tables(bucket, device: torch.device) -> DeviceTables:
+def _tables(bucket: cpu.Bucket | cpu.GradientBucket, device: torch.device) -> DeviceTables:
     capturing = devices.is_capturing(device)
     # Pinned memory would have to outlive the graph; arguments of launches are part of it.
     upload = (upload_by_arguments if capturing else upload_pinned)(device)
     return tables_of(bucket, devices.stream_key(device), upload, keep=not capturing)
 
 
-def _guard(device: torch.device):
+def _guard(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else devices.guard(device)
 
 
-def run(bucket) -> None:
+def run(bucket: cpu.Bucket) -> None:
     device = devices.device_of(bucket)
     with _guard(device):
         if bucket.capturable and not devices.is_capturing(device):
@@ -74,8 +77,7 @@ def run(bucket) -> None:
         launch_(segments, grads, work, scalars, factor, tables.run, tables.blocks, bucket.dtypes)
 
 
-def power_sum(bucket, norm_type: float) -> Tensor:
-    """As in cuda.py."""
+def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
     device = devices.device_of(bucket)
     with _guard(device):
         tables = _tables(bucket, device)

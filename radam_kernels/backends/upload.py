@@ -31,7 +31,7 @@ class DeviceTables:
         """The table `name` on the device, with these rows."""
         return self._keep(name, rows, lambda: rows)
 
-    def segments(self, bucket, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def segments(self, bucket: cpu.Bucket, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """The bucket's segments, their gradients, and the work; sets `blocks` and `run`.
 
         Args:
@@ -43,7 +43,7 @@ class DeviceTables:
         numels = np.frombuffer(rows, np.int64)[_NUMEL::_WIDTH]
         return segments, grads, self._work(numels, chunk)
 
-    def gradients(self, bucket, chunk: int) -> tuple[Tensor, Tensor]:
+    def gradients(self, bucket: cpu.GradientBucket, chunk: int) -> tuple[Tensor, Tensor]:
         """The gradients of a bucket whose norm is wanted, and the work; sets `blocks` and `run`."""
         rows = bucket.rows
         numels = np.frombuffer(rows, np.int64)[1::2]
@@ -63,7 +63,9 @@ class DeviceTables:
         return kept[1]
 
 
-def tables_of(bucket, stream: int, upload: Upload, *, keep: bool = True) -> DeviceTables:
+def tables_of(
+    bucket: cpu.Bucket | cpu.GradientBucket, stream: int, upload: Upload, *, keep: bool = True
+) -> DeviceTables:
     """The tables of a bucket as the last step on this stream left them, or empty ones.
 
     Args:

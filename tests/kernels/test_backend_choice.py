@@ -48,7 +48,7 @@ def test_an_unknown_backend_is_refused_with_those_there_are():
 
 
 def test_auto_takes_the_cpu_kernel_on_the_cpu(recwarn, empty_cache):
-    assert backends.resolve("auto", "cpu") is backends.cpu.run
+    assert backends.resolve("auto", "cpu") is backends.cpu
     assert not recwarn
 
 
@@ -57,7 +57,7 @@ def test_auto_warns_when_only_the_reference_is_left(monkeypatch, empty_cache):
         backends, "why_not", lambda name, *_: None if name == "reference" else "broken"
     )
     with pytest.warns(UserWarning, match="slow reference does: broken"):
-        assert backends.resolve("auto", "cpu") is reference.run
+        assert backends.resolve("auto", "cpu") is reference
 
 
 def test_a_named_backend_never_gives_way_to_another(monkeypatch, empty_cache):
@@ -75,5 +75,5 @@ def test_devices_that_no_backend_steps_are_refused(name, empty_cache):
 
 
 def test_the_reference_named_does_not_warn(recwarn, empty_cache):
-    assert backends.resolve("reference", "cpu") is reference.run
+    assert backends.resolve("reference", "cpu") is reference
     assert not recwarn

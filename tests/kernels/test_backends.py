@@ -550,6 +550,7 @@ def trajectory(backend: str, device: str, **options) -> list[Tensor]:
         {},
         dict(weight_decay=0.1, rho_threshold=4.0),
         dict(weight_decay=0.1, decoupled_weight_decay=True, rectification="exact"),
+        dict(weight_decay=0.1, decoupled_weight_decay=True, decouple_lr=True),
         dict(maximize=True, degenerated_to_sgd=False, state_dtype=torch.bfloat16),
     ],
     ids=str,

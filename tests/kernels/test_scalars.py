@@ -88,13 +88,18 @@ beta = st.floats(0, 1, exclude_max=True) | st.sampled_from(BETAS)
             degenerated_to_sgd=st.booleans(),
             rectification=st.sampled_from(schedule.FORMS),
         ),
-        optional=dict(grad_scale=number),
+        optional=dict(
+            grad_scale=number,
+            initial_lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+        ),
     ),
     steps=st.lists(
         st.integers(1, 2**53) | st.integers(1, 100), min_size=1, max_size=5, unique=True
     ),
 )
 def test_scalars_are_the_same_for_any_hyperparameters(group, steps):
+    if "initial_lr" in group and group["decoupled_weight_decay"]:
+        group["decouple_lr"] = True
     assert_same_scalars(group, steps)
 
 
@@ -115,6 +120,11 @@ def test_scalars_are_the_same_for_any_hyperparameters(group, steps):
         (dict(rho_threshold=1.9, rectification="exact"), 1),
         (dict(rho_threshold=float("nan")), 1),
         (dict(rectification="none"), 1),
+        (dict(decouple_lr=True, initial_lr=0.1), 1),
+        (dict(decouple_lr=True, decoupled_weight_decay=True), 1),
+        (dict(decouple_lr=True, decoupled_weight_decay=True, initial_lr=0.0), 1),
+        (dict(decouple_lr=True, decoupled_weight_decay=True, initial_lr=-0.1), 1),
+        (dict(decouple_lr=True, decoupled_weight_decay=True, initial_lr=float("nan")), 1),
     ],
     ids=str,
 )

@@ -323,7 +323,7 @@ class _Bucket:
     [
         ((len, _Bucket(2, False)), "construct RAdam with capturable=True"),
         ((len, _Bucket(1, True)), "some parameters are on the CPU"),
-        ((reference.run, _Bucket(2, True)), "the reference backend waits"),
+        ((reference, _Bucket(2, True)), "the reference backend waits"),
     ],
 )
 def test_what_a_replay_would_not_do_is_refused(step, reason):
@@ -376,6 +376,7 @@ def test_torchs_operations_make_the_scalars_of_the_schedule(
         capturable_group(
             device, lr=lr, betas=(beta1, beta2), weight_decay=0.1, rectification=rectification,
             rho_threshold=rho_threshold, **dict(zip(flags, values, strict=True)),
+            decouple_lr=values[1], initial_lr=0.7,
         )
         for i, values in enumerate(product((False, True), repeat=3))
         for lr, beta1 in zip(lrs, (0.9, 0.0) * 2, strict=True)
@@ -440,7 +441,13 @@ def test_triton_follows_the_cpu_kernel(dtype, device):
         params = make(where, dtype)
         groups = [
             dict(params=params[:2], maximize=True, betas=(0.5, 0.9), lr=torch.tensor(0.02)),
-            dict(params=params[2:4], weight_decay=0.1, decoupled_weight_decay=True),
+            dict(
+                params=params[2:4],
+                weight_decay=0.1,
+                decoupled_weight_decay=True,
+                decouple_lr=True,
+                initial_lr=0.5,
+            ),
             dict(params=params[4:], rectification="exact", degenerated_to_sgd=False),
         ]
         groups[0]["lr"] = groups[0]["lr"].to(where)

@@ -461,6 +461,7 @@ def test_the_signature_is_torchs_and_ours():
         "degenerated_to_sgd": True,
         "rectification": "first_order",
         "state_dtype": None,
+        "decouple_lr": False,
     }
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in extra)
 

@@ -1,4 +1,4 @@
-"""What training loops put around an optimizer: AMP, torch.compile, autograd, modules, threads."""
+"""What training loops put around an optimizer: AMP, autograd, modules, threads."""
 
 import copy
 import math
@@ -79,102 +79,6 @@ def test_gradient_clipping(clip):
         return model
 
     assert_same_parameters(run(RAdam), run(TorchRAdam), rtol=1e-9, atol=1e-11)
-
-
-# torch.compile.
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    ("inside", "backend"),
-    [
-        ("whole step", "eager"),
-        ("whole step", "aot_eager"),
-        ("optimizer.step", "eager"),
-        ("only the model", "aot_eager"),
-    ],
-)
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_training_step_equals_the_eager_one(inside, backend):
-    eager, model = network(dtype=torch.float64), network(dtype=torch.float64)
-    expected = RAdam(eager.parameters(), lr=0.1)
-    optimizer = RAdam(model.parameters(), lr=0.1)
-    train(eager, expected, 12)
-
-    def whole_step(x):
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    if inside == "whole step":
-        compiled = torch.compile(whole_step, backend=backend)
-    elif inside == "optimizer.step":
-        step = torch.compile(lambda: optimizer.step(), backend=backend)
-    else:
-        run = torch.compile(model, backend=backend)
-    for i in range(12):
-        if inside == "whole step":
-            compiled(batch(i, torch.float64))
-            continue
-        optimizer.zero_grad()
-        (model if inside == "optimizer.step" else run)(
-            batch(i, torch.float64)
-        ).square().mean().backward()
-        (step if inside == "optimizer.step" else optimizer.step)()
-    assert {optimizer.state[p]["step"].item() for p in model.parameters()} == {12.0}
-    assert_same_parameters(model, eager, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.usefixtures("fresh_compiler")
-def test_the_step_itself_is_never_traced(backend):
-    """A traced step would keep the counts and scalars of the step at which it was traced."""
-    graphs = []
-
-    def compiler(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    p = Parameter(torch.ones(3))
-    optimizer = RAdam([p], backend=backend)
-    step = torch.compile(lambda: optimizer.step(), backend=compiler)
-    for _ in range(STEPS):
-        p.grad = torch.ones(3)
-        step()
-    assert not graphs
-    assert optimizer.state[p]["step"] == STEPS
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_step_with_a_closure_and_a_scheduler():
-    def run(compiler):
-        model = network(dtype=torch.float64)
-        optimizer = RAdam(model.parameters(), lr=torch.tensor(0.1))
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = model(batch(0, torch.float64)).square().mean()
-            loss.backward()
-            return loss
-
-        step = compiler(lambda: optimizer.step(closure))
-        losses = []
-        for _ in range(STEPS):
-            losses.append(step().item())
-            scheduler.step()
-        return losses
-
-    compiled = run(lambda f: torch.compile(f, backend="eager"))
-    assert compiled == pytest.approx(run(lambda f: f), rel=1e-12)
 
 
 # Autograd.
