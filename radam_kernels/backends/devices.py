@@ -30,7 +30,7 @@ def type_name(dlpack: int) -> str:
     return _NAMES.get(dlpack, f"DLPack type {dlpack}")
 
 
-def device_of(bucket: cpu.Bucket) -> torch.device:
+def device_of(bucket: cpu.Bucket | cpu.GradientBucket) -> torch.device:
     """The device of a bucket's tensors."""
     number, index = bucket.device
     return torch.device(_NAMES[number], index)
