@@ -180,7 +180,7 @@ def cuda_architectures() -> list[str]:
 def norm_of(symbol: str) -> float | None:
     """From the mangled name of radam_norm_kernel<Norm, G>."""
     found = re.search(r"radam_norm_kernelILNS_4NormE(\d)E", symbol)
-    return (float(found[1]) or inf) if found else None
+    return (1.0, 2.0, inf)[int(found[1])] if found else None
 
 
 def dtypes_of(symbol: str) -> Codes | None:

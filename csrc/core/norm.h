@@ -8,9 +8,9 @@
 
 namespace radam {
 
-// What is taken of all elements: the largest, the sum, or the sum of squares, of |g|. A NaN makes
+// What is taken of all elements: the sum of |g|, the sum of squares, or the largest |g|. A NaN makes
 // each of them NaN.
-enum Norm : int { kLargest, kOne, kTwo };
+enum Norm : int { kOne, kTwo, kLargest };
 
 // The Norm of an order: inf, 1 or 2. Throws std::invalid_argument for any other.
 inline Norm norm_of_order(double order) {

@@ -60,7 +60,7 @@ __device__ __forceinline__ auto largest(const Pack<G, kVector<G>> (&packs)[kVect
   return found;
 }
 
-// The sum of |x * scale|^kNorm, vector by vector.
+// The sum of the magnitudes or squares of x * scale, vector by vector.
 template <Norm kNorm, typename G, typename T>
 __device__ __forceinline__ T sum_of_powers(const Pack<G, kVector<G>> (&packs)[kVectors], T scale) {
   T sum = 0;
@@ -91,7 +91,7 @@ __device__ __forceinline__ double of_thread(const Pack<G, kVector<G>> (&packs)[k
     uint32_t exponent = largest(packs) >> 24;
     exponent = exponent < 253 ? exponent : 253;
     const T sum = sum_of_powers<kNorm>(packs, bit_cast<float>((254 - exponent) << 23));
-    const int back = kNorm * (static_cast<int>(exponent) - 127);
+    const int back = (kNorm == kTwo ? 2 : 1) * (static_cast<int>(exponent) - 127);
     return sum * bit_cast<double>(static_cast<uint64_t>(1023 + back) << 52);
   }
 }

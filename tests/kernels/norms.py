@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from radam_kernels.modules import DTYPES
+from radam_kernels.modules import cpu
 from tests.helpers import SIZES
 
 NORMS = (1.0, 2.0, math.inf)
-DEVICE_NUMBERS = {"cpu": 1, "cuda": 2}  # DLPack's
 
 # Relative, of the sum of powers: a float32 product, and so many float32 additions in a row.
 CUDA_ERROR = (1 + 10) * 2.0**-24
@@ -21,30 +18,22 @@ TRITON_ERROR = (1 + 13) * 2.0**-24
 FLOAT64_ERROR = 1e-14
 
 
-@dataclass
 class Gradients:
-    """A bucket of gradients, with the attributes that a backend reads."""
+    """Gradients of one dtype and device, read as an optimizer reads them."""
 
-    tensors: list[Tensor]  # at least one, all of one dtype and device
-    cache: Any = field(default=None, init=False)
-
-    @property
-    def device(self) -> tuple[int, int]:
-        device = self.tensors[0].device
-        return DEVICE_NUMBERS[device.type], device.index or 0
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self._gradients = cpu.Gradients()
 
     @property
-    def dtype(self) -> int:
-        return DTYPES.index(self.tensors[0].dtype)
-
-    @property
-    def count(self) -> int:
-        return len(self.tensors)
-
-    @property
-    def rows(self) -> bytes:
-        rows = [[t.data_ptr(), t.numel()] for t in self.tensors]
-        return np.array(rows, np.int64).tobytes()
+    def bucket(self) -> cpu.GradientBucket:
+        """Of the tensors as they are now."""
+        params = [torch.empty_like(t) for t in self.tensors]
+        for param, tensor in zip(params, self.tensors, strict=True):
+            param.grad = tensor
+        assert self._gradients.refresh([{"params": params}], {}) == []
+        [bucket] = self._gradients.buckets
+        return bucket
 
 
 def power_sum(tensors: list[Tensor], norm_type: float) -> float:

@@ -3,7 +3,7 @@
 import copy
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -14,12 +14,10 @@ from torch.nn import Parameter
 from radam_kernels import RAdam, available_backends, radam_, schedule
 from radam_kernels.backends import cuda, triton_
 from radam_kernels.backends.upload import DeviceTables, upload_pinned
-from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
-from radam_kernels.scaling import UNSCALED, Scaling
+from radam_kernels.scaling import UNSCALED
 from tests.helpers import DTYPE_SETS, GPU, SIZES, dtypes_id, same_bits
 from tests.kernels import norms
-from tests.kernels.cuda_emulation.worker import make_plan
 
 pytestmark = GPU
 MODULES = {"cuda": cuda, "triton": triton_}
@@ -150,7 +148,7 @@ def test_more_elements_than_an_int32_can_count(backend):
 # The norm of gradients
 
 
-def gradients(device="cuda") -> norms.Gradients:
+def make_gradients(device="cuda") -> norms.Gradients:
     generator = torch.Generator().manual_seed(0)
     sizes = [0, *(i % 71 for i in range(1000)), 2**20 + 3]
     return norms.Gradients([torch.randn(n, generator=generator).to(device) for n in sizes])
@@ -160,11 +158,11 @@ def gradients(device="cuda") -> norms.Gradients:
 @pytest.mark.parametrize("norm_type", norms.NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_norm_is_exact_and_the_same_each_time(backend, dtype, norm_type):
-    bucket = gradients()
-    bucket.tensors = [t.to(dtype) for t in bucket.tensors]
-    found = [MODULES[backend].power_sum(bucket, norm_type) for _ in range(5)]
+    gradients = make_gradients()
+    gradients.tensors = [t.to(dtype) for t in gradients.tensors]
+    found = [MODULES[backend].power_sum(gradients.bucket, norm_type) for _ in range(5)]
     assert len({x.item() for x in found}) == 1
-    norms.assert_close(found[0].item(), bucket.tensors, norm_type, norms.TRITON_ERROR)
+    norms.assert_close(found[0].item(), gradients.tensors, norm_type, norms.TRITON_ERROR)
 
 
 def test_the_norm_of_more_elements_than_an_int32_can_count(backend):
@@ -176,56 +174,18 @@ def test_the_norm_of_more_elements_than_an_int32_can_count(backend):
     large[:: 2**20] = 3.0
     large[-1] = 4.0
     count = (numel + 2**20 - 1) // 2**20
-    assert MODULES[backend].power_sum(norms.Gradients([large]), 2.0) == 9.0 * count + 16
+    assert MODULES[backend].power_sum(norms.Gradients([large]).bucket, 2.0) == 9.0 * count + 16
 
 
 def test_the_norm_does_not_wait_for_the_device(backend):
-    bucket = gradients()
-    MODULES[backend].power_sum(bucket, 2.0)
+    gradients = make_gradients()
+    MODULES[backend].power_sum(gradients.bucket, 2.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        bucket.tensors[3] = torch.ones(7, device="cuda")
-        MODULES[backend].power_sum(bucket, 2.0)
+        gradients.tensors[3] = torch.ones(7, device="cuda")
+        MODULES[backend].power_sum(gradients.bucket, 2.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_graph_holds_a_norm_and_a_step_with_a_factor(backend):
-    """What clipping captures: the factor is made of the norm at each replay."""
-    options = dict(lr=0.1, capturable=True, backend=backend)
-    params, other = make(), make()
-    bucket = norms.Gradients([torch.ones_like(p) for p in params])
-    counts = [torch.zeros((), device="cuda") for _ in params]
-    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    [group] = RAdam(params, **options).param_groups
-    group = {name: value for name, value in group.items() if name != "params"}
-
-    def clip_and_step() -> None:
-        total = MODULES[backend].power_sum(bucket, 2.0).sqrt()
-        scaling = Scaling(factor=(0.5 / (total + 1e-6)).clamp(max=1.0))
-        segments = zip([p.data for p in params], bucket.tensors, *moments, strict=True)
-        launch(make_plan(list(segments), counts, [group], [0] * len(params), scaling), backend)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        clip_and_step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        clip_and_step()
-    plain = RAdam(other, **options)
-    for i in range(9):
-        if i > 0:
-            for j, g in enumerate(bucket.tensors):
-                g.fill_((i + j) % 5 / 100)
-            graph.replay()
-        total = norms.power_sum(bucket.tensors, 2.0) ** 0.5
-        for p, g in zip(other, bucket.tensors, strict=True):
-            p.grad = g * min(1.0, 0.5 / (total + 1e-6))
-        plain.step()
-    for p, q in zip(params, other, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 # The host runs ahead of the device
@@ -363,7 +323,7 @@ def test_scalars_made_on_the_device_are_the_schedules_within_an_ulp(form, beta2)
 
 
 def captured(
-    params: list[Parameter], optimizer: RAdam, grads: list[Tensor]
+    params: list[Parameter], step: Callable[[], object], grads: list[Tensor]
 ) -> torch.cuda.CUDAGraph:
     """A graph of one step that copies the gradients from `grads`, after a step to warm up."""
     for p, g in zip(params, grads, strict=True):
@@ -371,13 +331,13 @@ def captured(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        optimizer.step()
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for p, g in zip(params, grads, strict=True):
             p.grad = g * 1.0  # in the memory of the graph
-        optimizer.step()
+        step()
     return graph
 
 
@@ -389,7 +349,7 @@ def test_a_graph_steps_through_the_threshold_with_new_learning_rates(backend, ma
     options = dict(lr=lr, capturable=True, weight_decay=0.1, backend=backend)
     ours, plain = RAdam(params, **options), RAdam(other, **options)
     grads = [torch.ones_like(p) for p in params]
-    graph = captured(params, ours, grads)
+    graph = captured(params, ours.step, grads)
     for i in range(12):
         if i > 0:
             lr.fill_(0.1 / (i + 1))
@@ -403,11 +363,35 @@ def test_a_graph_steps_through_the_threshold_with_new_learning_rates(backend, ma
     assert ours.state[params[0]]["step"] == 12
 
 
+def test_a_graph_clips_by_the_norm_at_each_replay(backend):
+    params, other = make(), make()
+    options = dict(lr=0.1, capturable=True, backend=backend)
+    ours, plain = RAdam(params, **options), RAdam(other, **options)
+    grads = [torch.ones_like(p) for p in params]
+
+    def step() -> None:
+        ours.clip_grad_norm_(0.5)
+        ours.step()
+
+    graph = captured(params, step, grads)
+    for i in range(9):
+        if i > 0:
+            for j, g in enumerate(grads):
+                g.fill_((i + j) % 5 / 1000)
+            graph.replay()
+        total = norms.power_sum(grads, 2.0) ** 0.5
+        for p, g in zip(other, grads, strict=True):
+            p.grad = g * min(1.0, 0.5 / (total + 1e-6))
+        plain.step()
+    for p, q in zip(params, other, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_a_graph_owns_its_tables(backend):
     params, other = make(), make()
     grads = [torch.ones_like(p) for p in params]
     ours = RAdam(params, capturable=True, backend=backend)
-    graph = captured(params, ours, grads)
+    graph = captured(params, ours.step, grads)
     # All that the optimizer keeps on the device but the state is given back and overwritten.
     state = {p: ours.state[p] for p in params}
     del ours
@@ -496,7 +480,7 @@ def test_a_learning_rate_on_the_host_is_part_of_the_graph():
     params = make()
     ours = RAdam(params, lr=0.5, capturable=True)
     grads = [torch.ones_like(p) for p in params]  # the graph reads them
-    graph = captured(params, ours, grads)
+    graph = captured(params, ours.step, grads)
     ours.param_groups[0]["lr"] = 0.0
     before = [p.detach().clone() for p in params]
     graph.replay()

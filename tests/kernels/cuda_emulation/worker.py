@@ -189,7 +189,8 @@ def power_sums(
         backwards: whether the last block runs first.
     """
     module, c = load(library)
-    bucket = Gradients([place(values, offset)[0] for values in tensors])
+    gradients = Gradients([place(values, offset)[0] for values in tensors])
+    bucket = gradients.bucket
     c.run_blocks_backwards(backwards)
     with new_memory_is_nan():
         found = [cuda.power_sum_(module, bucket, p, DEVICE, 0).item() for p in norm_types]
@@ -231,19 +232,21 @@ def norm_far(library: str, numel: int, block: int) -> tuple[Tensor, float]:
 def norm_uploads(library: str, sizes: list[int]) -> list[tuple[int, int]]:
     """Launches and bytes uploaded: at first, again, and after one gradient has moved."""
     module, c = load(library)
-    bucket, seen = Gradients([torch.ones(size) for size in sizes]), []
+    gradients, seen = Gradients([torch.ones(size) for size in sizes]), []
     c.take_launches(), c.take_uploaded()
     for moves in (False, False, True):
         if moves:
-            bucket.tensors[-1] = bucket.tensors[-1].clone()
-        assert cuda.power_sum_(module, bucket, 1.0, DEVICE, 0).item() == sum(sizes)
+            gradients.tensors[-1] = gradients.tensors[-1].clone()
+        total = cuda.power_sum_(module, gradients.bucket, 1.0, DEVICE, 0)
+        assert total.item() == sum(sizes)
         seen.append((c.take_launches(), c.take_uploaded()))
     return seen
 
 
 def norm_error(library: str, norm_type: float) -> str:
     try:
-        cuda.power_sum_(load(library)[0], Gradients([torch.ones(3)]), norm_type, DEVICE, 0)
+        gradients = Gradients([torch.ones(3)])
+        cuda.power_sum_(load(library)[0], gradients.bucket, norm_type, DEVICE, 0)
     except ValueError as error:
         return str(error)
     return "no error"

@@ -1,6 +1,5 @@
 """The PTX of the kernels: nvcc's by the flags of the build, Triton's as its launches ask for it."""
 
-import math
 import re
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+
+from tests.kernels.norms import NORMS
 
 from .program import Program, parse
 
@@ -60,7 +61,7 @@ def nvcc(arch: str, source: str = "step_cuda") -> dict[Any, Compiled]:
             key = tuple(_TYPES[t.strip()] for t in arguments.split(","))
         elif kind == "norm":
             norm, dtype = re.fullmatch(r"\(radam::Norm\)(\d), (.*)", arguments).groups()
-            key = _TYPES[dtype], float(norm) or math.inf
+            key = _TYPES[dtype], NORMS[int(norm)]
         else:
             key = arguments == "true" if kind == "norm_total" else kind
         kernels[key] = Compiled(symbol, f"{source}-{arch}.ptx", text)
