@@ -8,8 +8,8 @@
 
 namespace radam {
 
-// What is taken of all elements: the sum of |g|, the sum of squares, or the largest |g|. A NaN makes
-// each of them NaN.
+// What is taken of all elements: the sum of |g|, the sum of squares, or the largest |g|. A NaN
+// makes each of them NaN.
 enum Norm : int { kOne, kTwo, kLargest };
 
 // The Norm of an order: inf, 1 or 2. Throws std::invalid_argument for any other.
