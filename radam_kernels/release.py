@@ -112,12 +112,13 @@ class StepInBackward:
         except KeyError:
             raise self._second_gradient(optimizer, param) from None
         plan, repairs = member.plan, Repairs()
-        # A walk over all groups and the whole state at each parameter would be quadratic.
-        groups = [{**group, "params": (param,)}]
-        state = {param: optimizer.state.get(param)}
         try:
-            if optimizer._refresh(plan, repairs, groups, state):
-                launch(plan, optimizer._backend, repairs.write_backs)
+            if not self._step_on_cpu(optimizer, plan, group, param):
+                # A walk over all groups and the whole state for each parameter would be quadratic.
+                groups = [{**group, "params": (param,)}]
+                state = {param: optimizer.state.get(param)}
+                if optimizer._refresh(plan, repairs, groups, state):
+                    launch(plan, optimizer._backend, repairs.write_backs)
             param.grad = None
         except BaseException:
             if not plan.begun:
@@ -126,6 +127,19 @@ class StepInBackward:
             raise
         finally:
             plan.release()
+
+    @staticmethod
+    def _step_on_cpu(
+        optimizer: "RAdam", plan: cpu.Plan, group: dict[str, Any], param: Tensor
+    ) -> bool:
+        """Steps in one C++ call, without the overhead of a general plan; False if it can't."""
+        if optimizer._backend not in ("auto", "cpu"):
+            return False
+        if torch._C._len_torch_dispatch_stack():  # FakeTensorMode, among others
+            return False
+        threads = torch.get_num_threads()
+        own = optimizer.state.get(param)
+        return plan.step_parameter(group, param, own, optimizer._scaling(), threads)
 
     @staticmethod
     def _find_group(member: _Member, groups: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -294,6 +294,16 @@ PYBIND11_MODULE(_cpu, m) {
           },
           py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
           py::arg("step"), py::arg("group"), py::arg("scaling"))
+      .def(
+          "step_parameter",
+          [](Plan& plan, const py::dict& group, py::handle param, py::handle state,
+             py::handle scaling, int threads) {
+            return plan.step_parameter(group.ptr(), param.ptr(), state.ptr(), scaling.ptr(),
+                                       threads);
+          },
+          py::arg("group"), py::arg("param"), py::arg("state"), py::arg("scaling"),
+          py::arg("threads"),
+          "Steps one parameter with its state, if it can be stepped as it is, on the CPU.")
       .def("begin", &Plan::begin, "Bumps the version of every tensor that is written.")
       .def("commit", &Plan::commit, "Writes the step counts that the host keeps.")
       .def("run_cpu", &Plan::run_cpu, py::arg("threads"),

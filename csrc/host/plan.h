@@ -47,6 +47,12 @@ class Plan {
   Ref refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs, PyObject* exp_avg_sqs,
                       double step, PyObject* group, PyObject* scaling);
 
+  // Steps one parameter of `group`, if it has a gradient and can be stepped as it is, on the CPU.
+  // `state` is its own. False if not: nothing has changed then, and refresh() has the reason. For
+  // the hooks of step_in_backward(), whose overhead counts for each parameter.
+  bool step_parameter(PyObject* group, PyObject* param, PyObject* state, PyObject* scaling,
+                      int threads);
+
   // Bumps the version counters of the tensors, so that backward through a stale graph raises
   // instead of giving wrong gradients. From here on memory is written.
   void begin();

@@ -113,6 +113,28 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
   return Ref::borrow(pending.get());
 }
 
+bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyObject* scaling,
+                          int threads) try {
+  release();
+  find_dtensor();
+  add_group(group);
+  entries_.resize(1);
+  const Ref owner = Ref::borrow(param);
+  Ref grad = gradient(param);
+  if (grad.get() == Py_None || !find_row(state)) return false;
+  row_[kParam] = Ref::borrow(param);
+  row_[kGrad] = std::move(grad);
+  if (add_row(owner, 0, entries_[0]) || !on_cpu()) return false;
+  const Ref groups = Ref::steal(Py_BuildValue("(O)", group));
+  complete(groups.get(), scaling);
+  run_cpu(threads);
+  return true;
+} catch (const Refusal&) {
+  return false;
+} catch (const InvalidGroup&) {
+  return false;
+}
+
 void Plan::add_group(PyObject* options) {
   const Ref dtype = item(options, RADAM_STR(state_dtype));
   const Ref capturable = item(options, RADAM_STR(capturable));
