@@ -1,5 +1,6 @@
 """RAdam, a drop-in replacement for torch.optim.RAdam."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, overload
@@ -14,12 +15,15 @@ from .flat import flatten_
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
 from .launch import explain, launch
 from .modules import cpu
+from .release import StepInBackward
 from .repair import Repairs, repair
 from .scaling import UNSCALED, Scaling
 from .schedule import Form
 from .stages import listen
 from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, prepare_load
 from .watch import Watch
+
+_RESERVING = threading.Lock()  # autograd runs the hooks of step_in_backward() in several threads
 
 
 class RAdam(Optimizer):
@@ -89,6 +93,8 @@ class RAdam(Optimizer):
         NotImplementedError: differentiable=True.
     """
 
+    _in_backward: StepInBackward | None = None  # while step_in_backward() is on
+
     def __init__(
         self,
         params: ParamsT,
@@ -157,6 +163,12 @@ class RAdam(Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 raise
+        if self._in_backward is not None:
+            try:
+                self._in_backward.add_groups(self, len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups.pop()
+                raise
         self._watch.sizes.append(len(self.param_groups[-1]["params"]))
 
     @overload
@@ -176,7 +188,13 @@ class RAdam(Optimizer):
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
+        in_backward = self._in_backward
         if closure is not None:
+            if in_backward is not None:
+                raise RuntimeError(
+                    "step(closure) can't reevaluate the model while step_in_backward() is on: its "
+                    "backward steps; call backward() and then step(), or remove() on the handle"
+                )
             with torch.enable_grad():
                 loss = closure()
         repairs = Repairs()
@@ -186,10 +204,13 @@ class RAdam(Optimizer):
         try:
             if stages:
                 stages.enter("plan")
-            if self._refresh(plan, repairs):
+            trained = in_backward is not None and in_backward.begin_step(self)
+            if self._refresh(plan, repairs, self.param_groups, self.state):
                 if not self._watch.is_over():
-                    self._watch.look(self.param_groups, trained=bool(plan.owners))
+                    self._watch.look(self.param_groups, trained=trained or bool(plan.owners))
                 launch(plan, self._backend, repairs.write_backs, stages)
+            if in_backward is not None:
+                in_backward.end_step(plan.owners)
         except BaseException:
             # Once memory has been written, the new state is kept, because it belongs to that.
             if not plan.begun:
@@ -236,9 +257,14 @@ class RAdam(Optimizer):
         Raises:
             ValueError: max_norm or norm_type out of range, or a gradient that can't be stepped.
             RuntimeError: a norm that is not finite, with `error_if_nonfinite`; sparse gradients;
-                parameters of FSDP1. At the step: gradients that were changed in place, or partly
-                replaced, since.
+                parameters of FSDP1; `step_in_backward()` is on. At the step: gradients that were
+                changed in place, or partly replaced, since.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "clip_grad_norm_() has no gradients while step_in_backward() is on: each is freed "
+                "before the next is known; call remove() on the handle to clip"
+            )
         self._drop_clipping()
         clipping = self.__dict__.setdefault("_clipping", Clipping())
         stages = listen()
@@ -266,14 +292,23 @@ class RAdam(Optimizer):
         if clipping := self.__dict__.get("_clipping"):
             clipping.factor = None
 
-    def _refresh(self, plan: cpu.Plan, repairs: Repairs) -> bool:
-        """Plans the step; False if the tensors are fake, so that the step is already done."""
-        groups, state, scaling = self.param_groups, self.state, self._scaling()
+    def _refresh(
+        self,
+        plan: cpu.Plan,
+        repairs: Repairs,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+    ) -> bool:
+        """Plans the step of `groups`; False if the tensors are fake, so that it is already done.
+
+        `state` is that of these parameters, before the step.
+        """
+        scaling = self._scaling()
         if torch._C._len_torch_dispatch_stack():
             from . import fake
 
             if fake.is_active():
-                fake.step(groups, state)
+                fake.step(groups, self.state)
                 return False
         try:
             # Twice if something is repaired; more often only if another thread changes the state of
@@ -282,12 +317,12 @@ class RAdam(Optimizer):
                 from . import fake
 
                 if fake.any_fake([owner for _, owner, _, _ in pending]):
-                    fake.step(groups, state)
+                    fake.step(groups, self.state)
                     return False
                 for _, owner, _, reason in pending:
                     if id(owner) in repairs.replacements:
                         raise ValueError(f"{self._name(owner)}: {reason}")
-                repair(repairs, pending, plan, state, self._name, self._moments)
+                repair(repairs, pending, plan, self.state, self._name, self._moments)
         except (cpu.Refusal, cpu.InvalidGroup) as error:
             raise explain(error, plan, self._name) from None
         return True
@@ -300,6 +335,12 @@ class RAdam(Optimizer):
             factor = clipping.factor_for(self.param_groups, self._name)
         if "found_inf" not in found and "grad_scale" not in found:
             return UNSCALED if factor is None else Scaling(factor=factor)
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "grad_scale and found_inf are set on the optimizer while step_in_backward() is on, "
+                "and come too late for steps in backward: train without GradScaler, or call "
+                "remove() on the handle"
+            )
         if not self._step_supports_amp_scaling:
             raise RuntimeError(
                 "grad_scale and found_inf are set on the optimizer, and only capturable=True "
@@ -317,6 +358,10 @@ class RAdam(Optimizer):
         if not self._flatten:
             return new_moments([owner for owner, _ in fresh], [dtype for _, dtype in fresh])
         # One buffer for all parameters that train, including those that have no gradient yet.
+        with _RESERVING:
+            return self._reserve(fresh)
+
+    def _reserve(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
         reserved = self.__dict__.setdefault("_reserved", {})
 
         def is_reserved(owner: Tensor, dtype: torch.dtype) -> bool:
@@ -335,6 +380,33 @@ class RAdam(Optimizer):
             reserved.clear()
             reserved.update(zip(wanted, made, strict=True))
         return [reserved.pop(owner) for owner, _ in fresh]
+
+    def step_in_backward(self) -> StepInBackward:
+        """Steps each parameter in backward, as soon as its gradient is complete, and frees it.
+
+        So not all gradients are in memory at once. Go on calling `step()` after each backward, and
+        `zero_grad()` if you like: `step()` steps parameters that still have a gradient (unfrozen
+        since, or without their hook), and ends the step. State, checkpoints and results are those
+        of ordinary steps. `remove()` of the handle that is returned ends it. A copied or unpickled
+        optimizer goes on with its own parameters.
+
+        Each backward steps with what it has, so there is no gradient accumulation, no closure and
+        no clipping or unscaling of gradients: `max_grad_norm` of a Trainer, a GradScaler and
+        torch's `clip_grad_norm_` find none, and can't be noticed. With FSDP2 memory is freed for
+        one FSDP group at a time. Hooks of `register_step_pre_hook` see no gradients.
+
+        If backward fails midway, some parameters have been stepped. To go on, call `zero_grad()`
+        and `step()`, which ends that step; another backward first raises.
+
+        Raises:
+            RuntimeError: it is on already, or for another optimizer of the same parameters;
+                parameters of DistributedDataParallel or FSDP1. In backward: create_graph=True, or
+                a second gradient since the last `step()`. In `step()`: a closure, `grad_scale` or
+                `found_inf`, or a parameter that was stepped and has a gradient again.
+            ValueError: parameters share memory. In backward: whatever a step raises.
+        """
+        self._drop_clipping()
+        return StepInBackward(self)
 
     def _name(self, owner: Tensor) -> str:
         """The name of a parameter in error messages."""
@@ -406,11 +478,17 @@ class RAdam(Optimizer):
         return f"{groups}backend: {self._backend}\nflatten: {self._flatten}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend, "_flatten": self._flatten}
+        return {
+            **super().__getstate__(),
+            "_backend": self._backend,
+            "_flatten": self._flatten,
+            "_steps_in_backward": self._in_backward is not None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled, copied or loaded optimizer without copying its tensors."""
         super().__setstate__(state)
+        steps_in_backward = self.__dict__.pop("_steps_in_backward", False)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_flatten", False)
         self.__dict__.setdefault("_watch", Watch(self.param_groups))
@@ -431,6 +509,8 @@ class RAdam(Optimizer):
                     stacklevel=3,
                 )
                 group["differentiable"] = False
+        if steps_in_backward:
+            self.step_in_backward()
 
 
 def _trained(groups: list[dict[str, Any]]) -> list[Tensor]:

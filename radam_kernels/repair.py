@@ -115,7 +115,7 @@ def repair(
         for owner, grad, old in zip(owners, grads, olds, strict=True)
     ]
     if any(item.copied for item in staged):
-        _refuse_sharing([*plan.owners, *owners], name_of)
+        refuse_sharing([*plan.owners, *owners], name_of)
     fresh = []
     for (group, owner, _, _), old, moments in zip(pending, olds, placed, strict=True):
         dtype = moment_dtype(owner, group.get("state_dtype"))
@@ -261,7 +261,8 @@ def _match_gradient(grad: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=dtype).copy_(grad)
 
 
-def _refuse_sharing(params: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
+def refuse_sharing(params: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    """Raises ValueError for parameters that share memory, with each other or within one."""
     if pair := find_sharing(params):
         name, other = (name_of(params[i]) for i in pair)
         raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,9 @@ _REASON = (
     "radam_kernels.radam_, which is an operator and takes the number of the step"
 )
 # torch < 2.7 has no `reason`.
-_options = {"reason": _REASON} if "reason" in signature(torch.compiler.disable).parameters else {}
+_options: dict[str, Any] = (
+    {"reason": _REASON} if "reason" in signature(torch.compiler.disable).parameters else {}
+)
 
 
 @torch.compiler.disable(**_options)

@@ -304,6 +304,8 @@ PYBIND11_MODULE(_cpu, m) {
            "begin(), every bucket and commit() in one call: no signal handler runs between them.")
       .def("release", &Plan::release, "Drops all references to tensors.")
       .def_property_readonly("begun", &Plan::begun, "Whether memory may have been written.")
+      .def_property_readonly("on_cpu", &Plan::on_cpu,
+                             "Whether the plan has buckets, and all of them are on the CPU.")
       .def_property_readonly("buckets", &Plan::buckets, py::return_value_policy::reference_internal)
       .def_property_readonly("groups", [](const Plan& plan) { return object(plan.groups()); })
       .def_property_readonly("owners", [](const Plan& plan) { return objects(plan.owners()); });

@@ -119,6 +119,16 @@ void Plan::read_device_groups(Bucket& bucket, PyObject* scaling) {
   }
 }
 
+bool Plan::on_cpu() const {
+  bool any = false;
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.segments.empty()) continue;
+    if (bucket.device.type != kCPU) return false;
+    any = true;
+  }
+  return any;
+}
+
 std::vector<Bucket*> Plan::buckets() {
   std::vector<Bucket*> filled;
   for (Bucket& bucket : buckets_) {

@@ -65,6 +65,7 @@ class Plan {
   void release();
 
   bool begun() const { return begun_; }
+  bool on_cpu() const;  // whether it has buckets, and all are on the CPU
   std::vector<Bucket*> buckets();
   const std::vector<Ref>& owners() const { return owners_; }
   Ref groups() const;  // a list of the groups that refresh() has read

@@ -114,12 +114,14 @@ bool describe_by_attributes(PyObject* tensor, TensorInfo& info) try {
   info.ndim = static_cast<int32_t>(PyTuple_Size(sizes.get()));
   if (info.ndim < 0) throw PythonError();
   if (info.ndim > kMaxDims) return false;
-  for (int i = 0; i < info.ndim; ++i) {
-    info.storage[i] = to_int(PyTuple_GetItem(sizes.get(), i));
-    info.storage[kMaxDims + i] = to_int(PyTuple_GetItem(strides.get(), i));
+  info.storage.clear();
+  for (PyObject* numbers : {sizes.get(), strides.get()}) {
+    for (int i = 0; i < info.ndim; ++i) {
+      info.storage.push_back(to_int(PyTuple_GetItem(numbers, i)));
+    }
   }
-  info.sizes = info.storage;
-  info.strides = info.storage + kMaxDims;
+  info.sizes = info.storage.data();
+  info.strides = info.storage.data() + info.ndim;
   info.numel = count(info);
   info.data = static_cast<char*>(PyLong_AsVoidPtr(call("data_ptr").get()));
   return !PyErr_Occurred();

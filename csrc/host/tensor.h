@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/dtypes.h"
 #include "host/python.h"
@@ -30,8 +31,8 @@ struct TensorInfo {
   int32_t ndim = 0;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
-  int64_t numel = 0;              // complex numbers count once
-  int64_t storage[2 * kMaxDims];  // for sizes and strides, if describe() must copy them
+  int64_t numel = 0;             // complex numbers count once
+  std::vector<int64_t> storage;  // for sizes and strides, if describe() must copy them
 
   TensorInfo() = default;
   TensorInfo(const TensorInfo&) = delete;

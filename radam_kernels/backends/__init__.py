@@ -43,6 +43,7 @@ class Backend(Protocol):
         Returns:
             A float64 tensor of shape () on the bucket's device.
         """
+        ...
 
 
 @cache

@@ -1,6 +1,9 @@
 """torch.compile and torch.export: RAdam.step is a graph break, radam_ an operator."""
 
 import io
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,18 +16,29 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import FlopCounterMode
 
 from radam_kernels import RAdam, flatten_, radam_
-from tests.helpers import STEPS, USUAL, assert_same_parameters, batch, network, randn, same_bits
+from tests.helpers import (
+    STEPS,
+    USUAL,
+    assert_same_parameters,
+    batch,
+    network,
+    randn,
+    same_bits,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-BACKENDS = ["eager", "aot_eager", "inductor"]
+TRACERS = ["eager", "aot_eager"]
 ADAPTIVE = {key: value for key, value in USUAL.items() if key != "lr"}
 
 Streams = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(request):
+    if "inductor" in request.node.name and not shutil.which("g++"):
+        pytest.skip("inductor finds no g++")
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -186,7 +200,15 @@ def without_gradients(*lists, **options) -> None:
         one_step(*lists, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("function", "backend"),
+    [
+        (one_step, "eager"),
+        (one_step, "aot_eager"),
+        (one_step, "inductor"),
+        (without_gradients, "aot_eager"),
+    ],
+)
 @pytest.mark.parametrize(
     "make",
     [
@@ -200,7 +222,6 @@ def without_gradients(*lists, **options) -> None:
     ],
     ids=["plain", "requires grad", "dtypes", "transposed", "tensors", "flat", "empty"],
 )
-@pytest.mark.parametrize("function", [one_step, without_gradients])
 def test_a_compiled_function_makes_the_bits_of_the_eager_one(function, make, backend):
     compiled, eager = make(), make()
     torch.compile(function, fullgraph=True, backend=backend)(*compiled)
@@ -208,7 +229,7 @@ def test_a_compiled_function_makes_the_bits_of_the_eager_one(function, make, bac
     assert_same_bits(compiled, eager)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])  # inductor does not support complex
+@pytest.mark.parametrize("backend", TRACERS)  # inductor does not support complex
 def test_complex_tensors_compiled(backend):
     compiled, eager = (streams(2, (torch.complex64,)) for _ in range(2))
     torch.compile(one_step, fullgraph=True, backend=backend)(*compiled)
@@ -216,8 +237,10 @@ def test_complex_tensors_compiled(backend):
     assert_same_bits(compiled, eager)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize(
+    ("as_tensors", "backend"),
+    [(False, "eager"), (False, "aot_eager"), (False, "inductor"), (True, "aot_eager")],
+)
 def test_counts_rates_and_scales_do_not_compile_again(as_tensors, backend):
     counter = CompileCounterWithBackend(backend)
     step_compiled = torch.compile(one_step, fullgraph=True, backend=counter)
@@ -232,7 +255,7 @@ def test_counts_rates_and_scales_do_not_compile_again(as_tensors, backend):
     assert counter.frame_count <= 3  # for a constant, for variables, and once more by old versions
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRACERS)
 def test_all_options_reach_the_operator(backend):
     options = dict(
         weight_decay=0.1, decoupled_weight_decay=True, maximize=True, rho_threshold=4.0,
@@ -247,8 +270,7 @@ def test_all_options_reach_the_operator(backend):
     assert not torch.equal(plain[0][0], eager[0][0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_wrong_is_refused_when_a_compiled_function_runs(backend):
+def test_what_is_wrong_is_refused_when_a_compiled_function_runs():
     params, grads, exp_avgs, exp_avg_sqs = streams()
     before = [x.clone() for tensors in (params, exp_avgs, exp_avg_sqs) for x in tensors]
     for lists, options, message in [
@@ -263,12 +285,12 @@ def test_what_is_wrong_is_refused_when_a_compiled_function_runs(backend):
     ]:
         torch._dynamo.reset()
         with pytest.raises(ValueError, match=message):
-            torch.compile(one_step, fullgraph=True, backend=backend)(*lists, **options)
+            torch.compile(one_step, fullgraph=True, backend="aot_eager")(*lists, **options)
     after = [x for tensors in (params, exp_avgs, exp_avg_sqs) for x in tensors]
     assert all(map(same_bits, after, before))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*TRACERS, "inductor"])
 def test_a_compiled_function_of_gradients_and_a_step_trains(backend):
     def train_step(params, exp_avgs, exp_avg_sqs, x, step):
         (weight, bias) = params
@@ -398,16 +420,17 @@ def test_the_operator_is_registered_as_torch_wants_it(dtype, requires_grad):
         torch.library.opcheck(torch.ops.radam_kernels.radam_, (*lists, *numbers), options)
 
 
-def test_registering_imports_no_compiler_and_survives_a_reload(succeeds):
-    succeeds("""
-import importlib, subprocess, sys
-check = "import sys, radam_kernels; sys.exit('torch._dynamo' in sys.modules)"
-assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+def test_registering_imports_no_compiler_and_survives_a_reload():
+    script = """
+import importlib, sys
 import torch, radam_kernels
+assert "torch._dynamo" not in sys.modules
 importlib.reload(sys.modules["radam_kernels.functional"])
 from radam_kernels.functional import radam_
 streams = [torch.ones(3) for _ in range(4)]
 step = torch.compile(radam_, fullgraph=True, backend="eager")
 step(*streams, step=1, lr=0.5, beta1=0.9, beta2=0.999, eps=1e-8)
 assert not torch.equal(streams[0], torch.ones(3))
-""")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

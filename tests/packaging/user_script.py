@@ -36,6 +36,7 @@ def main() -> None:
     )
     assert_type(train(model, optimizer), float)
     assert_type(optimizer.step(lambda: 0.5), float)
+    assert_type(optimizer.clip_grad_norm_(1.0), Tensor)
     assert_type(optimizer.step(), None)
 
     RAdam(model.named_parameters(), 1e-3)

@@ -1,0 +1,218 @@
+"""Gradient release: each parameter is stepped during backward, and its gradient is freed."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .launch import launch
+from .modules import cpu
+from .repair import Repairs, refuse_sharing
+
+if TYPE_CHECKING:
+    from .optimizer import RAdam
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A parameter that is stepped in backward."""
+
+    param: Tensor
+    group: int  # where it was last found in param_groups
+    index: int
+    hook: RemovableHandle | None = None
+    # Its own, because a plan caches what it knows of the tensors of the last step.
+    plan: cpu.Plan = field(default_factory=cpu.Plan)
+
+
+class StepInBackward:
+    """Steps each parameter of an optimizer as soon as its gradient is complete, until `remove()`.
+
+    `RAdam.step_in_backward` makes it. The hooks of the parameters refer to the optimizer weakly.
+    They are removed when it goes, so that gradients are then kept as usual.
+    """
+
+    def __init__(self, optimizer: "RAdam") -> None:
+        if optimizer._in_backward is not None:
+            raise RuntimeError(
+                "step_in_backward() is on already; call remove() on the handle that it returned"
+            )
+        self._optimizer = weakref.ref(optimizer, lambda _: self._remove_hooks())
+        self._members: dict[int, _Member] = {}  # by id of the parameter
+        self._waiting: set[int] = set()  # those that were not stepped since the last step()
+        self.add_groups(optimizer)
+        optimizer._in_backward = self
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """A copy is the handle of a copy of the optimizer."""
+        return _handle_of, (self._optimizer(),)
+
+    def remove(self) -> None:
+        """Ends it: gradients are kept for `step()` again. Calling it twice has no effect."""
+        self._remove_hooks()
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._in_backward is self:
+            optimizer._in_backward = None
+
+    def _remove_hooks(self) -> None:
+        for member in self._members.values():
+            if member.hook is not None:
+                member.hook.remove()
+        self._members.clear()
+        self._waiting.clear()
+
+    def add_groups(self, optimizer: "RAdam", first: int = 0) -> None:
+        """Registers the hooks of the groups from `first`; frozen parameters can't have one."""
+        added = [
+            _Member(param, g, i)
+            for g, group in enumerate(optimizer.param_groups[first:], first)
+            for i, param in enumerate(group["params"])
+            if _takes_hooks(param)
+        ]
+        others = [member.param for member in self._members.values()]
+        _check([member.param for member in added], others, optimizer._name)
+        for member in added:
+            self._register(member)
+
+    def _register(self, member: _Member) -> None:
+        """Registers the hook of a parameter, if it is not there already."""
+        param = member.param
+        if hooks := param._post_accumulate_grad_hooks:
+            # After swap_tensors() autograd does not see these. Setting the attribute tells it.
+            param._post_accumulate_grad_hooks = hooks
+        if member.hook is None or member.hook.id not in (hooks or ()):
+            member.hook = param.register_post_accumulate_grad_hook(self._step_parameter)
+        self._members[id(param)] = member
+        self._waiting.add(id(param))
+
+    def _step_parameter(self, param: Tensor) -> None:
+        """The hook: steps one parameter, and frees its gradient.
+
+        If it raises before memory is written, parameter, state and gradient are as before.
+        """
+        optimizer = self._optimizer()
+        member = self._members.get(id(param))
+        if optimizer is None or member is None or param.grad is None:
+            return
+        group = self._find_group(member, optimizer.param_groups)
+        if group is None:  # it was taken out of the optimizer
+            return
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "step_in_backward() frees each gradient, so it can't be differentiated: don't call "
+                "backward(create_graph=True), or call remove() on the handle before"
+            )
+        try:
+            self._waiting.remove(id(param))
+        except KeyError:
+            raise self._second_gradient(optimizer, param) from None
+        plan, repairs = member.plan, Repairs()
+        # A walk over all groups and the whole state at each parameter would be quadratic.
+        groups = [{**group, "params": (param,)}]
+        state = {param: optimizer.state.get(param)}
+        try:
+            if optimizer._refresh(plan, repairs, groups, state):
+                launch(plan, optimizer._backend, repairs.write_backs)
+            param.grad = None
+        except BaseException:
+            if not plan.begun:
+                repairs.undo(optimizer.state)
+                self._waiting.add(id(param))
+            raise
+        finally:
+            plan.release()
+
+    @staticmethod
+    def _find_group(member: _Member, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The group that the parameter is in now; load_state_dict() and users replace groups."""
+        if member.group < len(groups):
+            params = groups[member.group]["params"]
+            if member.index < len(params) and params[member.index] is member.param:
+                return groups[member.group]
+        for g, group in enumerate(groups):
+            for i, param in enumerate(group["params"]):
+                if param is member.param:
+                    member.group, member.index = g, i
+                    return group
+        return None
+
+    def _second_gradient(self, optimizer: "RAdam", param: Tensor) -> RuntimeError:
+        return RuntimeError(
+            f"{optimizer._name(param)}: it was stepped in backward since the last step(), and has "
+            "a gradient again. Either step() was not called after each backward, as for gradient "
+            "accumulation, which needs gradients that are kept: call remove() on the handle of "
+            "step_in_backward(). Or the parameter is used in several checkpointed parts: use "
+            "checkpoint(..., use_reentrant=False). Or DistributedDataParallel or another hook "
+            "gave it a gradient. zero_grad() and then step() end the step that backward began"
+        )
+
+    def begin_step(self, optimizer: "RAdam") -> bool:
+        """Whether parameters were stepped in backward; raises if one has a gradient again."""
+        stepped = self._members.keys() - self._waiting
+        for key in stepped:
+            param = self._members[key].param
+            if param.grad is not None:
+                raise self._second_gradient(optimizer, param)
+        return bool(stepped)
+
+    def end_step(self, stepped: Iterable[Tensor]) -> None:
+        """Begins the next step; `stepped` are those that step() had to step.
+
+        Those are hooked again: they lost their hook, or were frozen when it was to be registered.
+        """
+        self._waiting = set(self._members)
+        for param in stepped:
+            if _takes_hooks(param):
+                self._register(self._members.get(id(param)) or _Member(param, 0, 0))
+
+
+def _takes_hooks(param: Tensor) -> bool:
+    return param.requires_grad and param.is_leaf
+
+
+def _handle_of(optimizer: "RAdam") -> "StepInBackward | None":
+    return optimizer._in_backward
+
+
+def _check(params: list[Tensor], others: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    """Raises for parameters that can't be stepped in backward, on their own or beside `others`."""
+    for param in params:
+        if getattr(param, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"step_in_backward(): {name_of(param)} belongs to "
+                "FullyShardedDataParallel (FSDP1), which reduces gradients after the hooks of "
+                "parameters; use fully_shard (FSDP2)"
+            )
+        for hook in (param._post_accumulate_grad_hooks or {}).values():
+            if isinstance(getattr(hook, "__self__", None), StepInBackward):
+                raise RuntimeError(
+                    f"step_in_backward(): {name_of(param)} is stepped in backward by "
+                    "another optimizer; leave it out of one"
+                )
+    from .fake import any_fake
+
+    # An ordinary step compares all parameters. A step of a single one can't.
+    if not any_fake([*others, *params]):
+        refuse_sharing([*others, *params], name_of)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _refuse_ddp({id(param) for param in params}, name_of)
+
+
+def _refuse_ddp(trained: set[int], name_of: Callable[[Tensor], str]) -> None:
+    """A parameter bears no mark of DistributedDataParallel, so look for live modules."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    for module in gc.get_objects():
+        if not issubclass(type(module), ddp):
+            continue
+        for param in module.parameters():
+            if id(param) in trained:
+                raise RuntimeError(
+                    f"step_in_backward(): {name_of(param)} belongs to "
+                    "DistributedDataParallel, which averages gradients after the hooks of "
+                    "parameters; use fully_shard (FSDP2), or step without step_in_backward()"
+                )
