@@ -3,7 +3,8 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,21 +14,24 @@ from torch.utils.hooks import RemovableHandle
 from .launch import launch
 from .modules import cpu
 from .repair import Repairs, refuse_sharing
+from .scaling import UNSCALED
 
 if TYPE_CHECKING:
     from .optimizer import RAdam
 
 
-@dataclass(slots=True, eq=False)
 class _Member:
     """A parameter that is stepped in backward."""
 
-    param: Tensor
-    group: int  # where it was last found in param_groups
-    index: int
-    hook: RemovableHandle | None = None
-    # Its own, because a plan caches what it knows of the tensors of the last step.
-    plan: cpu.Plan = field(default_factory=cpu.Plan)
+    __slots__ = ("group", "hook", "index", "param", "plan", "stepped")
+
+    def __init__(self, param: Tensor, group: int, index: int) -> None:
+        self.param = param
+        self.group, self.index = group, index  # where it was last found in param_groups
+        self.hook: RemovableHandle | None = None
+        # For what step_parameter() of a plan can't do: it caches tables on a device.
+        self.plan: cpu.Plan | None = None
+        self.stepped = False  # since the last step()
 
 
 class StepInBackward:
@@ -44,7 +48,7 @@ class StepInBackward:
             )
         self._optimizer = weakref.ref(optimizer, lambda _: self._remove_hooks())
         self._members: dict[int, _Member] = {}  # by id of the parameter
-        self._waiting: set[int] = set()  # those that were not stepped since the last step()
+        self._plans: list[cpu.Plan] = []  # that no thread uses
         self.add_groups(optimizer)
         optimizer._in_backward = self
 
@@ -64,7 +68,6 @@ class StepInBackward:
             if member.hook is not None:
                 member.hook.remove()
         self._members.clear()
-        self._waiting.clear()
 
     def add_groups(self, optimizer: "RAdam", first: int = 0) -> None:
         """Registers the hooks of the groups from `first`; frozen parameters can't have one."""
@@ -86,18 +89,16 @@ class StepInBackward:
             # After swap_tensors() autograd does not see these. Setting the attribute tells it.
             param._post_accumulate_grad_hooks = hooks
         if member.hook is None or member.hook.id not in (hooks or ()):
-            member.hook = param.register_post_accumulate_grad_hook(self._step_parameter)
+            member.hook = param.register_post_accumulate_grad_hook(partial(self._step, member))
         self._members[id(param)] = member
-        self._waiting.add(id(param))
 
-    def _step_parameter(self, param: Tensor) -> None:
+    def _step(self, member: _Member, param: Tensor) -> None:
         """The hook: steps one parameter, and frees its gradient.
 
         If it raises before memory is written, parameter, state and gradient are as before.
         """
         optimizer = self._optimizer()
-        member = self._members.get(id(param))
-        if optimizer is None or member is None or param.grad is None:
+        if optimizer is None:
             return
         group = self._find_group(member, optimizer.param_groups)
         if group is None:  # it was taken out of the optimizer
@@ -107,39 +108,57 @@ class StepInBackward:
                 "step_in_backward() frees each gradient, so it can't be differentiated: don't call "
                 "backward(create_graph=True), or call remove() on the handle before"
             )
+        if member.stepped:
+            raise self._second_gradient(optimizer, param)
+        member.stepped = True
+        # Taken out, because autograd has a thread for each device.
+        plan = self._plans.pop() if self._plans else cpu.Plan()
         try:
-            self._waiting.remove(id(param))
-        except KeyError:
-            raise self._second_gradient(optimizer, param) from None
-        plan, repairs = member.plan, Repairs()
+            done = (
+                optimizer._backend in ("auto", "cpu")
+                and not torch._C._len_torch_dispatch_stack()  # of FakeTensorMode, for example
+                and plan.step_parameter(
+                    group,
+                    param,
+                    optimizer.state.get(param),
+                    UNSCALED,  # GradScaler sets its attributes later: step() refuses them
+                    torch.get_num_threads(),
+                )
+            )
+        except BaseException:
+            member.stepped = plan.begun
+            raise
+        finally:
+            self._plans.append(plan)
+        if not done:
+            self._step_anywhere(optimizer, member, group)
+        param.grad = None
+
+    @staticmethod
+    def _step_anywhere(optimizer: "RAdam", member: _Member, group: dict[str, Any]) -> None:
+        """Steps as an ordinary step does.
+
+        The plan is of this parameter alone: a walk over all groups and the whole state for each
+        parameter would be quadratic.
+        """
+        if member.param.grad is None:  # another hook has taken it
+            member.stepped = False
+            return
+        if member.plan is None:
+            member.plan = cpu.Plan()
+        plan, repairs, param = member.plan, Repairs(), member.param
+        groups = [{**group, "params": (param,)}]
+        state = {param: optimizer.state.get(param)}
         try:
-            if not self._step_on_cpu(optimizer, plan, group, param):
-                # A walk over all groups and the whole state for each parameter would be quadratic.
-                groups = [{**group, "params": (param,)}]
-                state = {param: optimizer.state.get(param)}
-                if optimizer._refresh(plan, repairs, groups, state):
-                    launch(plan, optimizer._backend, repairs.write_backs)
-            param.grad = None
+            if optimizer._refresh(plan, repairs, groups, state):
+                launch(plan, optimizer._backend, repairs.write_backs)
         except BaseException:
             if not plan.begun:
                 repairs.undo(optimizer.state)
-                self._waiting.add(id(param))
+                member.stepped = False
             raise
         finally:
             plan.release()
-
-    @staticmethod
-    def _step_on_cpu(
-        optimizer: "RAdam", plan: cpu.Plan, group: dict[str, Any], param: Tensor
-    ) -> bool:
-        """Steps in one C++ call, without the overhead of a general plan; False if it can't."""
-        if optimizer._backend not in ("auto", "cpu"):
-            return False
-        if torch._C._len_torch_dispatch_stack():  # FakeTensorMode, among others
-            return False
-        threads = torch.get_num_threads()
-        own = optimizer.state.get(param)
-        return plan.step_parameter(group, param, own, optimizer._scaling(), threads)
 
     @staticmethod
     def _find_group(member: _Member, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -167,9 +186,8 @@ class StepInBackward:
 
     def begin_step(self, optimizer: "RAdam") -> bool:
         """Whether parameters were stepped in backward; raises if one has a gradient again."""
-        stepped = self._members.keys() - self._waiting
-        for key in stepped:
-            param = self._members[key].param
+        stepped = [member.param for member in self._members.values() if member.stepped]
+        for param in stepped:
             if param.grad is not None:
                 raise self._second_gradient(optimizer, param)
         return bool(stepped)
@@ -179,7 +197,8 @@ class StepInBackward:
 
         Those are hooked again: they lost their hook, or were frozen when it was to be registered.
         """
-        self._waiting = set(self._members)
+        for member in self._members.values():
+            member.stepped = False
         for param in stepped:
             if _takes_hooks(param):
                 self._register(self._members.get(id(param)) or _Member(param, 0, 0))
@@ -203,7 +222,9 @@ def _check(params: list[Tensor], others: list[Tensor], name_of: Callable[[Tensor
                 "parameters; use fully_shard (FSDP2)"
             )
         for hook in (param._post_accumulate_grad_hooks or {}).values():
-            if isinstance(getattr(hook, "__self__", None), StepInBackward):
+            if isinstance(getattr(hook, "func", None), MethodType) and isinstance(
+                hook.func.__self__, StepInBackward
+            ):
                 raise RuntimeError(
                     f"step_in_backward(): {name_of(param)} is stepped in backward by "
                     "another optimizer; leave it out of one"

@@ -204,7 +204,6 @@ void Plan::release() {
   owners_.clear();
   written_.clear();
   row_ = {};
-  begun_ = false;
 }
 
 }  // namespace radam

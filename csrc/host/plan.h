@@ -104,12 +104,16 @@ class Plan {
     explicit operator bool() const { return text; }
   };
 
+  void start();
   void walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending);
   void add_group(PyObject* options);
   PyObject* find_state(PyObject* param, Entry& entry);
   bool find_replacement(PyObject* repaired, PyObject* owner);
   bool find_row(PyObject* state);
   void prefetch(size_t position) const;
+  static void prefetch_keys(const void* keys);
+  static void prefetch_tensors(const Entry& entry);
+  size_t visit(PyObject* param, PyObject* state);
   Reason add_row(const Ref& owner, int64_t group, Entry& entry);
   Reason use_local_tensors();
   Reason check(Entry& entry);
@@ -130,6 +134,16 @@ class Plan {
   // index from key to item, made only if a parameter's item is not where it was at the last step.
   std::vector<std::pair<PyObject*, Ref>> items_;
   std::unordered_map<PyObject*, size_t> item_of_;
+  // Addresses that step_parameter() saw, in the order of backward; entries_ has the same order.
+  // Compared and prefetched, but never dereferenced.
+  struct Visit {
+    const PyObject* param;
+    const PyObject* state;
+    const void* keys;  // of the state, a dict
+  };
+  std::vector<Visit> visits_;
+  std::unordered_map<const PyObject*, size_t> visit_of_;  // by parameter
+  size_t next_ = 0;                                       // the position that is expected
   std::vector<Group> groups_;
   std::deque<Bucket> buckets_;
   std::vector<Ref> owners_;

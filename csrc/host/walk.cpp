@@ -26,9 +26,14 @@ Ref text(const char* stream, const char* reason) {
 
 }  // namespace
 
-Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling) {
+void Plan::start() {
   release();
+  begun_ = false;
   find_dtensor();
+}
+
+Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling) {
+  start();
   const Ref pending = Ref::steal(PyList_New(0));
   const Ref all = as_tuple(groups, "param_groups: expected a list of dicts");
   if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
@@ -87,8 +92,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
 
 Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
                           PyObject* exp_avg_sqs, double step, PyObject* group, PyObject* scaling) {
-  release();
-  find_dtensor();
+  start();
   const Ref pending = Ref::steal(PyList_New(0));
   add_group(group);
   groups_.back().caller_counts = true;
@@ -115,16 +119,19 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
 
 bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyObject* scaling,
                           int threads) try {
-  release();
-  find_dtensor();
+  start();
+  const struct Release {
+    Plan& plan;
+    ~Release() { plan.release(); }
+  } at_the_end = {*this};
   add_group(group);
-  entries_.resize(1);
+  const size_t position = visit(param, state);
   const Ref owner = Ref::borrow(param);
   Ref grad = gradient(param);
   if (grad.get() == Py_None || !find_row(state)) return false;
   row_[kParam] = Ref::borrow(param);
   row_[kGrad] = std::move(grad);
-  if (add_row(owner, 0, entries_[0]) || !on_cpu()) return false;
+  if (add_row(owner, 0, entries_[position]) || !on_cpu()) return false;
   const Ref groups = Ref::steal(Py_BuildValue("(O)", group));
   complete(groups.get(), scaling);
   run_cpu(threads);
@@ -196,6 +203,40 @@ bool Plan::find_row(PyObject* state) {
   return row_[kStep].get() && row_[kExpAvg].get() && row_[kExpAvgSq].get();
 }
 
+// Prefetches the table of a dict of three items.
+void Plan::prefetch_keys(const void* keys) {
+  for (int line = 0; line < 3; ++line) {
+    __builtin_prefetch(static_cast<const char*>(keys) + 64 * line);
+  }
+}
+
+// The position of a parameter in the order of the last backward, which is mostly that of this one.
+// Prefetches what the later ones will read.
+size_t Plan::visit(PyObject* param, PyObject* state) {
+  if (next_ >= visits_.size() || visits_[next_].param != param) {
+    const auto [found, is_new] = visit_of_.emplace(param, visits_.size());
+    next_ = found->second;
+    if (is_new) {
+      visits_.push_back({param, nullptr, nullptr});
+      entries_.emplace_back();
+    }
+  }
+  const size_t position = next_++;
+  if (next_ == visits_.size()) next_ = 0;
+  Visit& now = visits_[position];
+  now.state = state;
+  now.keys = PyDict_Check(state) ? reinterpret_cast<PyDictObject*>(state)->ma_keys : nullptr;
+  const Visit& later = visits_[next_];
+  __builtin_prefetch(later.state);
+  prefetch_keys(later.keys);
+  prefetch_tensors(entries_[next_]);
+  for (int stream : {kParam, kExpAvg, kExpAvgSq}) {
+    const char* const data = entries_[next_].seen[stream].data;
+    for (int line = 1; line < 4; ++line) __builtin_prefetch(data + 64 * line);
+  }
+  return position;
+}
+
 // Prefetches what the walk will read for a later parameter, because in training the caches are
 // cold. Prefetching a stale address is harmless.
 void Plan::prefetch(size_t position) const {
@@ -207,11 +248,13 @@ void Plan::prefetch(size_t position) const {
   if (position + kAhead >= entries_.size()) return;
   PyObject* state = state_of(position + kAhead);
   if (state && PyDict_Check(state)) {
-    const char* keys =
-        reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
+    prefetch_keys(reinterpret_cast<PyDictObject*>(state)->ma_keys);
   }
-  for (const Seen& seen : entries_[position + kAhead].seen) {
+  prefetch_tensors(entries_[position + kAhead]);
+}
+
+void Plan::prefetch_tensors(const Entry& entry) {
+  for (const Seen& seen : entry.seen) {
     __builtin_prefetch(seen.object);
     __builtin_prefetch(seen.impl);
     __builtin_prefetch(static_cast<const char*>(seen.impl) - 64);

@@ -43,7 +43,11 @@ def test_names_are_unique_and_each_set_has_what_its_goals_ask_for():
     for goal in GOALS:
         assert goal.optimizer in BY_NAME
         missing = set(goal.cases) - sets["gpu" if "cuda" in goal.optimizer else "quick"]
-        assert missing <= {cases.size(28), *SHARDED, *(case + cases.CLIPPED for case in SHARDED)}  # of a full report
+        assert missing <= {
+            cases.size(28),
+            *SHARDED,
+            *(case + cases.CLIPPED for case in SHARDED),
+        }  # of a full report
         assert set(goal.cases) <= sets["gpu"] | sets["full"]
 
 
