@@ -129,6 +129,8 @@ def _refuse_flat_parameters(buckets: list[cpu.GradientBucket]) -> None:
     if "torch.distributed.fsdp" not in sys.modules:
         return
     for bucket in buckets:
+        if is_sharded(bucket.grads[0]):
+            continue
         if any(getattr(owner, "_fsdp_flattened", False) for owner in bucket.owners):
             raise RuntimeError(
                 "parameters of FSDP1 are shards, of which each rank would compute another norm: "
