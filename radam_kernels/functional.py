@@ -139,7 +139,7 @@ def _step(
     "bool maximize, float rho_threshold, bool degenerated_to_sgd, str rectification) -> ()",
 )
 def _op(*arguments: Any, **options: Any) -> None:
-    _step(*(*arguments, options))
+    _step(*[*arguments, options])
 
 
 _op.register_fake(lambda *_, **__: None)
