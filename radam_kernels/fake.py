@@ -25,7 +25,8 @@ def any_fake(tensors: list[Tensor]) -> bool:
 def norm(groups: list[dict[str, Any]], norm_type: float) -> Tensor:
     """A fake tensor of one element, in place of the norm of all gradients."""
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in grads]).amax()
+    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
+    return torch.stack(norms).amax() if norms else torch.zeros(())
 
 
 @torch.no_grad()

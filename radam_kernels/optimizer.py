@@ -188,9 +188,9 @@ class RAdam(Optimizer):
         """Performs one step; `closure` reevaluates the model and returns the loss."""
         if torch.compiler.is_compiling():
             # A traced step would count only once. A decorator would cost 20 us at every step.
-            from .uncompiled import step
+            from .uncompiled import call
 
-            return step(self, closure)
+            return call(self._step, closure)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -267,6 +267,13 @@ class RAdam(Optimizer):
                 parameters of FSDP1; `step_in_backward()` is on. At the step: gradients that were
                 changed in place, or partly replaced, since.
         """
+        if torch.compiler.is_compiling():
+            from .uncompiled import call
+
+            return call(self._clip, max_norm, norm_type, error_if_nonfinite)
+        return self._clip(max_norm, norm_type, error_if_nonfinite)
+
+    def _clip(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         if self._in_backward is not None:
             raise RuntimeError(
                 "clip_grad_norm_() has no gradients while step_in_backward() is on: each is freed "

@@ -1,23 +1,21 @@
-"""RAdam's step as torch.compile meets it: a graph break, with its reason.
+"""Methods of RAdam as torch.compile meets them: a graph break, with its reason.
 
 Imported only in a compiled function, because it imports torch._dynamo, which takes a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from .optimizer import RAdam
+T = TypeVar("T")
 
 _REASON = (
-    "RAdam.step runs uncompiled: it is a fused kernel already, and counts steps on the host; to "
-    "compile without a graph break, compile the model or the loss and call step() outside, or call "
-    "radam_kernels.radam_, which is an operator and takes the number of the step"
+    "RAdam.step runs uncompiled, and so does clip_grad_norm_: they are fused kernels already, and "
+    "the host counts steps; to compile without a graph break, compile the model or the loss and "
+    "call step() outside, or call radam_kernels.radam_, which is an operator and takes the number "
+    "of the step"
 )
 # torch < 2.7 has no `reason`.
 _options: dict[str, Any] = (
@@ -26,5 +24,5 @@ _options: dict[str, Any] = (
 
 
 @torch.compiler.disable(**_options)
-def step(optimizer: RAdam, closure: Callable[[], float] | None) -> float | None:
-    return optimizer._step(closure)
+def call(method: Callable[..., T], *arguments: object) -> T:
+    return method(*arguments)

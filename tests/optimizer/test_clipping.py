@@ -399,6 +399,8 @@ def test_fake_gradients_have_a_fake_norm():
             p.grad = torch.ones(3)
         assert is_fake(optimizer.clip_grad_norm_(1.0))
         optimizer.step()
+        optimizer.zero_grad()
+        assert is_fake(optimizer.clip_grad_norm_(1.0))
 
 
 # GradScaler

@@ -131,6 +131,29 @@ def test_a_compiled_step_with_a_closure_and_a_scheduler():
     assert compiled == pytest.approx(run(lambda f: f), rel=1e-12)
 
 
+def test_clipping_in_a_compiled_training_step_equals_the_eager_one():
+    def train_with(compiled):
+        model = network(dtype=torch.float64)
+        optimizer = RAdam(model.parameters(), lr=0.1)
+
+        def whole_step(x):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            norm = optimizer.clip_grad_norm_(0.01)
+            optimizer.step()
+            return norm
+
+        step = compiled(whole_step)
+        return model, [step(batch(i, torch.float64)).item() for i in range(8)]
+
+    expected, norms = train_with(lambda f: f)
+    model, found = train_with(lambda f: torch.compile(f, backend="eager"))
+    assert min(norms) > 0.01
+    assert found == pytest.approx(norms, rel=1e-12)
+    assert_same_parameters(model, expected, rtol=1e-12, atol=1e-12)
+    assert any("clip_grad_norm_" in reason for reason in counters["graph_break"])
+
+
 def test_a_compiled_step_breaks_the_graph_once_and_says_why():
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)
