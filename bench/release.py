@@ -44,7 +44,7 @@ def start(kind: str, params: Sequence[Tensor]) -> RAdam:
 def times(tensors: int, rounds: int) -> dict[str, float]:
     """Microseconds of backward for each parameter of 64 elements; medians, taken in turns.
 
-    CPU time of one thread: on a busy machine it also waits for others.
+    CPU time of one thread, because wall time includes waiting for other processes.
     """
     torch.set_num_threads(1)
     params = {kind: [Parameter(torch.randn(64)) for _ in range(tensors)] for kind in KINDS}

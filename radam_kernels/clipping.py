@@ -12,7 +12,7 @@ from .backends import BackendChoice, devices, reference, resolve
 from .flat import is_dense
 from .modules import DTYPES, cpu
 from .repair import validate
-from .sharding import is_sharded, local, redistributed_gradients
+from .sharding import belongs_to_fsdp1, is_sharded, local, redistributed_gradients
 
 NameOf = Callable[[Tensor], str]
 
@@ -27,6 +27,7 @@ class Clipping:
 
     def __init__(self) -> None:
         self.factor: Tensor | None = None
+        self._captured = False  # whether a CUDA graph computes the factor
         self._gradients = cpu.Gradients()
 
     @torch.no_grad()
@@ -49,11 +50,15 @@ class Clipping:
             from . import fake
 
             if fake.is_active():
-                return fake.norm(groups, norm_type)
+                return fake.norm(groups)
         try:
             buckets = self._read(groups, name_of)
+            if buckets is None:
+                from . import fake
+
+                return fake.norm(groups)
             if not buckets:
-                return torch.zeros(())
+                return torch.zeros((), device="cpu")
             sums = [_power_sum(bucket, norm_type, backend) for bucket in buckets]
             wide = any(DTYPES[bucket.dtype] == torch.float64 for bucket in buckets)
             norm = _root(_total(buckets, sums, norm_type), norm_type)
@@ -65,6 +70,7 @@ class Clipping:
                 f"{norm.item()}; find the cause, or pass error_if_nonfinite=False"
             )
         self.factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._captured = devices.is_capturing(norm.device)
         return norm if wide else norm.float()
 
     def factor_for(self, groups: list[dict[str, Any]], name_of: NameOf) -> Tensor | None:
@@ -74,6 +80,11 @@ class Clipping:
         """
         if self.factor is None:
             return None
+        if devices.is_capturing(self.factor.device) and not self._captured:
+            raise RuntimeError(
+                "a CUDA graph is being captured, and replays would use the factor of a "
+                "clip_grad_norm_ before it: call clip_grad_norm_ within the graph"
+            )
         same, replaced, changed = self._gradients.compare(groups)
         remedy = "call it again, after everything else that changes gradients"
         if changed is not None:
@@ -87,10 +98,17 @@ class Clipping:
             )
         return None if replaced else self.factor
 
-    def _read(self, groups: list[dict[str, Any]], name_of: NameOf) -> list[cpu.GradientBucket]:
-        """Buckets of all gradients, in dense memory, and without pending sums over ranks."""
+    def _read(
+        self, groups: list[dict[str, Any]], name_of: NameOf
+    ) -> list[cpu.GradientBucket] | None:
+        """Buckets of all gradients, in dense memory, and without pending sums over ranks; None if
+        gradients are fake."""
         replaced: dict[int, tuple[Tensor, Tensor]] = {}
         while pending := self._gradients.refresh(groups, replaced):
+            from . import fake
+
+            if fake.any_fake([owner for owner, _, _ in pending]):
+                return None
             for owner, grad, reason in pending:
                 name = name_of(owner)
                 if id(owner) in replaced:
@@ -131,7 +149,7 @@ def _refuse_flat_parameters(buckets: list[cpu.GradientBucket]) -> None:
     for bucket in buckets:
         if is_sharded(bucket.grads[0]):
             continue
-        if any(getattr(owner, "_fsdp_flattened", False) for owner in bucket.owners):
+        if any(map(belongs_to_fsdp1, bucket.owners)):
             raise RuntimeError(
                 "parameters of FSDP1 are shards, of which each rank would compute another norm: "
                 "call clip_grad_norm_() of the FSDP module, or use fully_shard() (FSDP2)"
@@ -164,7 +182,10 @@ def _total(buckets: list[cpu.GradientBucket], sums: list[Tensor], norm_type: flo
             sums[i] = value
     if len(sums) == 1:
         return sums[0]
-    together = torch.stack([value.to(sums[0].device, non_blocking=True) for value in sums])
+    first = sums[0].device
+    # A copy to the host that is not waited for could be read too early.
+    waits = first.type == "cpu"
+    together = torch.stack([value.to(first, non_blocking=not waits) for value in sums])
     return together.amax() if largest else together.sum()
 
 

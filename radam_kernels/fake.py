@@ -22,11 +22,12 @@ def any_fake(tensors: list[Tensor]) -> bool:
     return any(map(is_fake, tensors))
 
 
-def norm(groups: list[dict[str, Any]], norm_type: float) -> Tensor:
-    """A fake tensor of one element, in place of the norm of all gradients."""
+def norm(groups: list[dict[str, Any]]) -> Tensor:
+    """What stands for the norm of all gradients, on the device of the first."""
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
-    return torch.stack(norms).amax() if norms else torch.zeros(())
+    wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in grads)
+    device = grads[0].device if grads else None
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .modules import cpu
+from .sharding import belongs_to_fsdp1
 
 _ALIGNMENT = 256  # bytes: no shared cache line on any device
 
@@ -81,7 +82,7 @@ def _check(param: Tensor, i: int) -> None:
     if is_lazy(param):
         raise ValueError(f"flatten: param {i} is not initialized yet; run a forward pass first")
     what = f"flatten: param {i} of shape {tuple(param.shape)}"
-    if hasattr(param, "to_local") or getattr(param, "_fsdp_flattened", False):
+    if hasattr(param, "to_local") or belongs_to_fsdp1(param):
         # Independent of the local shard: if only some ranks raised, the others would hang.
         raise ValueError(
             f"{what} is sharded, and its memory belongs to FSDP or its DTensor; leave flatten out"

@@ -80,7 +80,7 @@ def _as_tensor(number: float | Tensor) -> Tensor:
     # other use of a float again for each value.
     if isinstance(number, Tensor):
         return number
-    return torch.ones((), dtype=torch.float64) * number
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 def _step(
@@ -111,7 +111,7 @@ def _step(
                 f"{grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
             )
         if grad_scale.device.type == "cpu":
-            grad_scale = float(grad_scale)
+            grad_scale = float(grad_scale.detach())
         else:
             scaling, grad_scale = Scaling(factor=grad_scale.detach()), 1.0
     group = options | {"lr": lr, "betas": (beta1, beta2), "grad_scale": grad_scale}

@@ -248,10 +248,12 @@ class RAdam(Optimizer):
         `GradScaler.unscale_`, on every rank if gradients are DTensors.
 
         That factor is used once. `step()`, `zero_grad()` and another call drop it, and so does a
-        backward that makes new gradients after the old ones were set to None.
+        backward that makes new gradients after the old ones were set to None. A change in place is
+        noticed if torch's version counters count it: those of `GradScaler.unscale_`, of collectives
+        and of `grad.data` are not.
 
         Args:
-            max_norm: the largest norm; inf to measure only.
+            max_norm: the largest norm; inf only measures finite gradients.
             norm_type: the order of the norm, above 0: 2, 1 and inf are computed in one read of the
                 gradients, others by torch operations.
             error_if_nonfinite: raise if the norm is inf or NaN, which synchronizes with a GPU.
@@ -279,8 +281,8 @@ class RAdam(Optimizer):
                 "clip_grad_norm_() has no gradients while step_in_backward() is on: each is freed "
                 "before the next is known; call remove() on the handle to clip"
             )
-        self._drop_clipping()
-        clipping = self.__dict__.setdefault("_clipping", Clipping())
+        # Taken out, as the plan of a step is.
+        clipping = self.__dict__.pop("_clipping", None) or Clipping()
         stages = listen()
         if stages:
             stages.enter("norm")
@@ -294,6 +296,7 @@ class RAdam(Optimizer):
                 self._name,
             )
         finally:
+            self._clipping = clipping
             if stages:
                 stages.enter(None)
 
@@ -342,7 +345,7 @@ class RAdam(Optimizer):
         return True
 
     def _scaling(self) -> Scaling:
-        """`grad_scale` and `found_inf`, which GradScaler sets on the optimizer for this step."""
+        """What GradScaler sets on the optimizer for this step, and the factor of clipping."""
         found = self.__dict__
         factor = None
         if clipping := found.get("_clipping"):
@@ -356,11 +359,10 @@ class RAdam(Optimizer):
                 "remove() on the handle"
             )
         if not self._step_supports_amp_scaling:
-            lacking = "capturable=True" if self._amp_scaling else "amp_scaling=True"
             raise RuntimeError(
                 "grad_scale and found_inf are set on the optimizer, and only a step with "
-                f"{lacking} reads them; construct RAdam with it, or delete them and call "
-                "GradScaler.unscale_"
+                "capturable=True and amp_scaling=True reads them; construct RAdam with both, or "
+                "delete them and call GradScaler.unscale_"
             )
         if factor is not None and found.get("grad_scale") is not None:
             raise RuntimeError(
@@ -409,7 +411,8 @@ class RAdam(Optimizer):
         Each backward steps with what it has, so there is no gradient accumulation, no closure and
         no clipping or unscaling of all gradients: `max_grad_norm` of a Trainer, a GradScaler and
         torch's `clip_grad_norm_` find none, which can't be seen beforehand. Hooks of
-        `register_step_pre_hook` see none either. With FSDP2 memory is freed for one FSDP group at
+        `register_step_pre_hook`, and those registered on a parameter later, see none either. A
+        shallow copy (copy.copy) is refused. With FSDP2 memory is freed for one FSDP group at
         a time, and gradients may accumulate under `set_requires_gradient_sync(False)`. Compiled
         autograd can't trace these steps.
 
@@ -424,8 +427,9 @@ class RAdam(Optimizer):
                 `clip_grad_norm_()`: always.
             ValueError: parameters share memory. In backward: whatever a step raises.
         """
+        handle = StepInBackward(self)
         self._drop_clipping()
-        return StepInBackward(self)
+        return handle
 
     def _name(self, owner: Tensor) -> str:
         """The name of a parameter in error messages."""

@@ -15,6 +15,7 @@ from .launch import launch
 from .modules import cpu
 from .repair import Repairs, refuse_sharing
 from .scaling import UNSCALED
+from .sharding import belongs_to_fsdp1
 
 if TYPE_CHECKING:
     from .optimizer import RAdam
@@ -77,6 +78,10 @@ class StepInBackward:
             for i, param in enumerate(group["params"])
             if _takes_hooks(param)
         ]
+        current = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        for key in self._members.keys() - current:  # taken out of the optimizer
+            if (hook := self._members.pop(key).hook) is not None:
+                hook.remove()
         others = [member.param for member in self._members.values()]
         _check([member.param for member in added], others, optimizer._name)
         for member in added:
@@ -111,17 +116,21 @@ class StepInBackward:
         if member.stepped:
             raise self._second_gradient(optimizer, param)
         member.stepped = True
-        # Taken out, because autograd has a thread for each device.
-        plan = self._plans.pop() if self._plans else cpu.Plan()
+        try:  # taken out, because autograd has a thread for each device
+            plan = self._plans.pop()
+        except IndexError:
+            plan = cpu.Plan()
         try:
             done = (
                 optimizer._backend in ("auto", "cpu")
                 and not torch._C._len_torch_dispatch_stack()  # of FakeTensorMode, for example
+                and "grad_scale" not in optimizer.__dict__
+                and "found_inf" not in optimizer.__dict__
                 and plan.step_parameter(
                     group,
                     param,
                     optimizer.state.get(param),
-                    UNSCALED,  # GradScaler sets its attributes later: step() refuses them
+                    UNSCALED,
                     torch.get_num_threads(),
                 )
             )
@@ -195,11 +204,13 @@ class StepInBackward:
     def end_step(self, stepped: Iterable[Tensor]) -> None:
         """Begins the next step; `stepped` are those that step() had to step.
 
-        Those are hooked again: they lost their hook, or were frozen when it was to be registered.
+        Their gradients are freed, too. They are hooked again: they lost their hook, or were frozen
+        when it was to be registered.
         """
         for member in self._members.values():
             member.stepped = False
         for param in stepped:
+            param.grad = None
             if _takes_hooks(param):
                 self._register(self._members.get(id(param)) or _Member(param, 0, 0))
 
@@ -208,14 +219,14 @@ def _takes_hooks(param: Tensor) -> bool:
     return param.requires_grad and param.is_leaf
 
 
-def _handle_of(optimizer: "RAdam") -> "StepInBackward | None":
-    return optimizer._in_backward
+def _handle_of(optimizer: "RAdam | None") -> "StepInBackward | None":
+    return None if optimizer is None else optimizer._in_backward
 
 
 def _check(params: list[Tensor], others: list[Tensor], name_of: Callable[[Tensor], str]) -> None:
     """Raises for parameters that can't be stepped in backward, on their own or beside `others`."""
     for param in params:
-        if getattr(param, "_fsdp_flattened", False):
+        if belongs_to_fsdp1(param):
             raise RuntimeError(
                 f"step_in_backward(): {name_of(param)} belongs to "
                 "FullyShardedDataParallel (FSDP1), which reduces gradients after the hooks of "
@@ -239,7 +250,7 @@ def _check(params: list[Tensor], others: list[Tensor], name_of: Callable[[Tensor
 
 
 def _refuse_ddp(trained: set[int], name_of: Callable[[Tensor], str]) -> None:
-    """A parameter bears no mark of DistributedDataParallel, so look for live modules."""
+    """DistributedDataParallel does not mark its parameters, so look for live modules."""
     ddp = torch.nn.parallel.DistributedDataParallel
     for module in gc.get_objects():
         if not issubclass(type(module), ddp):

@@ -27,6 +27,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def belongs_to_fsdp1(param: Tensor) -> bool:
+    """Whether a plain tensor is a shard of FullyShardedDataParallel (FSDP1)."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
 def same_placement(tensor: Tensor, owner: Tensor) -> bool:
     """Whether a tensor is a DTensor with the mesh, placements and shard order of `owner`, or plain
     as `owner` is."""

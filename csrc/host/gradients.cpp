@@ -2,6 +2,7 @@
 #include "host/gradients.h"
 
 #include <stdexcept>
+#include <unordered_map>
 
 #include "cpu/step_cpu.h"
 #include "host/dtensor.h"
@@ -13,8 +14,8 @@ namespace {
 class Property {
  public:
   explicit Property(PyObject* name) : name_(name) {
-    const Ref torch = Ref::steal(PyImport_ImportModule("torch.nn"));
-    Ref type = attribute(torch.get(), "Parameter");
+    // Without an import, which could run Python code, and so other threads.
+    Ref type = Ref::borrow(find_class("torch.nn", "Parameter"));
     Ref found = attribute(type.get(), name);
     if (!PyObject_TypeCheck(found.get(), &PyGetSetDescr_Type)) return;
     getset_ = reinterpret_cast<PyGetSetDescrObject*>(found.release())->d_getset;
@@ -36,11 +37,14 @@ class Property {
   PyGetSetDef* getset_ = nullptr;
 };
 
-// The version counter of a tensor; -1 for tensors without one, made in inference mode.
+// The version counter of a tensor; -1 for tensors without one, made in inference mode. That of a
+// DTensor does not count what is written to its local tensor, as FSDP2 does to accumulate.
 int64_t version_of(PyObject* tensor) {
   static const Property version(RADAM_STR(_version));
   try {
-    return to_int(version(tensor).get());
+    const int64_t own = to_int(version(tensor).get());
+    const Ref local = is_dtensor(tensor) ? local_tensor(tensor) : Ref();
+    return local.get() ? own + to_int(version(local.get()).get()) : own;
   } catch (const PythonError&) {
     if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw;
     PyErr_Clear();
@@ -48,16 +52,18 @@ int64_t version_of(PyObject* tensor) {
   }
 }
 
-// Whether a weak reference refers to `object`, which is alive.
-bool refers_to(PyObject* weak, PyObject* object) {
+constexpr int64_t kSmallBytes = 1 << 16;
+
+// What a weak reference refers to, only to be compared; None or null if that is gone.
+const PyObject* referent(const Ref& weak) {
+  if (!weak.get()) return nullptr;
 #if PY_VERSION_HEX >= 0x030d0000
   PyObject* found = nullptr;
-  if (PyWeakref_GetRef(weak, &found) < 0) throw PythonError();
-  const Ref owned = Ref::borrow(found);
+  if (PyWeakref_GetRef(weak.get(), &found) < 0) throw PythonError();
   Py_XDECREF(found);
-  return found == object;
+  return found;
 #else
-  return PyWeakref_GetObject(weak) == object;
+  return PyWeakref_GetObject(weak.get());
 #endif
 }
 
@@ -138,11 +144,14 @@ const char* Gradients::add(const Ref& owner, const Ref& grad, const Ref& given) 
     return "it has no memory that a kernel can use";
   }
   if (!is_dense(info_)) return "it is not dense";
-  if (reinterpret_cast<uintptr_t>(info_.data) < kLowestAddress && info_.numel > 0) {
-    if (find_lazy(local.get(), info_)) return "it has no memory";
+  const bool low = reinterpret_cast<uintptr_t>(info_.data) < kLowestAddress;
+  // As in the walk: a full check of small gradients would take longer than all else.
+  if (info_.numel > 0 && (low || info_.bytes() > kSmallBytes)) {
+    if (low && find_lazy(local.get(), info_)) return "it has no memory";
     if (const char* reason = find_short_storage(local.get(), info_)) return reason;
   }
   GradientBucket& bucket = bucket_of(info_, spec);
+  if (bucket.rows.empty()) filled_.push_back(&bucket);
   bucket.rows.push_back({info_.data, info_.reals()});
   bucket.owners.push_back(Ref::borrow(owner.get()));
   bucket.grads.push_back(Ref::borrow(grad.get()));
@@ -178,14 +187,24 @@ GradientBucket& Gradients::bucket_of(const TensorInfo& info, const Ref& spec) {
 
 Gradients::Comparison Gradients::compare(PyObject* groups) const {
   Comparison found;
+  std::unordered_map<const PyObject*, const Mark*> by_object;  // if parameters have moved
+  const auto find = [&](size_t position, const PyObject* grad) -> const Mark* {
+    if (position < marks_.size() && referent(marks_[position].weak) == grad) {
+      return &marks_[position];
+    }
+    if (by_object.empty()) {
+      for (const Mark& mark : marks_) by_object.emplace(referent(mark.weak), &mark);
+    }
+    const auto at = by_object.find(grad);
+    return at == by_object.end() ? nullptr : at->second;
+  };
   for_each_parameter(groups, [&](const Ref& owner, size_t position) {
     const Ref grad = gradient(owner.get());
     if (grad.get() == Py_None) return;
-    const bool known = position < marks_.size() && marks_[position].weak.get() &&
-                       refers_to(marks_[position].weak.get(), grad.get());
-    if (!known) {
+    const Mark* const mark = find(position, grad.get());
+    if (!mark) {
       ++found.replaced;
-    } else if (version_of(grad.get()) != marks_[position].version) {
+    } else if (version_of(grad.get()) != mark->version) {
       found.changed = Ref::borrow(owner.get());
     } else {
       ++found.same;
@@ -194,15 +213,8 @@ Gradients::Comparison Gradients::compare(PyObject* groups) const {
   return found;
 }
 
-std::vector<GradientBucket*> Gradients::buckets() {
-  std::vector<GradientBucket*> filled;
-  for (GradientBucket& bucket : buckets_) {
-    if (!bucket.rows.empty()) filled.push_back(&bucket);
-  }
-  return filled;
-}
-
 void Gradients::release() {
+  filled_.clear();
   for (GradientBucket& bucket : buckets_) {
     bucket.rows.clear();
     bucket.owners.clear();

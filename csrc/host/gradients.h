@@ -56,7 +56,8 @@ class Gradients {
   // counters.
   Comparison compare(PyObject* groups) const;
 
-  std::vector<GradientBucket*> buckets();
+  // In the order of their first gradients.
+  const std::vector<GradientBucket*>& buckets() const { return filled_; }
 
   // Drops the references to all tensors, but for the weak ones that compare() needs.
   void release();
@@ -70,7 +71,8 @@ class Gradients {
   const char* add(const Ref& owner, const Ref& grad, const Ref& local);
   GradientBucket& bucket_of(const TensorInfo& info, const Ref& spec);
 
-  std::deque<GradientBucket> buckets_;
+  std::deque<GradientBucket> buckets_;  // a deque, because filled_ has their addresses
+  std::vector<GradientBucket*> filled_;
   std::vector<Mark> marks_;  // one for each parameter, in order; empty without a gradient
   TensorInfo info_;
 };

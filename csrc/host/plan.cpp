@@ -204,6 +204,7 @@ void Plan::release() {
   owners_.clear();
   written_.clear();
   row_ = {};
+  begun_ = false;
 }
 
 }  // namespace radam

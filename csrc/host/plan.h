@@ -134,12 +134,13 @@ class Plan {
   // index from key to item, made only if a parameter's item is not where it was at the last step.
   std::vector<std::pair<PyObject*, Ref>> items_;
   std::unordered_map<PyObject*, size_t> item_of_;
-  // Addresses that step_parameter() saw, in the order of backward; entries_ has the same order.
-  // Compared and prefetched, but never dereferenced.
+  // What step_parameter() saw, in the order of backward. Addresses are compared and prefetched, but
+  // never dereferenced.
   struct Visit {
     const PyObject* param;
-    const PyObject* state;
-    const void* keys;  // of the state, a dict
+    const PyObject* state = nullptr;
+    const void* keys = nullptr;  // of the state, a dict
+    Entry entry = {};
   };
   std::vector<Visit> visits_;
   std::unordered_map<const PyObject*, size_t> visit_of_;  // by parameter

@@ -28,7 +28,6 @@ Ref text(const char* stream, const char* reason) {
 
 void Plan::start() {
   release();
-  begun_ = false;
   find_dtensor();
 }
 
@@ -122,7 +121,11 @@ bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyO
   start();
   const struct Release {
     Plan& plan;
-    ~Release() { plan.release(); }
+    ~Release() {
+      const bool begun = plan.begun_;  // for the caller, if this throws
+      plan.release();
+      plan.begun_ = begun;
+    }
   } at_the_end = {*this};
   add_group(group);
   const size_t position = visit(param, state);
@@ -131,7 +134,7 @@ bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyO
   if (grad.get() == Py_None || !find_row(state)) return false;
   row_[kParam] = Ref::borrow(param);
   row_[kGrad] = std::move(grad);
-  if (add_row(owner, 0, entries_[position]) || !on_cpu()) return false;
+  if (add_row(owner, 0, visits_[position].entry) || !on_cpu()) return false;
   const Ref groups = Ref::steal(Py_BuildValue("(O)", group));
   complete(groups.get(), scaling);
   run_cpu(threads);
@@ -217,8 +220,7 @@ size_t Plan::visit(PyObject* param, PyObject* state) {
     const auto [found, is_new] = visit_of_.emplace(param, visits_.size());
     next_ = found->second;
     if (is_new) {
-      visits_.push_back({param, nullptr, nullptr});
-      entries_.emplace_back();
+      visits_.push_back({param});
     }
   }
   const size_t position = next_++;
@@ -229,9 +231,9 @@ size_t Plan::visit(PyObject* param, PyObject* state) {
   const Visit& later = visits_[next_];
   __builtin_prefetch(later.state);
   prefetch_keys(later.keys);
-  prefetch_tensors(entries_[next_]);
+  prefetch_tensors(later.entry);
   for (int stream : {kParam, kExpAvg, kExpAvgSq}) {
-    const char* const data = entries_[next_].seen[stream].data;
+    const char* const data = later.entry.seen[stream].data;
     for (int line = 1; line < 4; ++line) __builtin_prefetch(data + 64 * line);
   }
   return position;

@@ -16,4 +16,4 @@ def run(bucket: cpu.Bucket) -> None:
 
 def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:
     total = bucket.power_sum(norm_type, torch.get_num_threads())
-    return torch.tensor(total, dtype=torch.float64)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")

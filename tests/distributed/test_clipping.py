@@ -156,6 +156,18 @@ def train(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.distributed(2)
+def test_accumulation_after_the_clip_is_refused():
+    model = Tower()
+    fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = RAdam(model.parameters(), lr=0.1)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.clip_grad_norm_(0.01)
+    model(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        optimizer.step()
+
+
+@pytest.mark.distributed(2)
 def test_flat_parameters_of_fsdp1_are_refused():
     for use_orig_params in (False, True):
         model = fsdp.FullyShardedDataParallel(

@@ -117,7 +117,9 @@ def test_the_code_runs_as_it_stands_there(heading, tmp_path, monkeypatch):
     names |= {"model": model, "step": step}
     try:
         exec(BEFORE[heading], names)
-    except (ImportError, RuntimeError) as error:  # a torchvision of another torch
+    except (ImportError, RuntimeError) as error:
+        if "torchvision" not in str(error) and not isinstance(error, ImportError):
+            raise
         pytest.skip(f"not installed here: {error}")
     for code in SNIPPETS[heading]:
         exec(code, names)

@@ -240,6 +240,17 @@ def test_zero_grad_drops_it(optimizer):
     assert_same(optimizer, expected)
 
 
+def test_a_parameter_that_has_moved_in_the_groups_is_still_clipped(optimizer):
+    other = _again(optimizer)
+    for each in (optimizer, other):
+        each.clip_grad_norm_(1e-3)
+    optimizer.param_groups[0]["params"].reverse()
+    for each in (optimizer, other):
+        each.step()
+    optimizer.param_groups[0]["params"].reverse()
+    assert_same(optimizer, other)
+
+
 def test_gradients_that_replace_all_of_them_drop_it(optimizer):
     expected = unclipped(optimizer)
     moved = clipped_step(optimizer, lambda: give_gradients(optimizer))
@@ -285,12 +296,20 @@ def _again(optimizer: RAdam) -> RAdam:
         (lambda p: setattr(p, "grad", p.grad.clone()), r"1 of 5 gradients are new since"),
     ],
 )
-def test_gradients_that_have_changed_are_refused_and_nothing_is_lost(optimizer, change, message):
+@pytest.mark.parametrize("is_first_step", [True, False])
+def test_gradients_that_have_changed_are_refused_and_nothing_is_lost(
+    optimizer, change, message, is_first_step
+):
+    if not is_first_step:
+        optimizer.step()
+        optimizer.state.clear()
+        give_gradients(optimizer)
     optimizer.clip_grad_norm_(1e-3)
     before = [p.detach().clone() for p in params_of(optimizer)]
     change(params_of(optimizer)[1])
-    with pytest.raises(RuntimeError, match=f"{message}.*call it again"):
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"{message}.*call it again"):
+            optimizer.step()
     assert all(map(torch.equal, params_of(optimizer), before))
     assert not optimizer.state
     assert optimizer.clip_grad_norm_(1e-3) > 1
@@ -310,6 +329,29 @@ def test_a_refused_step_keeps_the_factor(optimizer):
     optimizer.step()
     moved = [p - q for p, q in zip(params_of(optimizer), before, strict=True)]
     assert all(map(torch.equal, moved, expected))
+
+
+def test_a_refused_step_in_backward_keeps_the_factor(optimizer):
+    expected = clipped_step(_again(optimizer))
+    other = RAdam(params_of(optimizer))
+    handle = other.step_in_backward()
+
+    def change():
+        with pytest.raises(RuntimeError, match="another optimizer"):
+            optimizer.step_in_backward()
+        handle.remove()
+
+    assert all(map(torch.equal, clipped_step(optimizer, change), expected))
+
+
+def test_buckets_are_in_the_order_of_parameters_whatever_was_before():
+    params = [Parameter(torch.zeros(3, dtype=d)) for d in (torch.float64, torch.float32)]
+    gradients = cpu.Gradients()
+    for given in ([1], [0, 1], [0]):
+        for i, param in enumerate(params):
+            param.grad = torch.ones_like(param) if i in given else None
+        assert gradients.refresh([{"params": params}], {}) == []
+        assert [DTYPES[b.dtype] for b in gradients.buckets] == [params[i].dtype for i in given]
 
 
 def test_a_closure_may_clip(optimizer):
@@ -384,6 +426,10 @@ def test_sparse_gradients_and_freed_storages_are_refused(optimizer):
     params_of(optimizer)[0].grad = grad
     with pytest.raises(ValueError, match=r"grad of param 0 of group 0.*storage has 0 bytes"):
         optimizer.clip_grad_norm_(1.0)
+    large = given(torch.ones(1 << 16))
+    params_of(large)[0].grad.untyped_storage().resize_(64)
+    with pytest.raises(ValueError, match="storage has 64 bytes"):
+        large.clip_grad_norm_(1.0)
 
 
 def test_a_profiler_sees_the_norm(optimizer):

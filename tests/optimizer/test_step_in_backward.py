@@ -347,10 +347,10 @@ def test_switching_on_twice_is_refused():
 def test_values_of_a_grad_scaler_are_refused(name, when):
     model = network()
     optimizer = in_backward(model, capturable=True)
+    backward(model)
+    if when == "backward":
+        optimizer.step()
     before = snapshot(optimizer)
-    if when == "step":
-        backward(model)
-        before = snapshot(optimizer)
     setattr(optimizer, name, torch.ones(1))
     with pytest.raises(RuntimeError, match="GradScaler"):
         backward(model) if when == "backward" else optimizer.step()
@@ -729,3 +729,25 @@ assert release < free + 1
 
 def test_peak_memory_is_that_of_a_hook_that_only_frees(succeeds):
     succeeds(MEMORY)
+
+
+def test_gradients_that_step_itself_steps_are_freed_too():
+    late, early = Parameter(torch.ones(3), requires_grad=False), Parameter(torch.ones(3))
+    optimizer = RAdam([late, early], lr=0.1, betas=(0.0, 0.9))
+    optimizer.step_in_backward()
+    late.requires_grad_(True)
+    for _ in range(3):
+        (late.sum() + early.sum()).backward()
+        optimizer.step()
+        assert late.grad is None
+        assert torch.equal(optimizer.state[late]["exp_avg"], torch.ones(3))
+    assert torch.equal(late, early)
+
+
+def test_parameters_that_were_taken_out_are_let_go():
+    optimizer = RAdam([Parameter(torch.ones(3))])
+    handle = optimizer.step_in_backward()
+    gone = optimizer.param_groups.pop()["params"][0]
+    optimizer.add_param_group({"params": [Parameter(torch.ones(2))]})
+    assert not gone._post_accumulate_grad_hooks
+    assert [member.param for member in handle._members.values()] == params_of(optimizer)
