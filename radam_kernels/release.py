@@ -53,7 +53,7 @@ class StepInBackward:
         self.add_groups(optimizer)
         optimizer._in_backward = self
 
-    def __reduce__(self) -> tuple[Callable, tuple]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple["RAdam | None"]]:
         """A copy is the handle of a copy of the optimizer."""
         return _handle_of, (self._optimizer(),)
 
