@@ -284,7 +284,7 @@ def test_a_found_inf_that_would_be_ignored_is_refused(options, remedy):
     set_grads(params, 0)
     ours.found_inf = torch.tensor(1.0)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(RuntimeError, match=f"only a step with {remedy} reads them"):
+    with pytest.raises(RuntimeError, match=f"only a step with .*{remedy}.* reads them"):
         ours.step()
     assert all(map(torch.equal, params, before))
 
