@@ -1,6 +1,7 @@
 """Flat buffers: one allocation for many tensors, which are views into it, aligned to 256 bytes."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from .modules import cpu
 from .sharding import belongs_to_fsdp1
 
 _ALIGNMENT = 256  # bytes: no shared cache line on any device
+
+
+def trained_params(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """The parameters of `groups` that need a gradient."""
+    return [param for group in groups for param in group["params"] if param.requires_grad]
 
 
 def is_dense(tensor: Tensor) -> bool:

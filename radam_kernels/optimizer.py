@@ -1,6 +1,5 @@
 """RAdam, a drop-in replacement for torch.optim.RAdam."""
 
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, overload
@@ -11,19 +10,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import BackendChoice, check_name
 from .clipping import Clipping
-from .flat import flatten_
+from .flat import flatten_, trained_params
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
-from .launch import explain, launch
 from .modules import cpu
 from .release import StepInBackward
-from .repair import Repairs, repair
-from .scaling import UNSCALED, Scaling
 from .schedule import Form
 from .stages import listen
-from .state import MOMENTS, Loaded, fits, is_new, moment_dtype, new_moments, prepare_load
+from .state import Loaded, prepare_load
+from .step import take_step
 from .watch import Watch
-
-_RESERVING = threading.Lock()  # autograd runs the hooks of step_in_backward() in several threads
 
 
 class RAdam(Optimizer):
@@ -147,7 +142,7 @@ class RAdam(Optimizer):
         self._watch = Watch([])
         super().__init__(params, defaults)
         if flatten:
-            flatten_(_trained(self.param_groups))
+            flatten_(trained_params(self.param_groups))
         self._flatten = flatten
 
     @property
@@ -164,18 +159,14 @@ class RAdam(Optimizer):
         compact(group, self.defaults)
         if group.get("decouple_lr"):
             group.setdefault("initial_lr", float(group["lr"]))
-        if self._flatten:
-            try:
-                flatten_(_trained(self.param_groups[-1:]))
-            except BaseException:
-                self.param_groups.pop()
-                raise
-        if self._in_backward is not None:
-            try:
+        try:
+            if self._flatten:
+                flatten_(trained_params([group]))
+            if self._in_backward is not None:
                 self._in_backward.add_groups(self, len(self.param_groups) - 1)
-            except BaseException:
-                self.param_groups.pop()
-                raise
+        except BaseException:
+            self.param_groups.pop()
+            raise
         self._watch.sizes.append(len(self.param_groups[-1]["params"]))
 
     @overload
@@ -204,7 +195,6 @@ class RAdam(Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        repairs = Repairs()
         # Taken out, so that a step in another thread, or within this one, makes its own plan.
         plan = self.__dict__.pop("_plan", None) or cpu.Plan()
         stages = listen()
@@ -212,29 +202,23 @@ class RAdam(Optimizer):
             if stages:
                 stages.enter("plan")
             trained = in_backward is not None and in_backward.begin_step(self)
-            if self._refresh(plan, repairs, self.param_groups, self.state):
-                if not self._watch.is_over():
-                    self._watch.look(self.param_groups, trained=trained or bool(plan.owners))
-                launch(plan, self._backend, repairs.write_backs, stages)
+            groups = self.param_groups
+            take_step(self, plan, groups, self.state, stages, watched=True, trained=trained)
             if in_backward is not None:
                 in_backward.end_step(plan.owners)
         except BaseException:
-            # Once memory has been written, the new state is kept, because it belongs to that.
-            if not plan.begun:
-                repairs.undo(self.state)
-            else:
-                self._drop_clipping()
             # GradScaler deletes these only after a step that succeeds, and would multiply its next
             # scale by the old one.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
         finally:
+            if plan.begun:
+                self._drop_clipping()
             plan.release()
             self._plan = plan
             if stages:
                 stages.enter(None)
-        self._drop_clipping()
         return loss
 
     def clip_grad_norm_(
@@ -308,96 +292,6 @@ class RAdam(Optimizer):
     def _drop_clipping(self) -> None:
         if clipping := self.__dict__.get("_clipping"):
             clipping.factor = None
-
-    def _refresh(
-        self,
-        plan: cpu.Plan,
-        repairs: Repairs,
-        groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-    ) -> bool:
-        """Plans the step of `groups`; False if the tensors are fake, so that it is already done.
-
-        `state` is that of these parameters, before the step.
-        """
-        scaling = self._scaling()
-        if torch._C._len_torch_dispatch_stack():
-            from . import fake
-
-            if fake.is_active():
-                fake.step(groups, self.state)
-                return False
-        try:
-            # Twice if something is repaired; more often only if another thread changes the state of
-            # other parameters meanwhile.
-            while pending := plan.refresh(groups, state, repairs.replacements, scaling):
-                from . import fake
-
-                if fake.any_fake([owner for _, owner, _, _ in pending]):
-                    fake.step(groups, self.state)
-                    return False
-                for _, owner, _, reason in pending:
-                    if id(owner) in repairs.replacements:
-                        raise ValueError(f"{self._name(owner)}: {reason}")
-                repair(repairs, pending, plan, self.state, self._name, self._moments)
-        except (cpu.Refusal, cpu.InvalidGroup) as error:
-            raise explain(error, plan, self._name) from None
-        return True
-
-    def _scaling(self) -> Scaling:
-        """What GradScaler sets on the optimizer for this step, and the factor of clipping."""
-        found = self.__dict__
-        factor = None
-        if clipping := found.get("_clipping"):
-            factor = clipping.factor_for(self.param_groups, self._name)
-        if "found_inf" not in found and "grad_scale" not in found:
-            return UNSCALED if factor is None else Scaling(factor=factor)
-        if self._in_backward is not None:
-            raise RuntimeError(
-                "grad_scale and found_inf are set on the optimizer while step_in_backward() is on, "
-                "and come too late for steps in backward: train without GradScaler, or call "
-                "remove() on the handle"
-            )
-        if not self._step_supports_amp_scaling:
-            raise RuntimeError(
-                "grad_scale and found_inf are set on the optimizer, and only a step with "
-                "capturable=True and amp_scaling=True reads them; construct RAdam with both, or "
-                "delete them and call GradScaler.unscale_"
-            )
-        if factor is not None and found.get("grad_scale") is not None:
-            raise RuntimeError(
-                "clip_grad_norm_ has measured gradients that are still scaled: call "
-                "GradScaler.unscale_(optimizer) before it"
-            )
-        return Scaling(found.get("grad_scale"), found.get("found_inf"), factor)
-
-    def _moments(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
-        """New moments of zeros for each (parameter, dtype)."""
-        if not self._flatten:
-            return new_moments([owner for owner, _ in fresh], [dtype for _, dtype in fresh])
-        # One buffer for all parameters that train, including those that have no gradient yet.
-        with _RESERVING:
-            return self._reserve(fresh)
-
-    def _reserve(self, fresh: list[tuple[Tensor, torch.dtype]]) -> list[dict[str, Tensor]]:
-        reserved = self.__dict__.setdefault("_reserved", {})
-
-        def is_reserved(owner: Tensor, dtype: torch.dtype) -> bool:
-            return owner in reserved and all(
-                fits(reserved[owner][k], owner, dtype) for k in MOMENTS
-            )
-
-        if not all(is_reserved(owner, dtype) for owner, dtype in fresh):
-            wanted = {
-                owner: moment_dtype(owner, group.get("state_dtype"))
-                for group in self.param_groups
-                for owner in _trained([group])
-                if is_new(self.state.get(owner))
-            } | dict(fresh)
-            made = new_moments(list(wanted), list(wanted.values()), flatten=True)
-            reserved.clear()
-            reserved.update(zip(wanted, made, strict=True))
-        return [reserved.pop(owner) for owner, _ in fresh]
 
     def step_in_backward(self) -> StepInBackward:
         """Steps each parameter in backward, as soon as its gradient is complete, and frees it.
@@ -539,7 +433,3 @@ class RAdam(Optimizer):
                 group["differentiable"] = False
         if steps_in_backward:
             self.step_in_backward()
-
-
-def _trained(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [param for group in groups for param in group["params"] if param.requires_grad]

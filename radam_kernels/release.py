@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .launch import launch
 from .modules import cpu
-from .repair import Repairs, refuse_sharing
+from .repair import refuse_sharing
 from .scaling import UNSCALED
 from .sharding import belongs_to_fsdp1
+from .step import take_step
 
 if TYPE_CHECKING:
     from .optimizer import RAdam
@@ -155,16 +155,13 @@ class StepInBackward:
             return
         if member.plan is None:
             member.plan = cpu.Plan()
-        plan, repairs, param = member.plan, Repairs(), member.param
+        plan, param = member.plan, member.param
         groups = [{**group, "params": (param,)}]
         state = {param: optimizer.state.get(param)}
         try:
-            if optimizer._refresh(plan, repairs, groups, state):
-                launch(plan, optimizer._backend, repairs.write_backs)
+            take_step(optimizer, plan, groups, state)
         except BaseException:
-            if not plan.begun:
-                repairs.undo(optimizer.state)
-                member.stepped = False
+            member.stepped = plan.begun
             raise
         finally:
             plan.release()

@@ -31,6 +31,8 @@ GPU = [
     ),
 ]
 
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
 
 def dtypes_id(codes: tuple[int, ...]) -> str:
     """The name of a dtype set, for the id of a test."""
