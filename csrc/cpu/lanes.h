@@ -22,6 +22,10 @@
 #define RADAM_VECTOR_BYTES 16
 #endif
 
+// For the names of functions, with RADAM_ISA.
+#define RADAM_CONCAT_(a, b) a##b
+#define RADAM_CONCAT(a, b) RADAM_CONCAT_(a, b)
+
 // Every object file that includes this is compiled for a different instruction set. Internal
 // linkage keeps the linker from sharing code between them.
 namespace radam {

@@ -3,18 +3,10 @@
 //
 // Sums are in float64, where squares of float32 neither overflow nor underflow and are exact. The
 // elements are read as four streams: one alone does not keep enough cache lines in flight.
-#include <cmath>
 #include <cstring>
 
-#include "core/dtypes.h"
+#include "cpu/lanes.h"
 #include "cpu/step_cpu.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#define RADAM_CONCAT_(a, b) a##b
-#define RADAM_CONCAT(a, b) RADAM_CONCAT_(a, b)
 
 namespace radam {
 namespace {
@@ -23,52 +15,46 @@ constexpr int kLanes = 8;
 constexpr int kStreams = 4;
 constexpr int kAhead = 1024;  // bytes to prefetch ahead, in each stream
 
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+// Of as many elements on every instruction set, unlike the vectors of lanes.h.
+using Doubles8 = Vector<double, 8 * kLanes>::type;
+using Floats8 = Vector<float, 4 * kLanes>::type;
+using Words8 = Vector<uint32_t, 4 * kLanes>::type;
+using Halves8 = Vector<uint16_t, 2 * kLanes>::type;
 
-template <typename V>
-RADAM_INLINE V read(const void* from) {
-  V vector;
-  memcpy(&vector, from, sizeof(V));
-  return vector;
-}
-
-RADAM_INLINE Doubles to_doubles(Floats x) {
+RADAM_INLINE Doubles8 widened(Floats8 x) {
 #if defined(__AVX512F__)
-  return (Doubles)_mm512_cvtps_pd((__m256)x);
+  return (Doubles8)_mm512_cvtps_pd((__m256)x);
 #else
-  return __builtin_convertvector(x, Doubles);
+  return __builtin_convertvector(x, Doubles8);
 #endif
 }
 
 // Zero-extends 16-bit elements.
-RADAM_INLINE Words read_extended(const void* from) {
+RADAM_INLINE Words8 read_extended8(const void* from) {
 #if defined(__AVX2__)
-  return (Words)_mm256_cvtepu16_epi32(read<__m128i>(from));
+  return (Words8)_mm256_cvtepu16_epi32(read<__m128i>(from));
 #else
-  return __builtin_convertvector(read<Halves>(from), Words);
+  return __builtin_convertvector(read<Halves8>(from), Words8);
 #endif
 }
 
 // kLanes elements, in float64.
 template <DType kDType>
-RADAM_INLINE Doubles load(const void* from) {
+RADAM_INLINE Doubles8 load8(const void* from) {
   if constexpr (kDType == kFloat64) {
-    return read<Doubles>(from);
+    return read<Doubles8>(from);
   } else if constexpr (kDType == kFloat32) {
-    return to_doubles(read<Floats>(from));
+    return widened(read<Floats8>(from));
   } else if constexpr (kDType == kBFloat16) {
-    return to_doubles((Floats)(read_extended(from) << 16));
+    return widened((Floats8)(read_extended8(from) << 16));
   } else {
-    static_assert(kDType == kFloat16, "a dtype without load()");
+    static_assert(kDType == kFloat16, "a dtype without load8()");
 #if defined(__F16C__)
-    return to_doubles((Floats)_mm256_cvtph_ps(read<__m128i>(from)));
+    return widened((Floats8)_mm256_cvtph_ps(read<__m128i>(from)));
 #else
     float16 narrow[kLanes];
     memcpy(narrow, from, sizeof(narrow));
-    Doubles wide;
+    Doubles8 wide;
     for (int k = 0; k < kLanes; ++k) wide[k] = widen(narrow[k]);
     return wide;
 #endif
@@ -76,11 +62,11 @@ RADAM_INLINE Doubles load(const void* from) {
 }
 
 template <Norm kNorm>
-RADAM_INLINE void accumulate(Doubles& sum, Doubles g) {
+RADAM_INLINE void accumulate(Doubles8& sum, Doubles8 g) {
   if constexpr (kNorm == kTwo) {
     sum += g * g;
   } else {
-    const Doubles magnitude = g < 0 ? -g : g;
+    const Doubles8 magnitude = g < 0 ? -g : g;
     if constexpr (kNorm == kOne) {
       sum += magnitude;
     } else {
@@ -93,24 +79,24 @@ template <DType kDType, Norm kNorm>
 double norm_of(const char* data, int64_t numel) {
   constexpr int64_t kStride = kLanes * kDTypeSizes[kDType];
   const int64_t stream = numel / (kStreams * kLanes) * kStride;  // bytes
-  Doubles sums[kStreams] = {};
+  Doubles8 sums[kStreams] = {};
   for (int64_t at = 0; at < stream; at += kStride) {
     for (int s = 0; s < kStreams; ++s) {
       const char* const from = data + s * stream + at;
       __builtin_prefetch(from + kAhead);
-      accumulate<kNorm>(sums[s], load<kDType>(from));
+      accumulate<kNorm>(sums[s], load8<kDType>(from));
     }
   }
   const char* rest = data + kStreams * stream;
   const char* const end = data + numel * kDTypeSizes[kDType];
-  for (; end - rest >= kStride; rest += kStride) accumulate<kNorm>(sums[0], load<kDType>(rest));
+  for (; end - rest >= kStride; rest += kStride) accumulate<kNorm>(sums[0], load8<kDType>(rest));
   if (rest < end) {
     char last[kStride] = {};
     memcpy(last, rest, static_cast<size_t>(end - rest));
-    accumulate<kNorm>(sums[1], load<kDType>(last));
+    accumulate<kNorm>(sums[1], load8<kDType>(last));
   }
   double total = 0;
-  for (const Doubles& sum : sums) {
+  for (const Doubles8& sum : sums) {
     for (int k = 0; k < kLanes; ++k) {
       if constexpr (kNorm == kLargest) {
         total = sum[k] > total || sum[k] != sum[k] ? sum[k] : total;

@@ -8,9 +8,6 @@
 #include "core/update.h"
 #include "cpu/lanes.h"
 
-#define RADAM_CONCAT_(a, b) a##b
-#define RADAM_CONCAT(a, b) RADAM_CONCAT_(a, b)
-
 namespace radam {
 namespace {
 
