@@ -8,6 +8,7 @@ def chunk(param: int, grad: int, state: int) -> int: ...
 def step(
     segments: int,
     grads: int,
+    low_memory: int,
     work: int,
     run: int,
     blocks: int,

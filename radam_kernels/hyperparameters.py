@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .modules import DTYPES, cpu
-from .schedule import check_rho_threshold, weight_decay_of
+from .schedule import check_rho_threshold, check_seed, weight_decay_of
 
 
 class Hyperparameter(NamedTuple):
@@ -44,10 +44,16 @@ def _check_weight_decay(weight_decay: Any) -> None:
 
 
 def _check_state_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in (*DTYPES[:3], *cpu.dtypes[:3]):
+    if dtype is not None and dtype not in (*DTYPES[:3], *cpu.dtypes[:3], "block8"):
         raise ValueError(
-            f"Invalid state_dtype: {dtype}; expected None, one of {DTYPES[:3]} or its name"
+            f"Invalid state_dtype: {dtype}; expected None, one of {DTYPES[:3]} or its name, or "
+            '"block8"'
         )
+
+
+def _check_master_weights(bits: Any) -> None:
+    if bits not in (None, 24, 32):
+        raise ValueError(f"Invalid master_weights: {bits}; expected None, 24 or 32 bits")
 
 
 def _check_differentiable(differentiable: Any) -> None:
@@ -76,6 +82,9 @@ TABLE = {
     "rectification": Hyperparameter("first_order"),
     "state_dtype": Hyperparameter(None, _check_state_dtype),
     "decouple_lr": Hyperparameter(False),
+    "master_weights": Hyperparameter(None, _check_master_weights),
+    "stochastic_rounding": Hyperparameter(False),
+    "seed": Hyperparameter(0, check_seed),
 }
 DEFAULTS = {name: row.default for name, row in TABLE.items()}
 
@@ -91,8 +100,23 @@ OPTIONAL = {
         "rectification",
         "state_dtype",
         "decouple_lr",
+        "master_weights",
+        "stochastic_rounding",
+        "seed",
     )
 }
+
+# Those that choose formats. They belong to the optimizer, so a checkpoint has none of them.
+FORMATS = ("state_dtype", "master_weights", "stochastic_rounding")
+
+
+def draws(group: dict[str, Any]) -> bool:
+    """Whether parameters of a group are rounded with random bits."""
+    return bool(
+        group.get("stochastic_rounding")
+        or group.get("master_weights") == 24
+        or group.get("state_dtype") == "block8"
+    )
 
 
 def complete(group: dict[str, Any]) -> dict[str, Any]:
@@ -125,4 +149,11 @@ def check(options: dict[str, Any]) -> None:
         if row.check:
             row.check(options[name])
     check_rho_threshold(options["rho_threshold"], options["rectification"])
+    if options["state_dtype"] in (torch.float16, "float16"):
+        for name in ("master_weights", "stochastic_rounding"):
+            if options[name]:
+                raise ValueError(
+                    f"state_dtype=torch.float16 can't be combined with {name}={options[name]}; "
+                    'use torch.bfloat16 or "block8"'
+                )
     weight_decay_of({"initial_lr": options["lr"], **options})

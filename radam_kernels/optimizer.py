@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -116,6 +116,9 @@ class RAdam(Optimizer):
         rectification: Form = DEFAULTS["rectification"],
         state_dtype: torch.dtype | str | None = DEFAULTS["state_dtype"],
         decouple_lr: bool = DEFAULTS["decouple_lr"],
+        master_weights: Literal[24, 32] | None = DEFAULTS["master_weights"],
+        stochastic_rounding: bool = DEFAULTS["stochastic_rounding"],
+        seed: int = DEFAULTS["seed"],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -132,6 +135,9 @@ class RAdam(Optimizer):
             "rectification": rectification,
             "state_dtype": state_dtype,
             "decouple_lr": decouple_lr,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         check(defaults)
         compact(defaults)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .hyperparameters import draws
 from .modules import cpu
 from .repair import refuse_sharing
 from .scaling import UNSCALED
@@ -50,6 +51,7 @@ class StepInBackward:
         self._optimizer = weakref.ref(optimizer, lambda _: self._remove_hooks())
         self._members: dict[int, _Member] = {}  # by id of the parameter
         self._plans: list[cpu.Plan] = []  # that no thread uses
+        self._ordinals: dict[int, int] | None = None  # by id of the parameter, for one step
         self.add_groups(optimizer)
         optimizer._in_backward = self
 
@@ -132,6 +134,7 @@ class StepInBackward:
                     optimizer.state.get(param),
                     UNSCALED,
                     torch.get_num_threads(),
+                    self._ordinal(optimizer, member, group),
                 )
             )
         except BaseException:
@@ -143,8 +146,7 @@ class StepInBackward:
             self._step_anywhere(optimizer, member, group)
         param.grad = None
 
-    @staticmethod
-    def _step_anywhere(optimizer: "RAdam", member: _Member, group: dict[str, Any]) -> None:
+    def _step_anywhere(self, optimizer: "RAdam", member: _Member, group: dict[str, Any]) -> None:
         """Steps as an ordinary step does.
 
         The plan is of this parameter alone: a walk over all groups and the whole state for each
@@ -159,12 +161,22 @@ class StepInBackward:
         groups = [{**group, "params": (param,)}]
         state = {param: optimizer.state.get(param)}
         try:
-            take_step(optimizer, plan, groups, state)
+            ordinal = self._ordinal(optimizer, member, group)
+            take_step(optimizer, plan, groups, state, first_ordinal=ordinal)
         except BaseException:
             member.stepped = plan.begun
             raise
         finally:
             plan.release()
+
+    def _ordinal(self, optimizer: "RAdam", member: _Member, group: dict[str, Any]) -> int:
+        """The parameter's place among all, for its random bits; 0 if its group draws none."""
+        if not draws(group):
+            return 0
+        if self._ordinals is None:
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            self._ordinals = {id(param): i for i, param in enumerate(params)}
+        return self._ordinals[id(member.param)]
 
     @staticmethod
     def _find_group(member: _Member, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -204,6 +216,7 @@ class StepInBackward:
         Their gradients are freed, too. They are hooked again: they lost their hook, or were frozen
         when it was to be registered.
         """
+        self._ordinals = None
         for member in self._members.values():
             member.stepped = False
         for param in stepped:

@@ -138,7 +138,15 @@ def repair(
         if old is None or any(old.get(key) is not new[key] for key in KEYS):
             repairs.before.append((owner, old))
             _set_state(state, owner, new)
-        tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
+        tensors = (
+            item.param,
+            item.grad,
+            *(local(new[key]) for key in MOMENTS),
+            new["step"],
+            None,
+            None,
+            None,
+        )
         repairs.replacements[id(owner)] = (owner, *tensors)
         if item.copied:
             repairs.write_backs.append((local(owner), item.param))

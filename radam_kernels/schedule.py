@@ -7,6 +7,8 @@ from enum import IntEnum
 from math import expm1, inf, log, sqrt
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from .formats import step_key
+
 Form: TypeAlias = Literal["first_order", "exact"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
@@ -36,6 +38,8 @@ class StepScalars(NamedTuple):
     eps: float
     step_size: float  # lr, both bias corrections and r_t
     action: float  # float(Action)
+    key_low: float = 0.0  # of random bits; two uint32
+    key_high: float = 0.0
 
 
 def rho_inf(beta2: float) -> float:
@@ -113,6 +117,12 @@ def check_rho_threshold(rho_threshold: float, form: Form) -> None:
         )
 
 
+def check_seed(seed: float) -> None:
+    """Raises ValueError for a seed that is no whole number in [0, 2**32)."""
+    if not (0 <= seed < 2**32 and seed == int(seed)):
+        raise ValueError(f"seed: expected a whole number in [0, 2**32), got {seed!r}")
+
+
 def rectification(
     step: float, beta2: float, *, form: Form = "first_order", rho_threshold: float = 5.0
 ) -> float | None:
@@ -143,15 +153,18 @@ def step_scalars(
     degenerated_to_sgd: bool = True,
     rectification: Form = "first_order",
     grad_scale: float = 1.0,
+    seed: int = 0,
 ) -> StepScalars:
     """The scalars of one step; `step` includes this step, so it is 1 for the first.
 
     Rectified: `step_size = lr sqrt(1 - beta2^t) r_t / (1 - beta1^t)`. At or below `rho_threshold`:
     `lr / (1 - beta1^t)` on the momentum (torch), or with `degenerated_to_sgd=False` neither a step
     nor decoupled decay (the authors' code). `grad_scale` multiplies the gradient (1 / loss scale).
+    `seed` gives the key of random bits, with the step.
     `step` may be a whole float. A float32 step tensor stops counting at 2**24, as in torch.
     Raises ValueError for a step that is not a whole number >= 1, betas outside [0, 1), eps negative
-    or NaN, and as `check_rho_threshold` does; lr and weight_decay are not checked here.
+    or NaN, a seed that is no whole number in [0, 2**32), and as `check_rho_threshold` does; lr and
+    weight_decay are not checked here.
     Source: Liu et al., ICLR 2020, Algorithm 2; torch/optim/radam.py; the authors' radam.py.
     """
     t = _whole(step)
@@ -160,6 +173,7 @@ def step_scalars(
     if not eps >= 0.0:
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
     check_rho_threshold(rho_threshold, rectification)
+    check_seed(seed)
 
     # Narrower types, such as numpy's float32, would otherwise reduce the precision.
     lr, beta1, beta2, eps = float(lr), float(beta1), float(beta2), float(eps)
@@ -186,6 +200,7 @@ def step_scalars(
         eps,
         step_size,
         action,
+        *map(float, step_key(int(seed), t)),
     )
 
 
@@ -232,7 +247,7 @@ def weight_decay_of(group: Mapping[str, Any]) -> float:
     return weight_decay / float(initial_lr)
 
 
-_OPTIONAL = ("rho_threshold", "degenerated_to_sgd", "rectification", "grad_scale")
+_OPTIONAL = ("rho_threshold", "degenerated_to_sgd", "rectification", "grad_scale", "seed")
 
 
 def _whole(step: float) -> float:

@@ -34,10 +34,10 @@ _STEP_DTYPES = (torch.float32, torch.float64)
 def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
     """The dtype of the moments of a parameter, under a group's `state_dtype`."""
     dtype = REAL.get(param.dtype, param.dtype)
-    code = cpu.state_dtype(cpu.dtype_code(dtype), cpu.dtype_code(requested))
-    if not param.is_complex():
-        return DTYPES[code]
-    return COMPLEX.get(DTYPES[code], torch.complex64)  # there is no complex bfloat16
+    _, code = cpu.formats_of(
+        cpu.dtype_code(dtype), param.is_complex(), cpu.dtype_code(requested), 0, False
+    )
+    return COMPLEX[DTYPES[code]] if param.is_complex() else DTYPES[code]
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:

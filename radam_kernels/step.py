@@ -30,6 +30,7 @@ def take_step(
     *,
     watched: bool = False,
     trained: bool = False,
+    first_ordinal: int = 0,
 ) -> None:
     """Steps the parameters of `groups` that have a gradient.
 
@@ -40,10 +41,11 @@ def take_step(
         state: that of these parameters, before the step.
         watched: let the optimizer's Watch look.
         trained: whether other parameters have been stepped since the last step().
+        first_ordinal: the place of the first of these parameters among all of the optimizer.
     """
     repairs = Repairs()
     try:
-        if _refresh(optimizer, plan, repairs, groups, state):
+        if _refresh(optimizer, plan, repairs, groups, state, first_ordinal):
             if watched and not optimizer._watch.is_over():
                 optimizer._watch.look(groups, trained=trained or bool(plan.owners))
             launch(plan, optimizer._backend, repairs.write_backs, stages)
@@ -59,6 +61,7 @@ def _refresh(
     repairs: Repairs,
     groups: list[dict[str, Any]],
     state: dict[Tensor, Any],
+    first_ordinal: int,
 ) -> bool:
     """Plans the step of `groups`; False if the tensors are fake, so that it is already done.
 
@@ -74,7 +77,7 @@ def _refresh(
     try:
         # Twice if something is repaired; more often only if another thread changes the state of
         # other parameters meanwhile.
-        while pending := plan.refresh(groups, state, repairs.replacements, scaling):
+        while pending := plan.refresh(groups, state, repairs.replacements, scaling, first_ordinal):
             from . import fake
 
             if fake.any_fake([owner for _, owner, _, _ in pending]):

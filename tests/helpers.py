@@ -20,6 +20,13 @@ USUAL = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 DTYPE_SETS = [
     codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
 ]
+FORMATS = (*cpu.dtypes, *cpu.formats)
+# Likewise, of every set with a format for low memory.
+LOW_MEMORY_SETS = [
+    codes
+    for codes in itertools.product(range(len(FORMATS)), repeat=3)
+    if cpu.supported(*codes) and codes not in DTYPE_SETS
+]
 SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 5000)
 
 # For a test, or one of its parameters, that needs a GPU: `pytest -m gpu` runs it.
@@ -36,7 +43,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 
 def dtypes_id(codes: tuple[int, ...]) -> str:
     """The name of a dtype set, for the id of a test."""
-    return "-".join(cpu.dtypes[code] for code in codes)
+    return "-".join(FORMATS[code] for code in codes)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -20,10 +20,20 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Whether a row has what its formats need.
+bool complete(const LowMemory& row, const DTypeSet& dtypes) {
+  if (dtypes.state == kBlock8 && (!row.exp_avg_exponent || !row.exp_avg_sq_exponent)) return false;
+  if (dtypes.param == kMaster24) return row.remainder;
+  const bool aligned = row.remainder && reinterpret_cast<uintptr_t>(row.remainder) % 2 == 0;
+  return dtypes.param != kMaster32 || aligned;
+}
+
 // The caller has validated the tensors; counts, pointers and alignment are cheap to check again.
 void check(const Segments& segments, const DTypeSet& dtypes, const StepScalars* rows,
            int64_t scalars) {
-  if (segments.count < 0 || (segments.count > 0 && (!segments.rows || !segments.grads || !rows))) {
+  const bool missing =
+      !segments.rows || !segments.grads || !rows || (is_low_memory(dtypes) && !segments.low_memory);
+  if (segments.count < 0 || (segments.count > 0 && missing)) {
     throw py::value_error("expected tables with rows, got " + std::to_string(segments.count) +
                           " segments and " + std::to_string(scalars) +
                           " rows of scalars, or the address of a table is null");
@@ -36,7 +46,8 @@ void check(const Segments& segments, const DTypeSet& dtypes, const StepScalars* 
     const bool good = s.numel >= 0 && s.scalars >= 0 && s.scalars < scalars &&
                       (s.numel == 0 ||
                        (aligned(s.param, dtypes.param) && aligned(segments.grads[i], dtypes.grad) &&
-                        aligned(s.exp_avg, dtypes.state) && aligned(s.exp_avg_sq, dtypes.state)));
+                        aligned(s.exp_avg, dtypes.state) && aligned(s.exp_avg_sq, dtypes.state) &&
+                        (!is_low_memory(dtypes) || complete(segments.low_memory[i], dtypes))));
     if (!good) {
       throw py::value_error(
           "segment " + std::to_string(i) + " of " + std::to_string(segments.count) + ": numel " +
@@ -47,7 +58,7 @@ void check(const Segments& segments, const DTypeSet& dtypes, const StepScalars* 
 }
 
 void step(uintptr_t rows, uintptr_t grads, int64_t count, int param, int grad, int state,
-          uintptr_t scalars, int64_t scalars_count, int threads, int isa) {
+          uintptr_t scalars, int64_t scalars_count, int threads, int isa, uintptr_t low_memory) {
   const auto& sets = instruction_sets();
   if (isa < 0 || isa >= static_cast<int>(sets.size())) {
     throw py::value_error("isa: expected 0 to " + std::to_string(sets.size() - 1) + ", got " +
@@ -55,7 +66,7 @@ void step(uintptr_t rows, uintptr_t grads, int64_t count, int param, int grad, i
   }
   const DTypeSet dtypes = dtype_set(param, grad, state);
   const Segments segments = {pointer<const Segment>(rows), pointer<const void* const>(grads),
-                             count};
+                             pointer<const LowMemory>(low_memory), count};
   check(segments, dtypes, pointer<const StepScalars>(scalars), scalars_count);
   py::gil_scoped_release released;
   step_cpu(segments, dtypes, pointer<const StepScalars>(scalars), threads,
@@ -75,6 +86,18 @@ py::list tensors(const Bucket& bucket) {
   for (const Tensors& t : bucket.tensors) {
     rows.append(py::make_tuple(object(t[kParam]), object(t[kGrad]), object(t[kExpAvg]),
                                object(t[kExpAvgSq])));
+  }
+  return rows;
+}
+
+py::list low_memory(const Bucket& bucket) {
+  const auto tensor = [](const Ref& ref) { return ref.get() ? object(ref) : py::none(); };
+  py::list rows;
+  for (size_t i = 0; i < bucket.low_memory.size(); ++i) {
+    const Tensors& t = bucket.tensors[i];
+    const LowMemory& row = bucket.low_memory[i];
+    rows.append(py::make_tuple(tensor(t[kRemainder]), tensor(t[kExpAvgExponent]),
+                               tensor(t[kExpAvgSqExponent]), row.first_index, row.key));
   }
   return rows;
 }
@@ -108,6 +131,7 @@ void raise(const char* name, const Arguments&... arguments) {
 #define RADAM_NAME(name) #name,
 const std::vector<std::string> kScalarsFields = {RADAM_STEP_SCALARS(RADAM_NAME)};
 const std::vector<std::string> kSegmentFields = {RADAM_SEGMENT(RADAM_NAME)};
+const std::vector<std::string> kLowMemoryFields = {RADAM_LOW_MEMORY(RADAM_NAME)};
 #undef RADAM_NAME
 
 }  // namespace
@@ -119,14 +143,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("fingerprint") = RADAM_FINGERPRINT;
   m.attr("cuda_built") = RADAM_CUDA_BUILT;  // "yes", "off" or "no nvcc"
   m.attr("dtypes") = std::vector<std::string>(kDTypeNames, kDTypeNames + kDTypes);
+  m.attr("formats") = std::vector<std::string>(kDTypeNames + kDTypes, kDTypeNames + kFormats);
   m.attr("step_scalars_fields") = kScalarsFields;
   m.attr("segment_fields") = kSegmentFields;
+  m.attr("low_memory_fields") = kLowMemoryFields;
   std::vector<std::string> isas;
   for (const InstructionSet& isa : instruction_sets()) isas.push_back(isa.name);
   m.attr("instruction_sets") = isas;
   m.def("threads_from", &threads_from, "Where threads come from: OpenMP or std::thread.");
   m.def("tensors_read_by", &tensors_read_by, "How tensors are read: DLPack or Python.");
   m.def("dtype_code", [](py::handle dtype) { return dtype_code(dtype.ptr()); });
+  m.def("format_code", [](py::handle format) { return format_code(format.ptr()); });
   m.def("is_dense", [](py::handle tensor) {
     TensorInfo info;
     return describe(tensor.ptr(), info) && is_dense(info);
@@ -136,15 +163,24 @@ PYBIND11_MODULE(_cpu, m) {
            supported(
                {static_cast<DType>(param), static_cast<DType>(grad), static_cast<DType>(state)});
   });
-  m.def("state_dtype", [](int param, int requested) {
-    return static_cast<int>(state_dtype(static_cast<DType>(param), requested));
-  });
+  m.def(
+      "formats_of",
+      [](int param, bool complex, int state_dtype, int master_weights, bool stochastic_rounding) {
+        const FormatOptions options = {state_dtype, master_weights, stochastic_rounding};
+        const DType dtype = static_cast<DType>(param);
+        return py::make_tuple(static_cast<int>(param_format(dtype, complex, options)),
+                              static_cast<int>(state_format(dtype, complex, options)));
+      },
+      py::arg("param"), py::arg("complex"), py::arg("state_dtype"), py::arg("master_weights"),
+      py::arg("stochastic_rounding"),
+      "The codes of a parameter's format and of its moments' under the options of a group.");
   m.def("step", &step, py::arg("segments"), py::arg("grads"), py::arg("count"), py::arg("param"),
         py::arg("grad"), py::arg("state"), py::arg("scalars"), py::arg("scalars_count"),
-        py::arg("threads"), py::arg("isa") = 0,
+        py::arg("threads"), py::arg("isa") = 0, py::arg("low_memory") = 0,
         "Steps `count` segments at address `segments` (int64 rows of segment_fields), whose "
         "gradients' addresses are at `grads`, with the StepScalars at address `scalars`. Dtypes "
-        "are codes; `isa` indexes instruction_sets.");
+        "are codes; `isa` indexes instruction_sets; `low_memory` is the address of rows of "
+        "low_memory_fields.");
 
   py::exception<Refusal>(m, "Refusal", PyExc_ValueError).attr("__doc__") =
       "Tensors that can't be stepped together: a message with {0} and {1} for "
@@ -182,6 +218,12 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly(
           "grad_rows", [](const Bucket& b) { return as_bytes(b.grads); },
           "The address of each segment's gradient, as bytes.")
+      .def_property_readonly(
+          "low_memory_rows", [](const Bucket& b) { return as_bytes(b.low_memory); },
+          "Rows of low_memory_fields, as bytes; empty for plain dtypes.")
+      .def_property_readonly(
+          "low_memory", &low_memory,
+          "Tensors and numbers of low_memory_fields for each segment; a tensor can be None.")
       .def_property_readonly(
           "scalar_rows", [](const Bucket& b) { return as_bytes(b.scalars); },
           "The rows of StepScalars that the segments use, as bytes; empty if capturable.")
@@ -278,11 +320,14 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "refresh",
           [](Plan& plan, py::handle groups, py::handle state, const py::dict& repaired,
-             py::handle scaling) {
-            return py::reinterpret_steal<py::list>(
-                plan.refresh(groups.ptr(), state.ptr(), repaired.ptr(), scaling.ptr()).release());
+             py::handle scaling, uint32_t first_ordinal) {
+            return py::reinterpret_steal<py::list>(plan.refresh(groups.ptr(), state.ptr(),
+                                                                repaired.ptr(), scaling.ptr(),
+                                                                first_ordinal)
+                                                       .release());
           },
-          py::arg("groups"), py::arg("state"), py::arg("repaired"), py::arg("scaling"))
+          py::arg("groups"), py::arg("state"), py::arg("repaired"), py::arg("scaling"),
+          py::arg("first_ordinal") = 0)
       .def(
           "refresh_tensors",
           [](Plan& plan, const py::list& params, const py::list& grads, const py::list& exp_avgs,
@@ -297,12 +342,12 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "step_parameter",
           [](Plan& plan, const py::dict& group, py::handle param, py::handle state,
-             py::handle scaling, int threads) {
+             py::handle scaling, int threads, uint32_t ordinal) {
             return plan.step_parameter(group.ptr(), param.ptr(), state.ptr(), scaling.ptr(),
-                                       threads);
+                                       threads, ordinal);
           },
           py::arg("group"), py::arg("param"), py::arg("state"), py::arg("scaling"),
-          py::arg("threads"),
+          py::arg("threads"), py::arg("ordinal"),
           "Steps one parameter with its state, if it can be stepped as it is, on the CPU.")
       .def("begin", &Plan::begin, "Bumps the version of every tensor that is written.")
       .def("commit", &Plan::commit, "Writes the step counts that the host keeps.")

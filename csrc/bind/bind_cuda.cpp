@@ -24,12 +24,14 @@ T* table(uintptr_t address, int64_t rows) {
 
 // Launches without the GIL: a launch waits while the device's queue is full.
 
-void step(uintptr_t segments, uintptr_t grads, uintptr_t work, int run, int64_t blocks, int param,
-          int grad, int state, uintptr_t scalars, int64_t scalars_count, uintptr_t device_scalars,
-          uintptr_t factor, int device, uintptr_t stream) {
-  const CudaStep step = {dtype_set(param, grad, state),
+void step(uintptr_t segments, uintptr_t grads, uintptr_t low_memory, uintptr_t work, int run,
+          int64_t blocks, int param, int grad, int state, uintptr_t scalars, int64_t scalars_count,
+          uintptr_t device_scalars, uintptr_t factor, int device, uintptr_t stream) {
+  const DTypeSet dtypes = dtype_set(param, grad, state);
+  const CudaStep step = {dtypes,
                          table<const Segment>(segments, blocks),
                          table<const uintptr_t>(grads, blocks),
+                         table<const LowMemory>(low_memory, is_low_memory(dtypes) ? blocks : 0),
                          table<const Work>(work, blocks),
                          run,
                          blocks,
@@ -101,10 +103,10 @@ PYBIND11_MODULE(_cuda, m) {
       "chunk",
       [](int param, int grad, int state) { return cuda_chunk(dtype_set(param, grad, state)); },
       "Elements that one block steps.");
-  m.def("step", &step, py::arg("segments"), py::arg("grads"), py::arg("work"), py::arg("run"),
-        py::arg("blocks"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("scalars"),
-        py::arg("scalars_count"), py::arg("device_scalars"), py::arg("factor"), py::arg("device"),
-        py::arg("stream"),
+  m.def("step", &step, py::arg("segments"), py::arg("grads"), py::arg("low_memory"),
+        py::arg("work"), py::arg("run"), py::arg("blocks"), py::arg("param"), py::arg("grad"),
+        py::arg("state"), py::arg("scalars"), py::arg("scalars_count"), py::arg("device_scalars"),
+        py::arg("factor"), py::arg("device"), py::arg("stream"),
         "Launches one step: tables by their addresses on the device, scalars on the host "
         "(at most inline_scalars rows) or on the device, dtypes as codes; factor, a float64 on the "
         "device that multiplies the gradients, may be 0.");

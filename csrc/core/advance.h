@@ -28,6 +28,10 @@ RADAM_INLINE double read_number(const void* data, int dtype) {
     return widen(*static_cast<const type*>(data));
     RADAM_DTYPES(RADAM_CASE)
 #undef RADAM_CASE
+#define RADAM_CASE(dtype, name, type) case dtype:
+    RADAM_FORMATS(RADAM_CASE)
+#undef RADAM_CASE
+    break;
   }
   return 0.0;
 }

@@ -1,5 +1,5 @@
 // The element types, and the conversion of one element: bf16/fp16 <-> float, to nearest even.
-// cpu/lanes.h has the same conversions on vectors.
+// cpu/lanes.h has the same conversions on vectors. core/formats.h has the formats for low memory.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,20 @@ struct float16 {
   uint16_t bits;
 };
 
+// Storage of the formats for low memory: types of their own, so that templates tell them apart.
+struct bfloat16_stochastic {
+  uint16_t bits;
+};
+struct master24 {
+  uint16_t bits;
+};
+struct master32 {
+  uint16_t bits;
+};
+struct block8 {
+  uint8_t bits;
+};
+
 // Every element type: X(enumerator, torch's name, storage type). A new one needs a row here,
 // widen() and narrow() below, and load() and store() in cpu/lanes.h; without these it doesn't
 // compile.
@@ -33,13 +47,21 @@ struct float16 {
   X(kFloat16, float16, float16)    \
   X(kFloat64, float64, double)
 
+// The formats for low memory, which tensors of several dtypes make up together; see core/formats.h.
+#define RADAM_FORMATS(X)                                           \
+  X(kBFloat16Stochastic, bfloat16_stochastic, bfloat16_stochastic) \
+  X(kMaster24, master24, master24)                                 \
+  X(kMaster32, master32, master32)                                 \
+  X(kBlock8, block8, block8)
+
 #define RADAM_ENUMERATOR(dtype, name, type) dtype,
 #define RADAM_STRING(dtype, name, type) #name,
 #define RADAM_SIZE(dtype, name, type) static_cast<int>(sizeof(type)),
-enum DType : int { RADAM_DTYPES(RADAM_ENUMERATOR) };
-constexpr const char* kDTypeNames[] = {RADAM_DTYPES(RADAM_STRING)};
-constexpr int kDTypeSizes[] = {RADAM_DTYPES(RADAM_SIZE)};
-constexpr int kDTypes = sizeof(kDTypeSizes) / sizeof(kDTypeSizes[0]);
+enum DType : int { RADAM_DTYPES(RADAM_ENUMERATOR) RADAM_FORMATS(RADAM_ENUMERATOR) };
+constexpr const char* kDTypeNames[] = {RADAM_DTYPES(RADAM_STRING) RADAM_FORMATS(RADAM_STRING)};
+constexpr int kDTypeSizes[] = {RADAM_DTYPES(RADAM_SIZE) RADAM_FORMATS(RADAM_SIZE)};
+constexpr int kFormats = sizeof(kDTypeSizes) / sizeof(kDTypeSizes[0]);  // and dtypes
+constexpr int kDTypes = kBFloat16Stochastic;                            // without the formats
 #undef RADAM_ENUMERATOR
 #undef RADAM_STRING
 #undef RADAM_SIZE
@@ -55,9 +77,10 @@ struct Element;
     using Compute = std::conditional_t<sizeof(type) == 8, double, float>; \
   };
 RADAM_DTYPES(RADAM_ELEMENT)
+RADAM_FORMATS(RADAM_ELEMENT)
 #undef RADAM_ELEMENT
 
-// The dtypes of one launch: parameters, gradients, both moments.
+// The dtypes or formats of one launch: parameters, gradients, both moments.
 struct DTypeSet {
   DType param, grad, state;
 };
@@ -66,42 +89,88 @@ constexpr bool operator==(const DTypeSet& a, const DTypeSet& b) {
   return a.param == b.param && a.grad == b.grad && a.state == b.state;
 }
 
+constexpr bool is_format(DType dtype) { return dtype >= kDTypes; }
+constexpr bool has_remainder(DType param) { return param == kMaster24 || param == kMaster32; }
+constexpr bool is_low_memory(const DTypeSet& d) { return is_format(d.param) || is_format(d.state); }
+
+// The dtype of the tensor that holds a weight in this format.
+constexpr DType weight_dtype(DType param) { return is_format(param) ? kBFloat16 : param; }
+
 // float64 mixes with float64 only. float32, bfloat16 and float16 mix freely and compute in float.
+// The formats for low memory go with each other where nothing that is narrow is rounded to nearest
+// beside something that is rounded stochastically, and with gradients of float32 or of the weight's
+// dtype.
 constexpr bool supported(const DTypeSet& d) {
-  return (d.param == kFloat64) == (d.grad == kFloat64) &&
-         (d.param == kFloat64) == (d.state == kFloat64);
+  if (is_format(d.grad) || d.param == kBlock8 || has_remainder(d.state)) return false;
+  if (!is_low_memory(d)) {
+    return (d.param == kFloat64) == (d.grad == kFloat64) &&
+           (d.param == kFloat64) == (d.state == kFloat64);
+  }
+  if (d.param == kFloat64 || (d.grad != kFloat32 && d.grad != weight_dtype(d.param))) return false;
+  if (d.state == kBlock8) return true;
+  if (d.state == kBFloat16Stochastic) return d.param == kFloat32 || is_format(d.param);
+  return d.state == kFloat32 || (d.state == kBFloat16 && has_remainder(d.param));
 }
 
-// The dtype of a parameter's moments: float64 for float64, otherwise `requested`, or float32 if
-// that is negative.
-constexpr DType state_dtype(DType param, int requested) {
-  return param == kFloat64 ? kFloat64 : requested < 0 ? kFloat32 : static_cast<DType>(requested);
+// The options of a parameter group that choose formats.
+struct FormatOptions {
+  int state_dtype = -1;  // a DType of up to 32 bits, kBlock8, or -1 for the default
+  int master_weights = 0;
+  bool stochastic_rounding = false;
+};
+
+// The format of a parameter of this dtype under the options. Complex ones have their dtype.
+constexpr DType param_format(DType param, bool complex, const FormatOptions& options) {
+  if (param != kBFloat16 || complex) return param;
+  return options.master_weights == 32   ? kMaster32
+         : options.master_weights == 24 ? kMaster24
+         : options.stochastic_rounding  ? kBFloat16Stochastic
+                                        : kBFloat16;
+}
+
+// The dtype or format of a parameter's moments: float64 for float64, otherwise what is requested,
+// or float32. There is no complex bfloat16, and no complex format.
+constexpr DType state_format(DType param, bool complex, const FormatOptions& options) {
+  if (param == kFloat64) return kFloat64;
+  const int requested = options.state_dtype;
+  if (complex) return requested == kFloat16 ? kFloat16 : kFloat32;
+  if (requested == kBFloat16 && options.stochastic_rounding) return kBFloat16Stochastic;
+  return requested < 0 ? kFloat32 : static_cast<DType>(requested);
 }
 
 // Dispatches on a dtype: calls visit(Element<dtype>{}).
-template <typename Visit>
-auto visit_dtype(DType dtype, const Visit& visit) {
-  switch (dtype) {
 #define RADAM_CASE(dtype, name, type) \
   case dtype:                         \
     return visit(Element<dtype>{});
-    RADAM_DTYPES(RADAM_CASE)
-#undef RADAM_CASE
-  }
+#define RADAM_NOT(dtype, name, type) \
+  case dtype:                        \
+    break;
+template <typename Visit>
+auto visit_dtype(DType dtype, const Visit& visit) {
+  switch (dtype) { RADAM_DTYPES(RADAM_CASE) RADAM_FORMATS(RADAM_NOT) }
+  throw std::invalid_argument("not a dtype of a tensor");
+}
+
+// Likewise, for a dtype or a format.
+template <typename Visit>
+auto visit_format(DType dtype, const Visit& visit) {
+  switch (dtype) { RADAM_DTYPES(RADAM_CASE) RADAM_FORMATS(RADAM_CASE) }
   throw std::invalid_argument("not a DType");
 }
+#undef RADAM_CASE
+#undef RADAM_NOT
 
 // Dispatches on a supported set: calls visit(Element<param>{}, Element<grad>{}, Element<state>{}).
 template <typename Visit>
 auto visit_dtypes(const DTypeSet& dtypes, const Visit& visit) {
   using Result = decltype(visit(Element<kFloat32>{}, Element<kFloat32>{}, Element<kFloat32>{}));
-  return visit_dtype(dtypes.param, [&](auto param) {
+  return visit_format(dtypes.param, [&](auto param) {
     return visit_dtype(dtypes.grad, [&](auto grad) {
-      return visit_dtype(dtypes.state, [&](auto state) -> Result {
+      return visit_format(dtypes.state, [&](auto state) -> Result {
         if constexpr (supported({param.kDType, grad.kDType, state.kDType})) {
           return visit(param, grad, state);
         } else {
-          throw std::invalid_argument("float64 goes with float64 only");
+          throw std::invalid_argument("dtypes that do not go together");
         }
       });
     });

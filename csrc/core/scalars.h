@@ -11,7 +11,9 @@
 #define RADAM_STEP_SCALARS(X) \
   X(grad_scale)               \
   X(weight_decay)             \
-  X(decay) X(one_minus_beta1) X(beta2) X(one_minus_beta2) X(eps) X(step_size) X(action)
+  X(decay)                    \
+  X(one_minus_beta1)          \
+  X(beta2) X(one_minus_beta2) X(eps) X(step_size) X(action) X(key_low) X(key_high)
 
 namespace radam {
 

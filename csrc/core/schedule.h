@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/scalars.h"
+#include "core/formats.h"
 
 namespace radam {
 
@@ -15,7 +15,8 @@ namespace radam {
 #define RADAM_HYPERPARAMETERS(NUMBER, FLAG) \
   NUMBER(eps)                               \
   NUMBER(weight_decay)                      \
-  NUMBER(rho_threshold) FLAG(decoupled_weight_decay) FLAG(maximize) FLAG(degenerated_to_sgd)
+  NUMBER(rho_threshold)                     \
+  NUMBER(seed) FLAG(decoupled_weight_decay) FLAG(maximize) FLAG(degenerated_to_sgd)
 
 struct Hyperparameters {
 #define RADAM_NUMBER(name) double name;
@@ -28,12 +29,13 @@ struct Hyperparameters {
   int32_t lr_dtype;     // the DType of *lr_data
   const void* lr_data;  // the address of lr on the device; null if `lr` has the value
 };
-static_assert(sizeof(Hyperparameters) == 7 * sizeof(double) + 4 + sizeof(int32_t) + sizeof(void*),
+static_assert(sizeof(Hyperparameters) == 8 * sizeof(double) + 4 + sizeof(int32_t) + sizeof(void*),
               "no padding: rows are compared by their bytes");
 
 RADAM_INLINE bool valid(const Hyperparameters& h, double t) {
   return t >= 1 && t <= 0x1p53 && t == std::floor(t) && h.beta1 >= 0 && h.beta1 < 1 &&
-         h.beta2 >= 0 && h.beta2 < 1 && h.eps >= 0 && h.rho_threshold >= (h.exact ? 2 : 4);
+         h.beta2 >= 0 && h.beta2 < 1 && h.eps >= 0 && h.rho_threshold >= (h.exact ? 2 : 4) &&
+         h.seed >= 0 && h.seed < 0x1p32 && h.seed == std::floor(h.seed);
 }
 
 RADAM_INLINE double bias_correction(double t, double beta) {
@@ -100,6 +102,7 @@ RADAM_INLINE StepScalars step_scalars(const Hyperparameters& h, double t) {
     step_size = 0.0;
     decay = 1.0;
   }
+  const Key key = step_key(h.seed, t);
   return {h.maximize ? -h.grad_scale : h.grad_scale,
           h.decoupled_weight_decay ? 0.0 : h.weight_decay,
           decay,
@@ -108,7 +111,9 @@ RADAM_INLINE StepScalars step_scalars(const Hyperparameters& h, double t) {
           1.0 - h.beta2,
           h.eps,
           step_size,
-          static_cast<double>(action)};
+          static_cast<double>(action),
+          static_cast<double>(key.low),
+          static_cast<double>(key.high)};
 }
 
 }  // namespace radam

@@ -133,7 +133,9 @@ void RADAM_CONCAT(step_range_, RADAM_ISA)(const Segments& segments, const DTypeS
                                           const StepScalars* scalars, int64_t first, int64_t last) {
   if (segments.count == 0) return;
   visit_dtypes(dtypes, [&](auto p, auto g, auto s) {
-    step_segments<decltype(p), decltype(g), decltype(s)>(segments, scalars, first, last);
+    constexpr DTypeSet kSet = {decltype(p)::kDType, decltype(g)::kDType, decltype(s)::kDType};
+    if constexpr (!is_low_memory(kSet))
+      step_segments<decltype(p), decltype(g), decltype(s)>(segments, scalars, first, last);
   });
 }
 

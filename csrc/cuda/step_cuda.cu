@@ -195,15 +195,18 @@ void step_cuda(const CudaStep& step) {
                              std::to_string(kInlineScalars) + " travel with the launch");
   }
   visit_dtypes(step.dtypes, [&](auto p, auto g, auto s) {
-    using P = Storage<decltype(p)>;
-    using T = Compute<P>;
-    Arguments<T> arguments = {step.segments,       step.grads,  step.work, step.run,
-                              step.device_scalars, step.factor, {}};
-    for (int64_t i = 0; !step.device_scalars && i < step.scalars_count; ++i) {
-      arguments.rows[i] = Row<T>(step.scalars[i]);
+    constexpr DTypeSet kSet = {decltype(p)::kDType, decltype(g)::kDType, decltype(s)::kDType};
+    if constexpr (!is_low_memory(kSet)) {
+      using P = Storage<decltype(p)>;
+      using T = Compute<P>;
+      Arguments<T> arguments = {step.segments,       step.grads,  step.work, step.run,
+                                step.device_scalars, step.factor, {}};
+      for (int64_t i = 0; !step.device_scalars && i < step.scalars_count; ++i) {
+        arguments.rows[i] = Row<T>(step.scalars[i]);
+      }
+      launch(radam_step_kernel<P, Storage<decltype(g)>, Storage<decltype(s)>>, arguments,
+             step.blocks, kThreads, step.device, step.stream, "radam_step_kernel");
     }
-    launch(radam_step_kernel<P, Storage<decltype(g)>, Storage<decltype(s)>>, arguments, step.blocks,
-           kThreads, step.device, step.stream, "radam_step_kernel");
   });
 }
 

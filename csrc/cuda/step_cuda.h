@@ -17,10 +17,11 @@ static_assert(sizeof(Work) == 8, "Python makes these rows");
 
 struct CudaStep {
   DTypeSet dtypes;
-  const Segment* segments;  // on the device
-  const uintptr_t* grads;   // on the device: the gradient of each segment
-  const Work* work;         // on the device
-  int run;                  // log2 of the blocks that a row of work is for
+  const Segment* segments;      // on the device
+  const uintptr_t* grads;       // on the device: the gradient of each segment
+  const LowMemory* low_memory;  // on the device: one for each segment, or null
+  const Work* work;             // on the device
+  int run;                      // log2 of the blocks that a row of work is for
   int64_t blocks;
   const StepScalars* scalars;         // on the host, copied into the launch; or null
   int64_t scalars_count;              // at most kInlineScalars, if on the host

@@ -10,11 +10,22 @@
 
 namespace radam {
 
-// The tensors that a step of one parameter uses: four of the same shape, and the step count.
-enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kStreams };
+// The tensors that a step of one parameter uses: four of the same shape, the step count, and what
+// formats for low memory have in addition.
+enum Stream {
+  kParam,
+  kGrad,
+  kExpAvg,
+  kExpAvgSq,
+  kStep,
+  kRemainder,
+  kExpAvgExponent,
+  kExpAvgSqExponent,
+  kStreams
+};
 
 // References that keep the memory of a segment alive until release(). The step is empty if the
-// caller counts the steps.
+// caller counts the steps, and each of the last three if the format has none.
 using Tensors = std::array<Ref, kStreams>;
 
 // A step count that occurs in a group. Each distinct one has one row of StepScalars.
@@ -35,11 +46,12 @@ struct Bucket {
   const bool capturable;  // whether the step counts are stored and advanced on the device
   std::vector<Segment> segments;
 
-  // One entry for each segment:
+  // One entry for each segment (low_memory: if the formats are for low memory):
   std::vector<const void*> grads;
   std::vector<int64_t> owners;  // indices in Plan::owners()
   std::vector<Tensors> tensors;
   std::vector<Counter> counters;  // with a null address if the caller counts the steps
+  std::vector<LowMemory> low_memory;
 
   // The rows that Segment::scalars indexes. The host makes one for each count. If capturable, the
   // device makes one for each segment, and they are here only if that device is the CPU.
@@ -57,7 +69,8 @@ struct Bucket {
   Ref cache;               // of the backend, kept between steps: tables on a device
 
   Segments table() const {
-    return {segments.data(), grads.data(), static_cast<int64_t>(segments.size())};
+    return {segments.data(), grads.data(), low_memory.empty() ? nullptr : low_memory.data(),
+            static_cast<int64_t>(segments.size())};
   }
 
   void release() {
@@ -66,6 +79,7 @@ struct Bucket {
     owners.clear();
     tensors.clear();
     counters.clear();
+    low_memory.clear();
     counts.clear();
     scalars.clear();
     hyperparameters.clear();

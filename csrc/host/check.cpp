@@ -5,7 +5,20 @@
 namespace radam {
 namespace {
 
-constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "step"};
+constexpr const char* kStreamNames[] = {"param",
+                                        "grad",
+                                        "exp_avg",
+                                        "exp_avg_sq",
+                                        "step",
+                                        "param_remainder",
+                                        "exp_avg_exponent",
+                                        "exp_avg_sq_exponent"};
+
+// Whether a tensor has a remainder or a moment for each element of `param`, in its layout.
+bool matches(const TensorInfo& info, const TensorInfo& param) {
+  return info.device == param.device && !info.complex && same_shape(info, param) &&
+         same_layout(info, param);
+}
 
 }  // namespace
 
@@ -15,25 +28,39 @@ Plan::Reason Plan::add_row(const Ref& owner, int64_t group, Entry& entry) {
   if (is_dtensor(row_[kParam].get())) {
     if (const Reason reason = use_local_tensors()) return reason;
   }
-  if (const Reason reason = check(entry)) return reason;
+  if (const Reason reason = check(options, entry)) return reason;
   if (!options.caller_counts) {
-    const DType param = static_cast<DType>(infos_[kParam].dtype);
-    // There is no complex bfloat16.
-    const bool none = infos_[kParam].complex && options.state_dtype == kBFloat16;
-    if (infos_[kExpAvg].dtype != state_dtype(param, none ? -1 : options.state_dtype)) {
-      return {"exp_avg and exp_avg_sq have another dtype than state_dtype"};
-    }
     if (const Reason reason = check_step(options, entry.seen[kStep])) return reason;
+    if (is_low_memory(dtypes_)) locate_shard(owner.get(), entry);
   }
-  append(owner, group);
+  append(owner, group, entry);
   return {};
+}
+
+// Sets which elements of the whole parameter `owner` has; asks Python where its spec is new.
+void Plan::locate_shard(PyObject* owner, Entry& entry) const {
+  if (!is_dtensor(owner)) {
+    entry.spec = Ref();
+    entry.first_index = entry.shard = 0;
+    return;
+  }
+  Ref spec = spec_of(owner);
+  if (spec.get() == entry.spec.get()) return;
+  static PyObject* const shard_of =
+      attribute(Ref::steal(PyImport_ImportModule("radam_kernels.sharding")).get(), "shard_of")
+          .release();
+  const Ref found = Ref::steal(PyObject_CallOneArg(shard_of, owner));
+  entry.first_index = static_cast<uint64_t>(to_int(PyTuple_GetItem(found.get(), 0)));
+  entry.shard = static_cast<uint32_t>(to_int(PyTuple_GetItem(found.get(), 1)));
+  entry.spec = std::move(spec);
 }
 
 // Replaces the DTensors in row_ by their local tensors, if all are placed in the same way.
 Plan::Reason Plan::use_local_tensors() {
-  Ref locals[kStep];
-  for (int i = 0; i < kStep; ++i) {
+  Ref locals[kStreams];
+  for (int i : {kParam, kGrad, kExpAvg, kExpAvgSq, kRemainder}) {
     PyObject* tensor = row_[i].get();
+    if (!tensor) continue;
     if (!is_dtensor(tensor)) return {" is not a DTensor as param is", kStreamNames[i]};
     if (i > 0 && !same_placement(row_[kParam].get(), tensor)) {
       return {" is placed in another way than param", kStreamNames[i]};
@@ -41,39 +68,86 @@ Plan::Reason Plan::use_local_tensors() {
     locals[i] = local_tensor(tensor);
     if (!locals[i].get()) return {" has no plain local tensor", kStreamNames[i]};
   }
-  for (int i = 0; i < kStep; ++i) row_[i] = std::move(locals[i]);
+  for (int i = 0; i < kStreams; ++i) {
+    if (locals[i].get()) row_[i] = std::move(locals[i]);
+  }
   return {};
 }
 
-// Describes the four tensors of row_ in infos_, and returns why they can't be stepped together.
-Plan::Reason Plan::check(Entry& entry) {
-  for (int i = 0; i < kStep; ++i) {
-    if (!describe(row_[i].get(), infos_[i])) {
+// Describes the tensors of row_ in infos_, sets their dtypes_, and returns why they can't be
+// stepped together.
+Plan::Reason Plan::check(const Group& group, Entry& entry) {
+  for (int i = 0; i < kStreams; ++i) {
+    if (i != kStep && row_[i].get() && !describe(row_[i].get(), infos_[i])) {
       return {" has no memory that a kernel can use", kStreamNames[i]};
     }
   }
   const TensorInfo& param = infos_[kParam];
   if (param.dtype < 0) return {"param must be float32, bfloat16, float16, float64 or complex"};
+  const FormatOptions& formats = group.formats;
+  if (param.dtype == kFloat16 && !param.complex &&
+      (formats.master_weights || formats.stochastic_rounding)) {
+    return {"float16 parameters can't have master_weights or stochastic_rounding"};
+  }
+  const DType dtype = static_cast<DType>(param.dtype);
+  dtypes_.param = group.caller_counts ? dtype : param_format(dtype, param.complex, formats);
+  dtypes_.state = group.caller_counts ? static_cast<DType>(infos_[kExpAvg].dtype)
+                                      : state_format(dtype, param.complex, formats);
   for (int i = 1; i < kStep; ++i) {
     const TensorInfo& other = infos_[i];
+    const bool codes = i != kGrad && dtypes_.state == kBlock8;
     if (!(other.device == param.device)) return {"param, grad and moments are on several devices"};
     if (!same_shape(param, other)) return {"param, grad and moments differ in shape"};
+    if (codes && other.integer != 8) return {"the moments are not in the format block8"};
+    if (codes) continue;
     if (other.dtype < 0) return {"grad and moments must be float32, bfloat16, float16 or float64"};
     if (other.complex != param.complex) return {"of param, grad and moments some are complex"};
   }
+  dtypes_.grad = static_cast<DType>(infos_[kGrad].dtype);
   if (infos_[kExpAvg].dtype != infos_[kExpAvgSq].dtype) {
     return {"exp_avg and exp_avg_sq differ in dtype"};
   }
-  if (!supported({static_cast<DType>(param.dtype), static_cast<DType>(infos_[kGrad].dtype),
-                  static_cast<DType>(infos_[kExpAvg].dtype)})) {
-    return {"float64 goes with float64 only, for param, grad and moments alike"};
+  if (dtypes_.state != kBlock8 && infos_[kExpAvg].dtype != weight_dtype(dtypes_.state)) {
+    return {"exp_avg and exp_avg_sq have another dtype than state_dtype"};
+  }
+  if (!supported(dtypes_)) {
+    return {is_low_memory(dtypes_)
+                ? "grad must be float32 or have the dtype of param, for such a format"
+                : "float64 goes with float64 only, for param, grad and moments alike"};
   }
   if (!is_dense(param)) return {"param is not dense: it has gaps or elements that share memory"};
   for (int i = 1; i < kStep; ++i) {
     if (!same_layout(param, infos_[i])) return {"param, grad and moments differ in strides"};
   }
-  for (int i = 0; i < kStep; ++i) {
+  if (const Reason reason = check_low_memory()) return reason;
+  if (!has_remainder(dtypes_.param)) row_[kRemainder] = Ref();
+  if (dtypes_.state != kBlock8) {
+    row_[kExpAvgExponent] = Ref();
+    row_[kExpAvgSqExponent] = Ref();
+  }
+  for (int i = 0; i < kStreams; ++i) {
+    if (i == kStep || !row_[i].get()) continue;
     if (const Reason reason = check_memory(i, entry.seen[i])) return reason;
+  }
+  return {};
+}
+
+// Checks what the format has in addition to the four tensors of a plain dtype.
+Plan::Reason Plan::check_low_memory() const {
+  const TensorInfo& param = infos_[kParam];
+  if (has_remainder(dtypes_.param)) {
+    const TensorInfo& remainder = infos_[kRemainder];
+    if (!row_[kRemainder].get() || !matches(remainder, param) ||
+        remainder.integer != (dtypes_.param == kMaster24 ? -8 : -16)) {
+      return {" is not there, or does not fit param and master_weights", kStreamNames[kRemainder]};
+    }
+  }
+  for (int i = kExpAvgExponent; i < kStreams && dtypes_.state == kBlock8; ++i) {
+    const TensorInfo& exponents = infos_[i];
+    if (!row_[i].get() || exponents.integer != 8 || !(exponents.device == param.device) ||
+        exponents.numel != (param.numel + kBlock - 1) / kBlock || !is_dense(exponents)) {
+      return {" is not there, or does not fit param", kStreamNames[i]};
+    }
   }
   return {};
 }

@@ -7,6 +7,19 @@
 
 namespace radam {
 
+namespace {
+
+LowMemory low_memory(const Bucket& bucket, size_t i) {
+  return bucket.low_memory.empty() ? LowMemory{} : bucket.low_memory[i];
+}
+
+bool same_pointers(const LowMemory& a, const LowMemory& b) {
+  return a.remainder == b.remainder && a.exp_avg_exponent == b.exp_avg_exponent &&
+         a.exp_avg_sq_exponent == b.exp_avg_sq_exponent;
+}
+
+}  // namespace
+
 bool OverlapCheck::same_writes(const std::deque<Bucket>& buckets) const {
   size_t i = 0;
   for (const Bucket& bucket : buckets) {
@@ -16,7 +29,8 @@ bool OverlapCheck::same_writes(const std::deque<Bucket>& buckets) const {
       const Verified& old = verified_[i++];
       if (!(old.dtypes == bucket.dtypes && s.param == old.segment.param &&
             s.exp_avg == old.segment.exp_avg && s.exp_avg_sq == old.segment.exp_avg_sq &&
-            s.numel == old.segment.numel && old.step == bucket.counters[j].step)) {
+            s.numel == old.segment.numel && old.step == bucket.counters[j].step &&
+            same_pointers(low_memory(bucket, j), old.low_memory))) {
         return false;
       }
     }
@@ -32,16 +46,22 @@ std::optional<Overlap> OverlapCheck::sort_writes(const std::deque<Bucket>& bucke
     for (size_t i = 0; i < bucket.segments.size(); ++i) {
       const Segment& s = bucket.segments[i];
       const Counter& counter = bucket.counters[i];
-      const auto write = [&](const void* data, int dtype, int64_t numel, const char* stream) {
+      const LowMemory& extra = low_memory(bucket, i);
+      const auto write = [&](const void* data, int64_t size, const char* stream) {
         const char* begin = static_cast<const char*>(data);
-        const char* end = begin + numel * kDTypeSizes[dtype];
-        if (numel) written_.push_back({begin, end, bucket.owners[i], stream});
+        if (begin && size) written_.push_back({begin, begin + size, bucket.owners[i], stream});
       };
-      write(s.param, bucket.dtypes.param, s.numel, "param");
-      write(s.exp_avg, bucket.dtypes.state, s.numel, "exp_avg");
-      write(s.exp_avg_sq, bucket.dtypes.state, s.numel, "exp_avg_sq");
-      write(counter.step, counter.dtype, counter.step ? 1 : 0, "step");
-      verified_.push_back({bucket.dtypes, s, counter.step, nullptr, 0});
+      const int64_t state_size = s.numel * kDTypeSizes[bucket.dtypes.state];
+      const int64_t blocks = (s.numel + kBlock - 1) / kBlock;
+      write(s.param, s.numel * kDTypeSizes[bucket.dtypes.param], "param");
+      write(s.exp_avg, state_size, "exp_avg");
+      write(s.exp_avg_sq, state_size, "exp_avg_sq");
+      write(counter.step, kDTypeSizes[counter.dtype], "step");
+      write(extra.remainder, s.numel * (bucket.dtypes.param == kMaster24 ? 1 : 2),
+            "param_remainder");
+      write(extra.exp_avg_exponent, blocks, "exp_avg_exponent");
+      write(extra.exp_avg_sq_exponent, blocks, "exp_avg_sq_exponent");
+      verified_.push_back({bucket.dtypes, s, extra, counter.step, nullptr, 0});
     }
   }
   std::sort(written_.begin(), written_.end(),

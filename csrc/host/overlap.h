@@ -24,6 +24,7 @@ class OverlapCheck {
   struct Verified {
     DTypeSet dtypes;
     Segment segment;
+    LowMemory low_memory;
     const void* step;
     const void* grad;
     size_t after;  // index of the first interval in written_ after the gradient

@@ -15,7 +15,7 @@ double number(PyObject* scaling, PyObject* name, double otherwise) {
 
 }  // namespace
 
-void Plan::append(const Ref& owner, int64_t group) {
+void Plan::append(const Ref& owner, int64_t group, const Entry& entry) {
   const Group& options = groups_[static_cast<size_t>(group)];
   Bucket& bucket = bucket_of(options.capturable);
   Counter counter = {nullptr, kFloat32, static_cast<int32_t>(group)};
@@ -30,24 +30,28 @@ void Plan::append(const Ref& owner, int64_t group) {
   bucket.segments.push_back({infos_[kParam].data, infos_[kExpAvg].data, infos_[kExpAvgSq].data,
                              infos_[kParam].reals(), scalars});
   bucket.grads.push_back(infos_[kGrad].data);
+  if (is_low_memory(dtypes_)) {
+    const auto data = [&](int stream) {
+      return row_[stream].get() ? infos_[stream].data : nullptr;
+    };
+    bucket.low_memory.push_back({data(kRemainder), data(kExpAvgExponent), data(kExpAvgSqExponent),
+                                 entry.first_index, parameter_key(entry.ordinal, entry.shard)});
+  }
   bucket.owners.push_back(static_cast<int64_t>(owners_.size()));
   bucket.tensors.push_back(std::move(row_));
   bucket.counters.push_back(counter);
   owners_.push_back(Ref::borrow(owner.get()));
 }
 
-// Finds or makes the bucket for the tensors in infos_.
+// Finds or makes the bucket for the tensors in infos_ and their dtypes_.
 Bucket& Plan::bucket_of(bool capturable) {
-  const DTypeSet dtypes = {static_cast<DType>(infos_[kParam].dtype),
-                           static_cast<DType>(infos_[kGrad].dtype),
-                           static_cast<DType>(infos_[kExpAvg].dtype)};
   for (Bucket& bucket : buckets_) {
-    if (bucket.device == infos_[kParam].device && bucket.dtypes == dtypes &&
+    if (bucket.device == infos_[kParam].device && bucket.dtypes == dtypes_ &&
         bucket.capturable == capturable) {
       return bucket;
     }
   }
-  return buckets_.emplace_back(infos_[kParam].device, dtypes, capturable);
+  return buckets_.emplace_back(infos_[kParam].device, dtypes_, capturable);
 }
 
 int64_t Plan::scalars_index(Bucket& bucket, int64_t group, double step) const {

@@ -31,7 +31,8 @@ class Plan {
  public:
   // Plans the step of every parameter of `groups` that has a gradient. `state` is the optimizer's,
   // `scaling` a radam_kernels.scaling.Scaling. `repaired` maps ids of parameters to replacements:
-  // tuples (owner, param, grad, exp_avg, exp_avg_sq, step).
+  // tuples of the owner and what takes the place of each Stream, or None. `first_ordinal` is the
+  // place of the first parameter among all of the optimizer.
   //
   // Returns [(group, parameter, gradient, reason)] for parameters that can't be stepped as they
   // are, including those without state. Unless this list is empty there is no plan yet: Python
@@ -40,18 +41,20 @@ class Plan {
   // Other threads, and Python code that torch calls, can change all of this during the walk. So the
   // lists of parameters and the items of the state are copied at the beginning, and the walk owns
   // a reference to everything that it reads.
-  Ref refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling);
+  Ref refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling,
+              uint32_t first_ordinal);
 
   // Like refresh(), for tensors whose steps the caller counts. The moments may have any supported
-  // dtype.
+  // dtype, but no format for low memory.
   Ref refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs, PyObject* exp_avg_sqs,
                       double step, PyObject* group, PyObject* scaling);
 
   // Steps one parameter of `group`, if it has a gradient and can be stepped as it is, on the CPU.
-  // `state` is its own. False if not: nothing has changed then, and refresh() has the reason. For
-  // the hooks of step_in_backward(), whose overhead counts for each parameter.
+  // `state` is its own, `ordinal` its place among all parameters. False if not: nothing has changed
+  // then, and refresh() has the reason. For the hooks of step_in_backward(), whose overhead counts
+  // for each parameter.
   bool step_parameter(PyObject* group, PyObject* param, PyObject* state, PyObject* scaling,
-                      int threads);
+                      int threads, uint32_t ordinal);
 
   // Bumps the version counters of the tensors, so that backward through a stale graph raises
   // instead of giving wrong gradients. From here on memory is written.
@@ -86,11 +89,16 @@ class Plan {
   struct Entry {
     size_t item = 0;  // index of its state in items_
     Seen seen[kStreams];
+    uint32_t ordinal = 0;  // the parameter's place among all of the optimizer
+    // Of a DTensor: its spec, and which elements of the whole parameter it has.
+    Ref spec = {};
+    uint64_t first_index = 0;
+    uint32_t shard = 0;
   };
   struct Group {
     Ref options;
-    int state_dtype;  // a DType, or -1 for the default
-    bool capturable;
+    FormatOptions formats = {};
+    bool capturable = false;
     Ref params = {};             // a tuple
     bool caller_counts = false;  // whether the caller counts the steps
     bool has_host = false;
@@ -105,7 +113,8 @@ class Plan {
   };
 
   void start();
-  void walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending);
+  void walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending,
+            uint32_t first_ordinal);
   void add_group(PyObject* options);
   PyObject* find_state(PyObject* param, Entry& entry);
   bool find_replacement(PyObject* repaired, PyObject* owner);
@@ -116,10 +125,12 @@ class Plan {
   size_t visit(PyObject* param, PyObject* state);
   Reason add_row(const Ref& owner, int64_t group, Entry& entry);
   Reason use_local_tensors();
-  Reason check(Entry& entry);
+  Reason check(const Group& group, Entry& entry);
+  Reason check_low_memory() const;
+  void locate_shard(PyObject* owner, Entry& entry) const;
   Reason check_memory(int stream, Seen& seen) const;
   Reason check_step(const Group& group, Seen& seen);
-  void append(const Ref& owner, int64_t group);
+  void append(const Ref& owner, int64_t group, const Entry& entry);
   Bucket& bucket_of(bool capturable);
   int64_t scalars_index(Bucket& bucket, int64_t group, double step) const;
   void complete(PyObject* groups, PyObject* scaling);
@@ -129,6 +140,7 @@ class Plan {
   // The row that is being checked. Owned, because describing a tensor can release the GIL.
   Tensors row_;
   TensorInfo infos_[kStreams];
+  DTypeSet dtypes_{};
   std::vector<Entry> entries_;  // one for each parameter, in order
   // The items of the state at the beginning of the walk; the keys are only compared. item_of_ is an
   // index from key to item, made only if a parameter's item is not where it was at the last step.

@@ -50,10 +50,12 @@ const DLPackExchangeAPI* exchange_api() {
   return api;
 }
 
-// Sets dtype and complex of `info`.
+// Sets dtype, complex and integer of `info`.
 void set_dtype(TensorInfo& info, const DLDataType& type) {
-  constexpr uint8_t kFloat = 2, kBfloat = 4, kComplex = 5;
+  constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5;
   info.complex = type.code == kComplex;
+  const bool small = type.lanes == 1 && type.bits <= 16;
+  info.integer = !small ? 0 : type.code == kInt ? -type.bits : type.code == kUInt ? type.bits : 0;
   const int bits = info.complex ? type.bits / 2 : type.bits;
   const bool real = type.lanes == 1 && (type.code == kFloat || info.complex);
   info.dtype = real && bits == 32                                      ? kFloat32
@@ -95,12 +97,19 @@ bool describe_by_attributes(PyObject* tensor, TensorInfo& info) try {
   static constexpr const char* kComplexNames[] = {"complex64", "complex32", "complex128"};
   static constexpr int kParts[] = {kFloat32, kFloat16, kFloat64};
   static PyObject* const* const complexes = torch_dtypes(kComplexNames, 3);
+  static constexpr const char* kIntegerNames[] = {"uint8", "int8", "int16"};
+  static constexpr int kBits[] = {8, -8, -16};
+  static PyObject* const* const integers = torch_dtypes(kIntegerNames, 3);
   const auto call = [&](const char* name) {
     return Ref::steal(PyObject_CallMethod(tensor, name, nullptr));
   };
   const Ref dtype = attribute(tensor, "dtype");
   info.dtype = dtype_code(dtype.get());
   info.complex = false;
+  info.integer = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (dtype.get() == integers[i]) info.integer = kBits[i];
+  }
   for (int i = 0; i < 3; ++i) {
     if (dtype.get() != complexes[i]) continue;
     info.dtype = kParts[i];
@@ -181,6 +190,14 @@ int dtype_code(PyObject* dtype) {
     if (PyUnicode_CompareWithASCIIString(dtype, kDTypeNames[i]) == 0) return i;
   }
   return -1;
+}
+
+int format_code(PyObject* format) {
+  if (PyUnicode_Check(format) &&
+      PyUnicode_CompareWithASCIIString(format, kDTypeNames[kBlock8]) == 0) {
+    return kBlock8;
+  }
+  return dtype_code(format);
 }
 
 const char* find_lazy(PyObject* tensor, const TensorInfo& info) {

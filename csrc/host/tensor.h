@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "core/dtypes.h"
@@ -28,6 +29,7 @@ struct TensorInfo {
   Device device{};
   int dtype = -1;  // a DType (of each part, if complex), or -1 for any other
   bool complex = false;
+  int integer = 0;  // bits of an integer of up to 16 bits, negative if it is signed
   int32_t ndim = 0;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
@@ -39,7 +41,7 @@ struct TensorInfo {
   TensorInfo& operator=(const TensorInfo&) = delete;
 
   int64_t reals() const { return complex ? 2 * numel : numel; }
-  int64_t bytes() const { return reals() * kDTypeSizes[dtype]; }
+  int64_t bytes() const { return reals() * (integer ? std::abs(integer) / 8 : kDTypeSizes[dtype]); }
 };
 
 // Fills `info` from a tensor whose memory can be read and written directly. False, without a Python
@@ -53,8 +55,11 @@ bool describe(PyObject* tensor, TensorInfo& info);
 const char* find_lazy(PyObject* tensor, const TensorInfo& info);
 const char* find_short_storage(PyObject* tensor, const TensorInfo& info);
 
-// The DType of a torch.dtype, or -1.
+// The DType of a torch.dtype or of its name, or -1.
 int dtype_code(PyObject* dtype);
+
+// Likewise, or kBlock8 for its name.
+int format_code(PyObject* format);
 
 // Whether the tensor fills one block of memory, without gaps or shared elements: contiguous, up to
 // a permutation of dimensions.

@@ -31,17 +31,19 @@ void Plan::start() {
   find_dtensor();
 }
 
-Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling) {
+Ref Plan::refresh(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* scaling,
+                  uint32_t first_ordinal) {
   start();
   const Ref pending = Ref::steal(PyList_New(0));
   const Ref all = as_tuple(groups, "param_groups: expected a list of dicts");
   if (!PyDict_Check(state)) throw std::invalid_argument("state: expected a dict of dicts");
-  walk(all.get(), state, repaired, pending.get());
+  walk(all.get(), state, repaired, pending.get(), first_ordinal);
   if (PyList_GET_SIZE(pending.get()) == 0) complete(all.get(), scaling);
   return Ref::borrow(pending.get());
 }
 
-void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending) {
+void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject* pending,
+                uint32_t first_ordinal) {
   for (Py_ssize_t g = 0; g < PyTuple_GET_SIZE(groups); ++g) {
     PyObject* options = PyTuple_GET_ITEM(groups, g);
     if (!PyDict_Check(options)) {
@@ -69,6 +71,7 @@ void Plan::walk(PyObject* groups, PyObject* state, PyObject* repaired, PyObject*
       const Ref grad = gradient(owner.get());
       if (static_cast<size_t>(position) == entries_.size()) entries_.emplace_back();
       Entry& entry = entries_[static_cast<size_t>(position)];
+      entry.ordinal = first_ordinal + static_cast<uint32_t>(position);
       if (grad.get() == Py_None) continue;
       Reason reason = {"it has no state"};
       const int64_t group = static_cast<int64_t>(g);
@@ -99,7 +102,11 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     const auto part = [&](PyObject* list) { return Ref::borrow(PyList_GetItem(list, i)); };
     const Ref owner = part(params);
-    row_ = {part(params), part(grads), part(exp_avgs), part(exp_avg_sqs), Ref()};
+    row_ = {};
+    row_[kParam] = part(params);
+    row_[kGrad] = part(grads);
+    row_[kExpAvg] = part(exp_avgs);
+    row_[kExpAvgSq] = part(exp_avg_sqs);
     written_.push_back(part(exp_avgs));
     written_.push_back(part(exp_avg_sqs));
     Entry entry;
@@ -117,7 +124,7 @@ Ref Plan::refresh_tensors(PyObject* params, PyObject* grads, PyObject* exp_avgs,
 }
 
 bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyObject* scaling,
-                          int threads) try {
+                          int threads, uint32_t ordinal) try {
   start();
   const struct Release {
     Plan& plan;
@@ -134,7 +141,9 @@ bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyO
   if (grad.get() == Py_None || !find_row(state)) return false;
   row_[kParam] = Ref::borrow(param);
   row_[kGrad] = std::move(grad);
-  if (add_row(owner, 0, visits_[position].entry) || !on_cpu()) return false;
+  Entry& entry = visits_[position].entry;
+  entry.ordinal = ordinal;
+  if (add_row(owner, 0, entry) || !on_cpu()) return false;
   const Ref groups = Ref::steal(Py_BuildValue("(O)", group));
   complete(groups.get(), scaling);
   run_cpu(threads);
@@ -146,16 +155,32 @@ bool Plan::step_parameter(PyObject* group, PyObject* param, PyObject* state, PyO
 }
 
 void Plan::add_group(PyObject* options) {
-  const Ref dtype = item(options, RADAM_STR(state_dtype));
-  const Ref capturable = item(options, RADAM_STR(capturable));
-  groups_.push_back({Ref::borrow(options), -1, false});
+  const auto given = [&](PyObject* name) {
+    Ref found = item(options, name);
+    return found.get() == Py_None ? Ref() : std::move(found);
+  };
+  groups_.emplace_back();
   Group& group = groups_.back();
-  if (dtype.get() && dtype.get() != Py_None) {
-    group.state_dtype = dtype_code(dtype.get());
-    if (group.state_dtype < 0 || group.state_dtype == kFloat64) {
-      throw InvalidGroup{static_cast<int64_t>(groups_.size()) - 1, 1.0};
-    }
+  group.options = Ref::borrow(options);
+  bool good = true;
+  FormatOptions& formats = group.formats;
+  if (const Ref dtype = given(RADAM_STR(state_dtype)); dtype.get()) {
+    formats.state_dtype = format_code(dtype.get());
+    good = (formats.state_dtype >= 0 && formats.state_dtype < kFloat64) ||
+           formats.state_dtype == kBlock8;
   }
+  if (const Ref bits = given(RADAM_STR(master_weights)); bits.get()) {
+    const double number = to_double(bits.get());
+    formats.master_weights = number == 24 ? 24 : 32;
+    good = good && (number == 24 || number == 32);
+  }
+  const Ref stochastic = given(RADAM_STR(stochastic_rounding));
+  formats.stochastic_rounding = stochastic.get() && to_bool(stochastic.get());
+  const bool sixteen = formats.stochastic_rounding || formats.master_weights;
+  if (!good || (sixteen && formats.state_dtype == kFloat16)) {
+    throw InvalidGroup{static_cast<int64_t>(groups_.size()) - 1, 1.0};
+  }
+  const Ref capturable = given(RADAM_STR(capturable));
   group.capturable = capturable.get() && to_bool(capturable.get());
 }
 
@@ -179,13 +204,17 @@ bool Plan::find_replacement(PyObject* repaired, PyObject* owner) {
   const Ref key = Ref::steal(PyLong_FromVoidPtr(owner));
   const Ref found = item(repaired, key.get());
   if (!found.get()) return false;
+  if (PyTuple_Size(found.get()) != kStreams + 1) {
+    throw std::invalid_argument("repaired: expected tuples of the owner and of each stream");
+  }
   for (int i = 0; i < kStreams; ++i) {
-    row_[i] = Ref::borrow(PyTuple_GET_ITEM(found.get(), i + 1));  // after the owner
+    PyObject* const tensor = PyTuple_GET_ITEM(found.get(), i + 1);  // after the owner
+    row_[i] = tensor == Py_None ? Ref() : Ref::borrow(tensor);
   }
   return true;
 }
 
-// Fills the moments and the step of row_ from a parameter's state; false if one is missing.
+// Fills row_ from a parameter's state; false if a moment or the step is missing.
 bool Plan::find_row(PyObject* state) {
   if (!state || !PyDict_Check(state)) return false;
   PyObject *keys[3], *values[3];
@@ -203,6 +232,10 @@ bool Plan::find_row(PyObject* state) {
     row_[kExpAvg] = item(state, RADAM_STR(exp_avg));
     row_[kExpAvgSq] = item(state, RADAM_STR(exp_avg_sq));
   }
+  const bool more = PyDict_GET_SIZE(state) > 3;
+  row_[kRemainder] = more ? item(state, RADAM_STR(param_remainder)) : Ref();
+  row_[kExpAvgExponent] = more ? item(state, RADAM_STR(exp_avg_exponent)) : Ref();
+  row_[kExpAvgSqExponent] = more ? item(state, RADAM_STR(exp_avg_sq_exponent)) : Ref();
   return row_[kStep].get() && row_[kExpAvg].get() && row_[kExpAvgSq].get();
 }
 
@@ -257,6 +290,7 @@ void Plan::prefetch(size_t position) const {
 
 void Plan::prefetch_tensors(const Entry& entry) {
   for (const Seen& seen : entry.seen) {
+    if (!seen.object) continue;
     __builtin_prefetch(seen.object);
     __builtin_prefetch(seen.impl);
     __builtin_prefetch(static_cast<const char*>(seen.impl) - 64);

@@ -49,7 +49,7 @@ def launch_(module: ModuleType, bucket: cpu.Bucket, device: torch.device, stream
     """Advances the counts where they are on the device, and steps; `module` has the kernels."""
 
     tables = _tables(module, bucket, device, stream)
-    segments, grads, work = tables.segments(bucket, module.chunk(*bucket.dtypes))
+    segments, grads, low_memory, work = tables.segments(bucket, module.chunk(*bucket.dtypes))
     scalars, count, rows = 0, 0, None
     if bucket.capturable:
         rows = advance(module, bucket, tables, device, stream)
@@ -61,6 +61,7 @@ def launch_(module: ModuleType, bucket: cpu.Bucket, device: torch.device, stream
     module.step(
         segments.data_ptr(),
         grads.data_ptr(),
+        address(low_memory),
         work.data_ptr(),
         tables.run,
         tables.blocks,

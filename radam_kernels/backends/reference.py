@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..modules import DTYPES, cpu
 from ..schedule import Action, StepScalars, group_scalars
+
+_FORMATS = (*cpu.dtypes, *cpu.formats)
 
 
 def why_not(device_type: str) -> str | None:
@@ -23,7 +26,13 @@ def run(bucket: cpu.Bucket) -> None:
         rows = [group_scalars(bucket.groups[group], step) for group, step in bucket.counts]
     rows = [row._replace(grad_scale=row.grad_scale * factor) for row in rows]
     compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
-    for tensors, row in zip(bucket.tensors, bucket.scalar_indices, strict=True):
+    tables = zip(bucket.tensors, bucket.scalar_indices, strict=True)
+    if bucket.low_memory:
+        for (tensors, row), extra in zip(tables, bucket.low_memory, strict=True):
+            flat = map(formats.in_memory_order, tensors)
+            low_memory_update_(*flat, formats.LowMemory(*extra), rows[row], bucket.dtypes)
+        return
+    for tensors, row in tables:
         param, grad, exp_avg, exp_avg_sq = map(real, tensors)
         radam_update_(param, grad, exp_avg, exp_avg_sq, rows[row], compute)
 
@@ -75,12 +84,49 @@ def radam_update_(
     """
     if scalars.action == Action.SKIP:
         return
-    # 0-dim tensors of the compute dtype: narrowed once, as in the kernels.
-    grad_scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, _ = (
-        torch.tensor(x, dtype=compute, device=param.device) for x in scalars
-    )
     p, g, m, v = (t.to(compute) for t in (param, grad, exp_avg, exp_avg_sq))
+    p, m, v = _radam_update(p, g, m, v, scalars)
+    if scalars.action != Action.HOLD:
+        param.copy_(p)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
 
+
+def low_memory_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    extra: formats.LowMemory,
+    scalars: StepScalars,
+    codes: tuple[int, int, int],
+) -> None:
+    """As radam_update_, for one-dimensional tensors in the formats that `codes` name."""
+    if scalars.action == Action.SKIP:
+        return
+    format, state_format = _FORMATS[codes[0]], _FORMATS[codes[2]]
+    key = formats.Key(int(scalars.key_low), int(scalars.key_high))
+    words = formats.random_words(key, extra.key, extra.first_index, param.numel(), param.device)
+    moments = {
+        "exp_avg": (exp_avg, extra.exp_avg_exponent),
+        "exp_avg_sq": (exp_avg_sq, extra.exp_avg_sq_exponent),
+    }
+    p = formats.decode_weight(param, extra.remainder)
+    m, v = (formats.decode_moment(*stored, key) for key, stored in moments.items())
+    p, m, v = _radam_update(p, grad.float(), m, v, scalars)
+    if scalars.action != Action.HOLD:
+        formats.encode_weight_(param, extra.remainder, p, format, words)
+    for (key, stored), moment in zip(moments.items(), (m, v), strict=True):
+        formats.encode_moment_(*stored, moment, key, state_format, words)
+
+
+def _radam_update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, scalars: StepScalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    # 0-dim tensors of the compute dtype: narrowed once, as in the kernels.
+    grad_scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size = (
+        torch.tensor(x, dtype=p.dtype, device=p.device) for x in scalars[:8]
+    )
     g = g * grad_scale
     if weight_decay != 0:  # 0 * p would turn an infinite p into NaN
         g = g + weight_decay * p
@@ -91,11 +137,7 @@ def radam_update_(
         p = p - step_size * (m / (_sqrt(v) + eps))
     elif scalars.action == Action.MOMENTUM:
         p = p - step_size * m
-
-    if scalars.action != Action.HOLD:
-        param.copy_(p)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
+    return p, m, v
 
 
 def _sqrt(v: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def run(bucket: cpu.Bucket) -> None:
         if bucket.capturable and not devices.is_capturing(device):
             _load_upload(device)
         tables = _tables(bucket, device)
-        segments, grads, work = tables.segments(bucket, triton_kernel.CHUNK)
+        segments, grads, _, work = tables.segments(bucket, triton_kernel.CHUNK)
         if bucket.capturable:
             scalars = advance(bucket).contiguous()
         else:

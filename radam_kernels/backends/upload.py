@@ -31,8 +31,11 @@ class DeviceTables:
         """The table `name` on the device, with these rows."""
         return self._keep(name, rows, lambda: rows)
 
-    def segments(self, bucket: cpu.Bucket, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The bucket's segments, their gradients, and the work; sets `blocks` and `run`.
+    def segments(
+        self, bucket: cpu.Bucket, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The bucket's segments, their gradients, their LowMemory (None for plain dtypes), and the
+        work; sets `blocks` and `run`.
 
         Args:
             chunk: elements that one block steps.
@@ -40,8 +43,10 @@ class DeviceTables:
         rows = bucket.segment_rows
         segments = self.rows("segments", rows)
         grads = self.rows("grads", bucket.grad_rows)
+        extra = bucket.low_memory_rows
+        low_memory = self.rows("low_memory", extra) if extra else None
         numels = np.frombuffer(rows, np.int64)[_NUMEL::_WIDTH]
-        return segments, grads, self._work(numels, chunk)
+        return segments, grads, low_memory, self._work(numels, chunk)
 
     def gradients(self, bucket: cpu.GradientBucket, chunk: int) -> tuple[Tensor, Tensor]:
         """The gradients of a bucket whose norm is wanted, and the work; sets `blocks` and `run`."""

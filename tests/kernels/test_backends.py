@@ -90,7 +90,7 @@ def cuda_kernel() -> Kernel:
         blocks, run, work = upload.plan(rows[:, NUMEL], module.chunk(*codes))
         tables = [torch.from_numpy(t).cuda() for t in (rows, grads, work, scalars)]
         segments, grads, work, scalars_ = (t.data_ptr() for t in tables)
-        module.step(segments, grads, work, run, blocks, *codes, 0, 0, scalars_, 0, 0, 0)
+        module.step(segments, grads, 0, work, run, blocks, *codes, 0, 0, scalars_, 0, 0, 0)
         torch.cuda.synchronize()
 
     return Kernel("cuda", "cuda", launch)
