@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .state import MOMENTS, as_step, is_new, moment_dtype, step_device
+from .layout import MOMENTS, layout_of, new_tensors
+from .state import as_step, is_new, step_device
 
 
 def is_active() -> bool:
@@ -52,14 +53,13 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
                 continue
             own = state.get(param)
             if own is None or is_new(own):
-                dtype = moment_dtype(param, group.get("state_dtype"))
                 made = {"step": as_step(0, step_device(param, group))}
-                made |= {key: torch.zeros_like(param, dtype=dtype) for key in MOMENTS}
+                made |= new_tensors([param], [layout_of(param, group)])[0]
                 own = state.setdefault(param, {})
                 own.update(made)
             if not isinstance(own["step"], Tensor):
                 own["step"] = as_step(own["step"], step_device(param, group))
             for key in MOMENTS:
-                own[key].add_(param.grad)
-            param.add_(own["exp_avg"])
+                own[key].copy_(param.grad)
+            param.copy_(param.grad)
             own["step"].add_(1)

@@ -119,6 +119,16 @@ def draws(group: dict[str, Any]) -> bool:
     )
 
 
+def refuse_float16(param: Tensor, group: dict[str, Any], name_of: Callable[[Tensor], str]) -> None:
+    """Raises ValueError for a float16 parameter in a group with master weights or rounding."""
+    for option in ("master_weights", "stochastic_rounding"):
+        if param.dtype == torch.float16 and group.get(option):
+            raise ValueError(
+                f"{name_of(param)}: {option}={group[option]} is for bfloat16 parameters, got "
+                "float16; cast it, or put it in a group without"
+            )
+
+
 def complete(group: dict[str, Any]) -> dict[str, Any]:
     """A group's options, with those that are absent because they have their default."""
     return {**OPTIONAL, **group}
