@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .layout import MOMENTS, layout_of, new_tensors
+from .formats import blocks
+from .layout import EXPONENTS, MOMENTS, REMAINDER, Layout, layout_of
 from .state import as_step, is_new, step_device
 
 
@@ -54,7 +55,7 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
             own = state.get(param)
             if own is None or is_new(own):
                 made = {"step": as_step(0, step_device(param, group))}
-                made |= new_tensors([param], [layout_of(param, group)])[0]
+                made |= _new_tensors(param, layout_of(param, group))
                 own = state.setdefault(param, {})
                 own.update(made)
             if not isinstance(own["step"], Tensor):
@@ -63,3 +64,13 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
                 own[key].copy_(param.grad)
             param.copy_(param.grad)
             own["step"].add_(1)
+
+
+def _new_tensors(param: Tensor, layout: Layout) -> dict[str, Tensor]:
+    made = {key: torch.zeros_like(param, dtype=layout.moments) for key in MOMENTS}
+    if layout.remainder is not None:
+        made[REMAINDER] = torch.zeros_like(param, dtype=layout.remainder)
+    if layout.block8:
+        rows = blocks(param.numel())
+        made |= {key: param.new_zeros(rows, dtype=layout.moments) for key in EXPONENTS.values()}
+    return made

@@ -106,7 +106,7 @@ OPTIONAL = {
     )
 }
 
-# Those that choose formats. They belong to the optimizer, so a checkpoint has none of them.
+# Those that choose formats. An optimizer keeps its own when it loads a checkpoint.
 FORMATS = ("state_dtype", "master_weights", "stochastic_rounding")
 
 
@@ -137,14 +137,16 @@ def complete(group: dict[str, Any]) -> dict[str, Any]:
 def compact(group: dict[str, Any], defaults: Container[str] = ()) -> None:
     """Removes the OPTIONAL that have their default, but for those in the optimizer's `defaults`.
 
-    A dtype becomes its name, because loggers and checkpoints of other formats write JSON.
+    A seed stays where it is used. A dtype becomes its name, because loggers and checkpoints of
+    other formats write JSON.
     """
     for name, default in OPTIONAL.items():
         value = group.get(name, default)
         if isinstance(value, torch.dtype):
             value = str(value).removeprefix("torch.")
         # The default, too, where add_param_group would otherwise fill in the constructor's value.
-        if name in defaults or not (isinstance(value, str | Real | None) and value == default):
+        usual = isinstance(value, str | Real | None) and value == default
+        if name in defaults or not usual or (name == "seed" and draws(group)):
             group[name] = value
         else:
             group.pop(name, None)

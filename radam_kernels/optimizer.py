@@ -12,13 +12,13 @@ from .backends import BackendChoice, check_name
 from .clipping import Clipping
 from .flat import flatten_, trained_params
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete, refuse_float16
-from .layout import REMAINDER, master_weight
+from .layout import REMAINDER, master_weight, portable
 from .masters import export_masters, import_masters
 from .modules import cpu
 from .release import StepInBackward
 from .schedule import Form
 from .stages import listen
-from .state import Loaded, prepare_load, prepare_save
+from .state import Loaded, prepare_load
 from .step import take_step
 from .watch import Watch
 
@@ -90,8 +90,9 @@ class RAdam(Optimizer):
     Options that torch lacks are in `defaults`, in a group and in a checkpoint only if they differ
     from the defaults above, so that checkpoints have the keys of torch's. A group without one has
     that default, wherever it came from; `RAdam.hyperparameters(group)` returns all values.
-    `state_dtype`, `master_weights` and `stochastic_rounding` are in no checkpoint: an optimizer
-    keeps its own and converts what it loads. `seed` is in it where bits are drawn.
+    `state_dtype`, `master_weights` and `stochastic_rounding` of a checkpoint have no effect: an
+    optimizer keeps its own and converts what it loads. `seed` is loaded, and is in every group that
+    draws random bits.
 
     `backend`, `flatten` and `amp_scaling` belong to the optimizer and not to a group: they are not
     in `defaults`, which torch copies into every group and checkpoint. So
@@ -424,7 +425,8 @@ class RAdam(Optimizer):
             compact(group, self.defaults)
 
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return prepare_save(state_dict)
+            states = {key: portable(state) for key, state in state_dict["state"].items()}
+            return {**state_dict, "state": states}
 
         # The first hook, so that the others see what is saved.
         hook = self.register_state_dict_post_hook(prepare, prepend=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .flat import is_dense
-from .hyperparameters import FORMATS, draws
+from .hyperparameters import FORMATS
 from .layout import (
     EXPONENTS,
     EXTRAS,
@@ -21,7 +21,6 @@ from .layout import (
     is_remainder,
     layout_of,
     new_tensors,
-    portable,
 )
 from .sharding import (
     check_local_shape,
@@ -230,17 +229,6 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
         state.update(tensors)
     for state in ours:
         state.update({k: Loaded(state[k]) for k in (*KEYS, *EXTRAS) if k in state})
-    return {**state_dict, "state": states, "param_groups": groups}
-
-
-def prepare_save(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict of an optimizer as checkpoints have it: floats, and no option of formats."""
-    groups = [{k: v for k, v in g.items() if k not in FORMATS} for g in state_dict["param_groups"]]
-    for group, live in zip(groups, state_dict["param_groups"], strict=True):
-        group.pop("seed", None)
-        if draws(live):
-            group["seed"] = live.get("seed", 0)
-    states = {key: portable(state) for key, state in state_dict["state"].items()}
     return {**state_dict, "state": states, "param_groups": groups}
 
 
