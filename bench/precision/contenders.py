@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from radam_kernels import RAdam, formats
+from radam_kernels import RAdam
 from radam_kernels.backends.reference import radam_update_
 from radam_kernels.schedule import group_scalars
 
+from ..optimizers import version_of
 from . import emulations
 from .emulations import Codec, Moments
 
 EPS, BETA1 = 1e-8, 0.9
-OURS, TODAY, EMULATION = "ours", "today", "emulation"
+OURS, TODAY, EMULATION, KERNEL = "ours", "today", "emulation", "own kernel"
 Span = tuple[int, int]  # of a parameter in a row: its start, a multiple of 256, and its elements
 
 
@@ -32,15 +34,21 @@ class Stepper(Protocol):
 Make = Callable[[Tensor, Sequence[Span], float], Stepper]  # weights, parameters, beta2
 
 
+EXACT, NEAREST, TORCH = "32, float32 moments", "32, bf16 nearest", "torch RAdam, all bf16"
+FLASH, ADAMW = "flashoptim 24 bit", "AdamW, float32 masters"
+
+
 @dataclass(frozen=True)
 class Format:
     """A row of what is compared.
 
     Attributes:
-        kind: OURS, TODAY (what torch and this package do without options) or EMULATION.
-        stored: bytes for each parameter: weight, remainder and moments, without the gradient.
-        alike: the name of another format with the same moments, whose fidelity is not measured
-            again.
+        kind: OURS, TODAY (what torch and this package do without options), EMULATION (of a
+            package's format, on RAdam), or KERNEL (a package's own AdamW, on a GPU).
+        stored: bytes for each parameter: weight, remainder, moments and their scales.
+        alike: another format with the same moments, of which fidelity is measured.
+        against: the format whose losses are subtracted.
+        package: that must be installed.
     """
 
     name: str
@@ -48,11 +56,21 @@ class Format:
     stored: float
     make: Make
     alike: str = ""
+    against: str = EXACT
+    package: str = ""
 
     @property
     def moved(self) -> float:
         """Bytes that a step reads and writes for each parameter, with a bfloat16 gradient."""
         return 2 + 2 * self.stored
+
+    def absent(self) -> str:
+        """Why it can't be measured here, or nothing."""
+        if self.kind != KERNEL:
+            return ""
+        if not torch.cuda.is_available():
+            return "needs a GPU"
+        return "" if version_of(self.package) else f"{self.package} is not installed"
 
 
 class _Product:
@@ -80,42 +98,6 @@ class _Product:
             for i, place in enumerate(self._places):
                 rows[place] = state[i][key]
         return made[0], made[1]
-
-
-class _Reference:
-    def __init__(self, weights, spans, beta2, **options):
-        names = {32: "master32", 24: "master24"}
-        sr = options.get("stochastic_rounding", False)
-        mw = options.get("master_weights")
-        sd = options.get("state_dtype")
-        w = names.get(mw) or ("bfloat16_stochastic" if sr or sd == "block8" else "bfloat16")
-        s = "block8" if sd == "block8" else "float32" if sd is None else "bfloat16_stochastic" if sr else "bfloat16"
-        from radam_kernels.backends.reference import _FORMATS
-        self.codes = (_FORMATS.index(w), _FORMATS.index("bfloat16"), _FORMATS.index(s))
-        self.w = weights
-        n = weights.numel()
-        dt = {"block8": torch.uint8, "float32": torch.float32}.get(s, torch.bfloat16)
-        self.mv = [torch.zeros(n, dtype=dt) for _ in range(2)]
-        if s == "block8":
-            self.ex = [torch.full((n // 128,), 16 * (i + 1), dtype=torch.uint8) for i in range(2)]
-        else:
-            self.ex = [None, None]
-        rem = {"master32": torch.int16, "master24": torch.int8}.get(w)
-        self.rem = None if rem is None else torch.zeros(n, dtype=rem)
-        self.group = RAdam([torch.zeros(1, requires_grad=True)], betas=(BETA1, beta2), eps=EPS).param_groups[0]
-        self.t = 0
-
-    def step(self, grads, lr):
-        from radam_kernels.backends.reference import low_memory_update_
-        self.t += 1
-        self.group["lr"] = lr
-        sc = group_scalars(self.group, self.t)
-        k = formats.step_key(0, self.t)
-        sc = sc._replace(key_low=float(k.low), key_high=float(k.high))
-        low_memory_update_(self.w.view(-1), grads.reshape(-1), *self.mv, formats.LowMemory(self.rem, *self.ex, 0, formats.parameter_key(0, 0)), sc, self.codes)
-
-    def moments(self):
-        return tuple(formats.decode_moment(x, e, k).view(self.w.shape) for x, e, k in zip(self.mv, self.ex, ("exp_avg", "exp_avg_sq")))
 
 
 class _Torch:
@@ -168,21 +150,45 @@ class _Emulated:
         return m, v
 
 
+class _Kernels:
+    """An AdamW on one tensor, on a GPU if there is one."""
+
+    def __init__(
+        self, weights: Tensor, spans: Sequence[Span], beta2: float, *, dtype: torch.dtype, **of: Any
+    ) -> None:
+        self._shown = weights
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._weights = Parameter(weights.to(device, dtype).flatten())
+        make = getattr(import_module(of.pop("module")), of.pop("name"))
+        common = {"betas": (BETA1, beta2), "eps": EPS, "weight_decay": 0.0}
+        self._optimizer = make([self._weights], lr=1e-3, **common, **of)
+
+    def step(self, grads: Tensor, lr: float) -> None:
+        self._weights.grad = grads.flatten().to(self._weights)
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.step()
+        self._shown.copy_(self._weights.detach().view(self._shown.shape))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("packages keep moments in formats of their own")
+
+
 def _ours(**options: object) -> Make:
-    return lambda *arguments: _Reference(*arguments, **options)
+    return lambda *arguments: _Product(*arguments, **options)
 
 
 def _emulated(weight: Codec, moments: Moments) -> Make:
     return lambda *arguments: _Emulated(*arguments, weight=weight, moments=moments)
 
 
+def _kernels(module: str, name: str, dtype: torch.dtype, **of: object) -> Make:
+    return lambda *arguments: _Kernels(*arguments, module=module, name=name, dtype=dtype, **of)
+
+
 _SR16 = dict(state_dtype=torch.bfloat16, stochastic_rounding=True)
 _B8 = dict(state_dtype="block8")
-EXACT = "32, float32 moments"
-NEAREST = "32, bf16 nearest"
-TORCH = "torch RAdam, all bf16"
-FLASH = "flashoptim 24 bit"
-BLOCK = 2 / 128  # bytes of block8's exponents, for each element
+_E = emulations
+_EXPONENTS = 2 / 128  # bytes of block8's, for each element
 FORMATS = [
     Format(EXACT, OURS, 12, _ours(master_weights=32)),
     Format("24, float32 moments", OURS, 11, _ours(master_weights=24), EXACT),
@@ -190,25 +196,40 @@ FORMATS = [
     Format("32, bf16 SR", OURS, 8, _ours(master_weights=32, **_SR16)),
     Format("24, bf16 SR", OURS, 7, _ours(master_weights=24, **_SR16), "32, bf16 SR"),
     Format("SR, bf16 SR", OURS, 6, _ours(**_SR16), "32, bf16 SR"),
-    Format("32, block8", OURS, 6 + BLOCK, _ours(master_weights=32, **_B8)),
-    Format("24, block8", OURS, 5 + BLOCK, _ours(master_weights=24, **_B8), "32, block8"),
-    Format("SR, block8", OURS, 4 + BLOCK, _ours(**_B8), "32, block8"),
+    Format("32, block8", OURS, 6 + _EXPONENTS, _ours(master_weights=32, **_B8)),
+    Format("24, block8", OURS, 5 + _EXPONENTS, _ours(master_weights=24, **_B8), "32, block8"),
+    Format("SR, block8", OURS, 4 + _EXPONENTS, _ours(**_B8), "32, block8"),
     Format(NEAREST, OURS, 8, _ours(master_weights=32, state_dtype=torch.bfloat16)),
-    Format("bf16 nearest, float32 moments", TODAY, 10, _ours(), EXACT),
+    Format("bf16, float32 moments", TODAY, 10, _ours(), EXACT),
     Format(TORCH, TODAY, 6, _Torch),
-]
-_E = emulations
-# Their bytes include the scales.
-FORMATS += [
-    Format(name, EMULATION, stored, _emulated(weight, moments), alike)
-    for name, stored, weight, moments, alike in (
-        (FLASH, 5.125, _E.ErrorInt8(), _E.FLASH, ""),
-        ("32, flashoptim's moments", 6.125, _E.Exact(), _E.FLASH, FLASH),
-        ("bitsandbytes 8 bit", 4.03, _E.BFloat16(), _E.DYNAMIC, ""),
-        ("32, bitsandbytes' moments", 6.03, _E.Exact(), _E.DYNAMIC, "bitsandbytes 8 bit"),
-        ("torchao 8 bit, SR", 4.03, _E.BFloat16Random(), _E.DYNAMIC, "bitsandbytes 8 bit"),
-        ("32, torchao's fp8 moments", 6.03, _E.Exact(), _E.FLOAT8, ""),
-        ("torch-optimi, Kahan", 8, _E.Kahan(), _E.NEAREST, ""),
-    )
-]
+    *(
+        Format(name, EMULATION, stored, _emulated(weight, moments), alike)
+        for name, stored, weight, moments, alike in (
+            (FLASH, 5.125, _E.ErrorInt8(), _E.FLASH, ""),
+            ("32, flashoptim's moments", 6.125, _E.Exact(), _E.FLASH, FLASH),
+            ("bitsandbytes 8 bit", 4.03, _E.BFloat16(), _E.DYNAMIC, ""),
+            ("32, bitsandbytes' moments", 6.03, _E.Exact(), _E.DYNAMIC, "bitsandbytes 8 bit"),
+            ("torchao 8 bit, SR", 4.03, _E.BFloat16Random(), _E.DYNAMIC, "bitsandbytes 8 bit"),
+            ("32, torchao's fp8 moments", 6.03, _E.Exact(), _E.FLOAT8, ""),
+            ("torch-optimi, Kahan", 8, _E.Kahan(), _E.NEAREST, NEAREST),
+        )
+    ),
+    *(
+        Format(name, KERNEL, stored, make, ADAMW, ADAMW, package)
+        for name, stored, make, package in (
+            (ADAMW, 14, _kernels("torch.optim", "AdamW", torch.float32), "torch"),
+            (
+                "flashoptim FlashAdamW", 5.125,
+                _kernels("flashoptim", "FlashAdamW", torch.bfloat16, master_weight_bits=24),
+                "flashoptim",
+            ),
+            (
+                "bitsandbytes AdamW8bit", 4.03,
+                _kernels("bitsandbytes.optim", "AdamW8bit", torch.bfloat16), "bitsandbytes",
+            ),
+        )
+    ),
+]  # fmt: skip
 BY_NAME = {row.name: row for row in FORMATS}
+AVAILABLE = [row for row in FORMATS if not row.absent()]
+MOMENTS = [row for row in AVAILABLE if not row.alike]  # of which fidelity is measured

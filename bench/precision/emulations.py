@@ -100,7 +100,10 @@ class ErrorInt8:
 
 
 class SoftsignInt8:
-    """flashoptim's exp_avg: int8 of 2x / (1 + |x|), x in 32nds of a group's largest, fp16 scales."""
+    """flashoptim's exp_avg: int8 of 2x / (1 + |x|), x a share of its group's largest.
+
+    Groups of 32, fp16 scales.
+    """
 
     def encode(self, x: Tensor) -> Stored:
         x, largest = _groups(x, 32)
@@ -127,7 +130,7 @@ class RootUint8:
 
 
 def dynamic_values(*, signed: bool) -> Tensor:
-    """The 256 values of bitsandbytes' 8-bit floats: a decade for each leading zero, then a fraction.
+    """The 256 values of bitsandbytes' 8-bit floats: leading zeros count decades, then a fraction.
 
     Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015: middles of equal parts
     of (0.1, 1), twice as many in each decade as in the one below; and 0 and 1.

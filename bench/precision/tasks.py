@@ -3,9 +3,8 @@
 A seed decides initial values and batches, so that formats are compared in pairs.
 """
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,26 +12,31 @@ from torch.nn import functional as F
 
 from radam_kernels.train_model import load_text
 
-Shapes = dict[str, tuple[int, ...]]
-Weights = dict[str, Tensor]  # (seeds, *shape) each
+Weights = dict[str, Tensor]  # by name: (seeds, *shape), or of one seed
+
+
+class Problem(Protocol):
+    """A model and its data."""
+
+    def init(self, generator: torch.Generator) -> Weights:
+        """Initial values of one seed."""
+
+    def draw(self, generator: torch.Generator, steps: int) -> tuple[Tensor, ...]:
+        """What all batches of one seed are made of: tensors of (steps, ...)."""
+
+    def loss(self, weights: Weights, *batch: Tensor) -> Tensor:
+        """Nats, of each seed, on one step's share of what was drawn: tensors of (seeds, ...)."""
+
+    def held_out(self, weights: Weights) -> Tensor:
+        """Nats, of each seed, on data that no step sees."""
 
 
 class Task(NamedTuple):
-    """A training.
+    """A training: the learning rate is the largest, at the start of a cosine."""
 
-    Attributes:
-        init: initial values by name, of one seed.
-        draw: what all batches of one seed are made of: tensors of (steps, ...).
-        loss: of each seed, nats, on one step's share of what was drawn: tensors of (seeds, ...).
-        held_out: of each seed, on data that no step sees.
-    """
-
+    make: Callable[[], Problem]
     steps: int
     lr: float
-    init: Callable[[torch.Generator], Weights]
-    draw: Callable[[torch.Generator, int], tuple[Tensor, ...]]
-    loss: Callable[..., Tensor]
-    held_out: Callable[[Weights], Tensor]
 
 
 def _normal(generator: torch.Generator, *shape: int, std: float) -> Tensor:
@@ -58,7 +62,7 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 class Bytes:
     """A transformer of two layers over the bytes of Python's help texts."""
 
-    WIDTH, CONTEXT, BATCH, LAYERS = 32, 32, 8, 2
+    WIDTH, CONTEXT, BATCH, LAYERS = 32, 24, 8, 2
 
     def __init__(self) -> None:
         self._train, held_out = load_text(None, self.CONTEXT)
@@ -212,4 +216,8 @@ class Digits:
         return _losses(torch.baddbmm(weights["bias"][:, None], x, weights["head"]), labels)
 
 
-TASKS = {"bytes": (Bytes, 500, 4e-3), "zipf": (Zipf, 1200, 1e-2), "digits": (Digits, 1000, 4e-3)}
+TASKS = {
+    "bytes": Task(Bytes, 500, 4e-3),
+    "zipf": Task(Zipf, 1000, 1e-2),
+    "digits": Task(Digits, 1000, 4e-3),
+}
