@@ -48,7 +48,7 @@ class Aligned(Exact):
 @pytest.mark.parametrize("options", SHARD_PROOF, ids=str)
 @pytest.mark.parametrize("cls", [DDP, FSDP2, HSDP])
 def test_one_process_computes_the_same_bits(cls, options):
-    how, wrapper = Exact(dtype=BF16, ours={**options, "seed": 5}), cls()
+    how, wrapper = Exact(dtype=BF16, options={**options, "seed": 5}), cls()
     plain, alone = train(Wrapper(), RAdam, how)
     model, optimizer = train(wrapper, RAdam, how)
     for p, q in zip(wrapper.full(model), plain.parameters(), strict=True):
@@ -62,7 +62,7 @@ def test_one_process_computes_the_same_bits(cls, options):
 @pytest.mark.parametrize("cls", [DDP, FSDP2, HSDP])
 def test_8_bits_are_the_same_where_shards_begin_at_blocks(cls):
     how, wrapper = (
-        Aligned(dtype=BF16, ours=BLOCK8),
+        Aligned(dtype=BF16, options=BLOCK8),
         cls(**({} if cls is DDP else {"nested": False})),
     )
     plain, _ = train(Wrapper(), RAdam, how)
@@ -76,7 +76,7 @@ def test_8_bits_are_the_same_where_shards_begin_at_blocks(cls):
 @pytest.mark.parametrize("cls", [FSDP1, ZeRO, FSDP2])
 def test_other_shards_train_as_well(cls, options):
     """Their random bits differ from those of one process, and the training hardly."""
-    how, wrapper = Exact(dtype=BF16, ours=options), cls()
+    how, wrapper = Exact(dtype=BF16, options=options), cls()
     plain, _ = train(Wrapper(), RAdam, how)
     model, _ = train(wrapper, RAdam, how)
     for p, q in zip(wrapper.full(model), plain.parameters(), strict=True):
@@ -85,7 +85,7 @@ def test_other_shards_train_as_well(cls, options):
 
 @pytest.mark.distributed(2)
 def test_zero_saves_plain_tensors_and_goes_on_with_what_it_loads():
-    how = Exact(dtype=BF16, ours=BLOCK8)
+    how = Exact(dtype=BF16, options=BLOCK8)
     model, optimizer = train(ZeRO(), RAdam, how)
     optimizer.consolidate_state_dict(to=0)
     state = [optimizer.state_dict() if dist.get_rank() == 0 else None]
@@ -234,7 +234,7 @@ def test_the_first_index_of_a_shard(mesh_of, rank):
 @pytest.mark.distributed(2)
 @pytest.mark.parametrize("options", [SR16, BLOCK8], ids=str)
 def test_tensor_parallel_weights_train(options):
-    how = Training(dtype=BF16, width=8, ours=options)
+    how = Training(dtype=BF16, width=8, options=options)
     model, optimizer = train(TensorParallel(2), RAdam, how)
     assert all(p.isfinite().all() for p in model.parameters())
     assert all(own["step"] == TensorParallel.steps for own in optimizer.state.values())
