@@ -148,7 +148,7 @@ def _mix(x, high):
 
 @triton.jit
 def _random_words_of(key_low, key_high, upper, index):
-    """The random words of elements whose index has the same upper 32 bits."""
+    """The random words of elements whose indices have the same upper 32 bits."""
     low, high = key_low, key_high
     if upper != 0:
         low, high = _mix(key_low ^ upper, key_high), _mix(key_high ^ upper, key_low)
@@ -156,14 +156,18 @@ def _random_words_of(key_low, key_high, upper, index):
 
 
 @triton.jit
-def _random_words(key_low, key_high, first, BLOCK: tl.constexpr):
-    """The random words of BLOCK elements, of which the first has the index `first`."""
+def _random_words(key_low, key_high, first, BLOCK: tl.constexpr, SAME_UPPER: tl.constexpr):
+    """The random words of BLOCK elements, of which the first has the index `first`.
+
+    SAME_UPPER: whether their indices are known to have the same upper 32 bits.
+    """
     begin, upper = first.to(tl.uint32), (first >> 32).to(tl.uint32)
     index = begin + tl.arange(0, BLOCK).to(tl.uint32)
     words = _random_words_of(key_low, key_high, upper, index)
-    if begin + (BLOCK - 1) < begin:  # a multiple of 2^32 lies among them
-        after = _random_words_of(key_low, key_high, upper + 1, index)
-        words = tl.where(index < begin, after, words)
+    if not SAME_UPPER:  # noqa: SIM102 (that is known when this is compiled)
+        if begin + (BLOCK - 1) < begin:
+            after = _random_words_of(key_low, key_high, upper + 1, index)
+            words = tl.where(index < begin, after, words)
     return words
 
 
@@ -287,7 +291,7 @@ def _step_block(
     m = _load_moment(m_ptr, m_exponent_ptr, mask, exponent_mask, _M, BLOCK)
     v = _load_moment(v_ptr, v_exponent_ptr, mask, exponent_mask, _V, BLOCK)
     if extra is not None:
-        words = _random_words(key_low, key_high, first_index + first, BLOCK)
+        words = _random_words(key_low, key_high, first_index + first, BLOCK, ALIGNED)
     p, m, v = _radam_update(p, g, m, v, s, l2, action)
     if action != _HOLD:
         _store_weight(p_ptr, r_ptr, p, words, mask, PARAM)
@@ -340,22 +344,25 @@ def radam_step_kernel(
     )  # fmt: skip
     action = tl.load(row + _ACTION).to(tl.int32)
     l2 = s[1] != 0
-    addresses = param | grad | exp_avg | exp_avg_sq
+    # A mask of unknown divisibility would turn 16-byte accesses into single ones.
+    whole = (begin + BLOCK <= numel) & (((param | grad | exp_avg | exp_avg_sq) & 15) == 0)
     extra = None
     if low_memory is not None:
         low_memory += index * _LOW_MEMORY_WIDTH
         remainder, key = tl.load(low_memory + _REMAINDER), tl.load(low_memory + _PARAMETER_KEY)
-        addresses |= remainder
+        first_index = tl.load(low_memory + _FIRST_INDEX)
         extra = (
             remainder, tl.load(low_memory + _EXP_AVG_EXPONENT),
-            tl.load(low_memory + _EXP_AVG_SQ_EXPONENT), tl.load(low_memory + _FIRST_INDEX),
+            tl.load(low_memory + _EXP_AVG_SQ_EXPONENT), first_index,
             tl.load(row + _KEY_LOW).to(tl.uint32) ^ key.to(tl.uint32),
             tl.load(row + _KEY_HIGH).to(tl.uint32) ^ (key >> 32).to(tl.uint32),
         )  # fmt: skip
+        whole &= (remainder & 15) == 0
+        # The random words of such a chunk have one key.
+        whole &= (first_index + begin).to(tl.uint32) <= 0x100000000 - BLOCK
 
     if action != _SKIP:
-        # A mask of unknown divisibility would turn 16-byte accesses into single ones.
-        if (begin + BLOCK <= numel) & ((addresses & 15) == 0):
+        if whole:
             _step_block(
                 param, grad, exp_avg, exp_avg_sq, extra, begin, numel, s, l2, action,
                 PARAM, GRAD, STATE, BLOCK, True,
