@@ -27,8 +27,9 @@ _T = TypeVar("_T", float, Tensor)
 def advance(bucket: cpu.Bucket) -> Tensor:
     """Advances the counts of a capturable bucket; returns float64 [segments, StepScalars].
 
-    Rows agree with schedule.group_scalars to 1e-10, and keys in every bit. If a count is not a whole number >= 0, or
-    found_inf is nonzero, the row is zeros (Action.SKIP) and the count is unchanged.
+    Rows agree with schedule.group_scalars to 1e-10, and keys in every bit. If a count is not a
+    whole number >= 0, or found_inf is nonzero, the row is zeros (Action.SKIP) and the count is
+    unchanged.
     """
     device = bucket.steps[0][0].device
     grad_scale, found_inf, _ = bucket.scaling.on(device)
