@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .state import MOMENTS, as_step, is_new, moment_dtype, step_device
+from .formats import blocks
+from .layout import EXPONENTS, MOMENTS, REMAINDER, Layout, layout_of
+from .state import as_step, is_new, step_device
 
 
 def is_active() -> bool:
@@ -52,14 +54,23 @@ def step(groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
                 continue
             own = state.get(param)
             if own is None or is_new(own):
-                dtype = moment_dtype(param, group.get("state_dtype"))
                 made = {"step": as_step(0, step_device(param, group))}
-                made |= {key: torch.zeros_like(param, dtype=dtype) for key in MOMENTS}
+                made |= _new_tensors(param, layout_of(param, group))
                 own = state.setdefault(param, {})
                 own.update(made)
             if not isinstance(own["step"], Tensor):
                 own["step"] = as_step(own["step"], step_device(param, group))
             for key in MOMENTS:
-                own[key].add_(param.grad)
-            param.add_(own["exp_avg"])
+                own[key].copy_(param.grad)
+            param.copy_(param.grad)
             own["step"].add_(1)
+
+
+def _new_tensors(param: Tensor, layout: Layout) -> dict[str, Tensor]:
+    made = {key: torch.zeros_like(param, dtype=layout.moments) for key in MOMENTS}
+    if layout.remainder is not None:
+        made[REMAINDER] = torch.zeros_like(param, dtype=layout.remainder)
+    if layout.block8:
+        rows = blocks(param.numel())
+        made |= {key: param.new_zeros(rows, dtype=layout.moments) for key in EXPONENTS.values()}
+    return made

@@ -106,7 +106,7 @@ OPTIONAL = {
     )
 }
 
-# Those that choose formats. They belong to the optimizer, so a checkpoint has none of them.
+# Those that choose formats. An optimizer keeps its own when it loads a checkpoint.
 FORMATS = ("state_dtype", "master_weights", "stochastic_rounding")
 
 
@@ -119,6 +119,16 @@ def draws(group: dict[str, Any]) -> bool:
     )
 
 
+def refuse_float16(param: Tensor, group: dict[str, Any], name_of: Callable[[Tensor], str]) -> None:
+    """Raises ValueError for a float16 parameter in a group with master weights or rounding."""
+    for option in ("master_weights", "stochastic_rounding"):
+        if param.dtype == torch.float16 and group.get(option):
+            raise ValueError(
+                f"{name_of(param)}: {option}={group[option]} is for bfloat16 parameters, got "
+                "float16; cast it, or put it in a group without"
+            )
+
+
 def complete(group: dict[str, Any]) -> dict[str, Any]:
     """A group's options, with those that are absent because they have their default."""
     return {**OPTIONAL, **group}
@@ -127,14 +137,16 @@ def complete(group: dict[str, Any]) -> dict[str, Any]:
 def compact(group: dict[str, Any], defaults: Container[str] = ()) -> None:
     """Removes the OPTIONAL that have their default, but for those in the optimizer's `defaults`.
 
-    A dtype becomes its name, because loggers and checkpoints of other formats write JSON.
+    A seed stays where it is used. A dtype becomes its name, because loggers and checkpoints of
+    other formats write JSON.
     """
     for name, default in OPTIONAL.items():
         value = group.get(name, default)
         if isinstance(value, torch.dtype):
             value = str(value).removeprefix("torch.")
         # The default, too, where add_param_group would otherwise fill in the constructor's value.
-        if name in defaults or not (isinstance(value, str | Real | None) and value == default):
+        usual = isinstance(value, str | Real | None) and value == default
+        if name in defaults or not usual or (name == "seed" and draws(group)):
             group[name] = value
         else:
             group.pop(name, None)

@@ -1,7 +1,7 @@
 """RAdam, a drop-in replacement for torch.optim.RAdam."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -11,7 +11,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .backends import BackendChoice, check_name
 from .clipping import Clipping
 from .flat import flatten_, trained_params
-from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete
+from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete, refuse_float16
+from .layout import REMAINDER, master_weight, portable
+from .masters import export_masters, import_masters
 from .modules import cpu
 from .release import StepInBackward
 from .schedule import Form
@@ -54,25 +56,43 @@ class RAdam(Optimizer):
         rectification: "first_order" (the r_t of the paper and of torch), or "exact", which uses the
             exact variance instead of its first-order approximation.
         state_dtype: dtype of the moments of parameters of up to 32 bits, or its name; None for
-            float32. `torch.bfloat16` with bfloat16 parameters takes as much memory as torch, with
-            torch's problem: at beta2 = 0.999 a 16-bit second moment stalls. float64 parameters keep
-            float64 moments.
+            float32; "block8" for 8-bit block floats, always rounded stochastically, in 2.02 bytes a
+            parameter. 16-bit moments that are rounded to nearest, as torch's are, stall at
+            beta2 = 0.999: give `stochastic_rounding`. float64 and complex parameters have no 8-bit
+            moments, and the former no others than float64.
         decouple_lr: with `decoupled_weight_decay`, multiply parameters by
             `1 - weight_decay * lr / initial_lr`, so that `weight_decay` is the decay of a step
             whatever the learning rate (a usual value is 1e-5, where it was 1e-2 at lr=1e-3).
             `initial_lr` is the group's key of that name, which schedulers share: the lr at
             construction unless the group has one. OneCycleLR sets it to max_lr / div_factor.
+        master_weights: 32 keeps, for each bfloat16 parameter, the int16 that completes it to a
+            float32 weight (`param_remainder` in its state): training equals that of float32
+            parameters bit for bit. 24 keeps an int8, rounded stochastically. No effect on other
+            parameters, but float16 ones are refused. See `master_params`, `master_state_dict`.
+        stochastic_rounding: round bfloat16 moments, and bfloat16 parameters without master weights,
+            up or down at random, so that they are right on average and small updates are not lost.
+            float16 is refused.
+        seed: of the random bits, a whole number in [0, 2**32). They are a hash of it and of the
+            step, the parameter's place in `param_groups` and the element: the same on every
+            backend, on all replicas, after a resume, and for parameters that are sharded by
+            FSDP2, HSDP or Shard(0). With other shards (FSDP1, ZeRO, other placements) elements are
+            counted in the shard. Where a float32 step count stops, at 2**24, so do the bits.
 
     The state of a parameter is the same as in torch: `step` (in the default dtype; a float32 count
-    stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`.
-    Checkpoints can be exchanged with `torch.optim.RAdam`. Changes between steps (hyperparameters,
-    state, gradients, `p.data`) take effect at the next step. As in torch, a loaded moment that fits
-    is used without a copy: deepcopy a state dict to load it into two optimizers.
+    stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`; and
+    `param_remainder` with `master_weights`. "block8" adds `exp_avg_exponent` and
+    `exp_avg_sq_exponent`, which `state_dict()` leaves out: it has the moments as bfloat16 tensors,
+    without loss. Checkpoints can be exchanged with `torch.optim.RAdam`. Changes between steps
+    (hyperparameters, state, gradients, `p.data`) take effect at the next step. As in torch, a
+    loaded moment that fits is used without a copy: deepcopy a state dict to load it into two
+    optimizers.
 
-    `rho_threshold`, `degenerated_to_sgd`, `rectification`, `state_dtype` and `decouple_lr` are in
-    `defaults`, in a group and in a checkpoint only if they differ from the defaults above, so that
-    checkpoints have the keys of torch's. A group without one has that default, wherever it came
-    from; `RAdam.hyperparameters(group)` returns all values.
+    Options that torch lacks are in `defaults`, in a group and in a checkpoint only if they differ
+    from the defaults above, so that checkpoints have the keys of torch's. A group without one has
+    that default, wherever it came from; `RAdam.hyperparameters(group)` returns all values.
+    `state_dtype`, `master_weights` and `stochastic_rounding` of a checkpoint have no effect: an
+    optimizer keeps its own and converts what it loads. `seed` is loaded, and is in every group that
+    draws random bits.
 
     `backend`, `flatten` and `amp_scaling` belong to the optimizer and not to a group: they are not
     in `defaults`, which torch copies into every group and checkpoint. So
@@ -166,6 +186,8 @@ class RAdam(Optimizer):
         if group.get("decouple_lr"):
             group.setdefault("initial_lr", float(group["lr"]))
         try:
+            for param in group["params"]:
+                refuse_float16(param, group, self._name)
             if self._flatten:
                 flatten_(trained_params([group]))
             if self._in_backward is not None:
@@ -345,7 +367,9 @@ class RAdam(Optimizer):
         """Loads a checkpoint of this class or of torch.optim.RAdam, bit for bit.
 
         torch's `load_state_dict` casts moments to the dtype of their parameter; this one keeps them
-        in `state_dtype`. A moment that fits is used without a copy, as in torch.
+        in `state_dtype`. Formats (`state_dtype`, `master_weights`, `stochastic_rounding`) are the
+        optimizer's, not the checkpoint's. A moment that fits is used without a copy, as in torch;
+        one that belongs in "block8" is encoded by the next step.
 
         Raises:
             ValueError: groups, shapes or values that do not match. Nothing is changed.
@@ -391,10 +415,59 @@ class RAdam(Optimizer):
         return complete(options)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim.RAdam saves it, with the options that differ from its."""
+        """The state as torch.optim.RAdam saves it, with the options that differ from its.
+
+        Moments of "block8" are copies in bfloat16. To load in place
+        (`torch.distributed.checkpoint.load`), pass the result on to `load_state_dict`, as
+        `set_optimizer_state_dict` does: they are not the optimizer's memory.
+        """
         for group in self.param_groups:  # edited since
             compact(group, self.defaults)
-        return super().state_dict()
+
+        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            states = {key: portable(state) for key, state in state_dict["state"].items()}
+            return {**state_dict, "state": states}
+
+        # The first hook, so that the others see what is saved.
+        hook = self.register_state_dict_post_hook(prepare, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def master_params(self) -> Iterator[Tensor]:
+        """A copy of each parameter in float32 (float64 and complex ones in their dtype), in order.
+
+        With `master_weights` that is the weight which is trained, of which the bfloat16 parameter
+        shows the upper half. DTensors for DTensors.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                yield master_weight(param, (self.state.get(param) or {}).get(REMAINDER))
+
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The model's state dict with its parameters in float32, as `master_params` gives them.
+
+        Args:
+            model: has parameters of this optimizer. Others stay as they are.
+        """
+        return export_masters(self, model)
+
+    def load_master_state_dict(
+        self, model: torch.nn.Module, state_dict: dict[str, Any], strict: bool = True
+    ) -> None:
+        """Loads a float32 state dict into the model, and with `master_weights` what a bfloat16
+        lacks into `param_remainder`.
+
+        Args:
+            model: has parameters of this optimizer. Others are loaded as they are.
+            strict: as for `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            ValueError: a tensor of another shape than its parameter. Nothing is changed.
+            RuntimeError: missing or unexpected keys, as `torch.nn.Module.load_state_dict`.
+        """
+        import_masters(self, model, state_dict, strict)
 
     def __repr__(self) -> str:
         groups = super().__repr__().removesuffix(")")

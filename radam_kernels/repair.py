@@ -12,33 +12,44 @@ from torch import Tensor
 
 from .backends.devices import is_capturing
 from .flat import is_dense
+from .hyperparameters import refuse_float16
+from .layout import (
+    COMPLEX,
+    EXPONENTS,
+    EXTRAS,
+    MOMENTS,
+    REAL,
+    REMAINDER,
+    Layout,
+    fill,
+    fits,
+    fold_,
+    formats_of,
+    laid_out_like,
+    layout_of,
+)
 from .modules import DTYPES, cpu
 from .sharding import (
     check_local_shape,
     is_sharded,
     local,
-    redistributed,
     redistributed_gradients,
     same_placement,
     shard_order,
 )
 from .state import (
     KEYS,
-    MOMENTS,
-    REAL,
     as_step,
     check_state,
     check_storage,
-    fits,
     is_new,
     is_step,
-    laid_out_like,
-    moment_dtype,
+    placed_tensors,
     step_device,
 )
 
-# Makes a dict of moments for each (parameter, dtype).
-MakeMoments = Callable[[list[tuple[Tensor, torch.dtype]]], list[dict[str, Tensor]]]
+# Makes the tensors of a state for each (parameter, layout).
+MakeTensors = Callable[[list[tuple[Tensor, Layout]]], list[dict[str, Tensor]]]
 
 _MISSING = object()  # the parameter is not in the state
 
@@ -47,8 +58,9 @@ _MISSING = object()  # the parameter is not in the state
 class Repairs:
     """What was changed for a step, and how to undo it if the step fails before it writes memory."""
 
-    # id of the owner: (owner, param, grad, exp_avg, exp_avg_sq, step), to be stepped in its place.
-    replacements: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    # By id of the owner: the owner, and what is stepped in its place, in the order of Stream in
+    # csrc/host/bucket.h.
+    replacements: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
     write_backs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (owner, stepped copy)
     before: list[tuple[Tensor, dict[str, Any] | None]] = field(
         default_factory=list
@@ -89,7 +101,7 @@ def repair(
     plan: cpu.Plan,
     state: dict[Tensor, Any],
     name_of: Callable[[Tensor], str],
-    make_moments: MakeMoments,
+    make_tensors: MakeTensors,
 ) -> None:
     """Makes state or replacements for the parameters that Plan.refresh() returned as pending.
 
@@ -99,8 +111,9 @@ def repair(
     """
     owners = [owner for _, owner, _, _ in pending]
     olds: list[dict[str, Any] | None] = []
-    for _, owner, grad, _ in pending:
+    for group, owner, grad, _ in pending:
         name = _Name(owner, name_of)
+        refuse_float16(owner, group, name_of)
         # A copy, so that other threads can't change it between validation and use.
         old = state.get(owner, _MISSING)
         old = dict(old) if isinstance(old, dict) else old
@@ -109,45 +122,48 @@ def repair(
         olds.append(None if old is _MISSING else old)
         validate(owner, grad, name)
     grads = redistributed_gradients([grad for _, _, grad, _ in pending], owners)
-    placed = [_placed(old, owner, name_of) for owner, old in zip(owners, olds, strict=True)]
+    placed = [
+        placed_tensors(old, owner, _Name(owner, name_of))
+        for owner, old in zip(owners, olds, strict=True)
+    ]
     staged = [
-        _stage(owner, grad, _Name(owner, name_of), new=is_new(old))
-        for owner, grad, old in zip(owners, grads, olds, strict=True)
+        _stage(owner, grad, group, _Name(owner, name_of), new=is_new(old))
+        for (group, owner, _, _), grad, old in zip(pending, grads, olds, strict=True)
     ]
     if any(item.copied for item in staged):
         refuse_sharing([*plan.owners, *owners], name_of)
     fresh = []
-    for (group, owner, _, _), old, moments in zip(pending, olds, placed, strict=True):
-        dtype = moment_dtype(owner, group.get("state_dtype"))
-        fitting = bool(moments) and all(fits(moments[k], owner, dtype) for k in MOMENTS)
+    for (group, owner, _, _), old, tensors in zip(pending, olds, placed, strict=True):
+        layout = layout_of(owner, group)
+        fitting = fits(tensors, owner, layout)
         if not fitting:
-            fresh.append((owner, dtype))
+            fresh.append((owner, layout))
         counted = old is not None and fitting and is_step(old["step"], step_device(owner, group))
         if not counted and is_capturing(local(owner).device):
             raise RuntimeError(
                 f"{name_of(owner)} has no state that fits it, and state that is made while a CUDA "
                 "graph is captured is reset by each replay: step once before the capture"
             )
-    made = {owner: m for (owner, _), m in zip(fresh, make_moments(fresh), strict=True)}
-    for (group, owner, _, _), old, moments, item in zip(pending, olds, placed, staged, strict=True):
+    made = {owner: m for (owner, _), m in zip(fresh, make_tensors(fresh), strict=True)}
+    for (group, owner, _, _), old, stored, item in zip(pending, olds, placed, staged, strict=True):
+        layout = layout_of(owner, group)
         new = {"step": as_step((old or {}).get("step", 0), step_device(owner, group))}
-        new |= made.get(owner, moments)
         if owner in made:
-            for key, moment in moments.items():
-                local(new[key]).copy_(local(moment))
-        if old is None or any(old.get(key) is not new[key] for key in KEYS):
+            fill(made[owner], stored, owner, int(group.get("seed", 0)))
+        new |= made.get(owner, stored)
+        if layout.remainder is None and (remainder := stored.get(REMAINDER)) is not None:
+            new.pop(REMAINDER, None)
+            if owner.dtype == torch.float32:
+                fold_(item.param, local(remainder))
+        if not layout.block8:
+            new = {key: tensor for key, tensor in new.items() if key not in EXPONENTS.values()}
+        before = old or {}
+        if old is None or any(before.get(key) is not new.get(key) for key in (*KEYS, *EXTRAS)):
             repairs.before.append((owner, old))
             _set_state(state, owner, new)
-        tensors = (
-            item.param,
-            item.grad,
-            *(local(new[key]) for key in MOMENTS),
-            new["step"],
-            None,
-            None,
-            None,
-        )
-        repairs.replacements[id(owner)] = (owner, *tensors)
+        tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
+        extras = (None if (extra := new.get(key)) is None else local(extra) for key in EXTRAS)
+        repairs.replacements[id(owner)] = (owner, *tensors, *extras)
         if item.copied:
             repairs.write_backs.append((local(owner), item.param))
 
@@ -155,21 +171,10 @@ def repair(
 def _set_state(state: dict[Tensor, Any], owner: Tensor, new: dict[str, Tensor]) -> None:
     """Puts step and moments first, as torch does: the order that the walk reads fastest."""
     items = state.setdefault(owner, {})
-    others = {key: value for key, value in items.items() if key not in KEYS}
+    others = {key: value for key, value in items.items() if key not in (*KEYS, *EXTRAS)}
     items.clear()
     items.update(new)
     items.update(others)
-
-
-def _placed(
-    old: dict[str, Any] | None, owner: Tensor, name_of: Callable[[Tensor], str]
-) -> dict[str, Tensor]:
-    """The moments in a parameter's state, placed as the parameter is; empty if it has none."""
-    if old is None or is_new(old):
-        return {}
-    return {
-        key: redistributed(old[key], owner, _Name(owner, name_of, f"{key} of ")) for key in MOMENTS
-    }
 
 
 def validate(owner: Tensor, grad: Tensor, name: object) -> None:
@@ -201,7 +206,7 @@ def validate(owner: Tensor, grad: Tensor, name: object) -> None:
         check_local_shape(grad, owner, "grad of ", name)
 
 
-def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
+def _stage(owner: Tensor, grad: Tensor, group: dict[str, Any], name: _Name, *, new: bool) -> Staged:
     """A validated parameter and its gradient, copied where a kernel can't use them directly.
 
     The gradient is placed as its parameter is.
@@ -213,7 +218,7 @@ def _stage(owner: Tensor, grad: Tensor, name: _Name, *, new: bool) -> Staged:
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
         param = _copy(param, name, try_back=new)
-    return Staged(param, _match_gradient(grad, param), copied)
+    return Staged(param, _match_gradient(grad, param, *formats_of(owner, group)), copied)
 
 
 def _check_gradient_mesh(owner: Tensor, grad: Tensor, name: object) -> None:
@@ -256,14 +261,15 @@ def _copy(param: Tensor, name: _Name, *, try_back: bool) -> Tensor:
     return copy
 
 
-def _match_gradient(grad: Tensor, param: Tensor) -> Tensor:
+def _match_gradient(grad: Tensor, param: Tensor, weight: int, moments: int) -> Tensor:
     """The gradient, copied if its layout differs from the parameter's or its dtype can't be mixed
-    with it."""
+    with those of the parameter and its moments, whose codes are given."""
     dtype = grad.dtype
-    of_param, of_grad = (cpu.dtype_code(REAL.get(t, t)) for t in (param.dtype, dtype))
-    mixes = cpu.supported(of_param, of_grad, of_param)
-    if grad.is_complex() != param.is_complex() or not mixes:
-        dtype = moment_dtype(param, None)  # wide enough for any gradient that fits the parameter
+    of_grad = cpu.dtype_code(REAL.get(dtype, dtype))
+    if grad.is_complex() != param.is_complex() or not cpu.supported(weight, of_grad, moments):
+        wide = REAL.get(param.dtype, param.dtype) == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        dtype = COMPLEX[dtype] if param.is_complex() else dtype
     if dtype == grad.dtype and laid_out_like(grad, param):
         return grad
     return torch.empty_like(param, dtype=dtype).copy_(grad)

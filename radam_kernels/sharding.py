@@ -76,6 +76,43 @@ def wrap_local(moment: Tensor, owner: Tensor) -> Tensor:
     )
 
 
+def shard_of(owner: DTensor) -> tuple[int, int]:
+    """Which elements of the whole parameter a rank has: (index of its first element, shard).
+
+    With the placements Shard(0) and Replicate, a contiguous parameter's shard is one run of the
+    whole, and the shard is 0. For others the index is 0, and the shard is a number from 1 that only
+    replicas share.
+    """
+    mesh = owner.device_mesh
+    coordinate = mesh.get_coordinate()
+    dims = [i for i, placement in enumerate(owner.placements) if not placement.is_replicate()]
+    if not dims or coordinate is None:
+        return 0, 0
+    if _has_row_shards(owner, dims):
+        rows, first = owner.shape[0], 0
+        for dim in dims:
+            chunk = -(-rows // mesh.size(dim))
+            begin = min(coordinate[dim] * chunk, rows)
+            first, rows = first + begin, min(chunk, rows - begin)
+        return first * owner.shape[1:].numel(), 0
+    number = 0
+    for dim in dims:
+        number = number * mesh.size(dim) + coordinate[dim]
+    return 0, 1 + number
+
+
+def _has_row_shards(owner: DTensor, dims: list[int]) -> bool:
+    from torch.distributed.tensor import Shard
+
+    orders = (entry.mesh_dims for entry in getattr(owner._spec, "shard_order", None) or ())
+    return (
+        all(type(owner.placements[i]) is Shard and owner.placements[i].dim == 0 for i in dims)
+        and all(tuple(sorted(order)) == tuple(order) for order in orders)
+        and owner.is_contiguous()
+        and owner.to_local().is_contiguous()
+    )
+
+
 def redistributed(moment: Tensor, owner: Tensor, what: object) -> Tensor:
     """A moment, which has its parameter's global shape, placed as the parameter is.
 

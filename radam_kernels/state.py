@@ -1,6 +1,5 @@
 """A parameter's state: `step`, `exp_avg` and `exp_avg_sq`, in the format of torch.optim.RAdam."""
 
-from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -8,8 +7,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .flat import is_dense, zeros_like
-from .modules import DTYPES, cpu
+from .flat import is_dense
+from .hyperparameters import FORMATS
+from .layout import (
+    EXPONENTS,
+    EXTRAS,
+    MOMENTS,
+    REMAINDER,
+    decoded,
+    fill,
+    fits,
+    is_block8,
+    is_remainder,
+    layout_of,
+    new_tensors,
+)
 from .sharding import (
     check_local_shape,
     is_sharded,
@@ -19,25 +31,8 @@ from .sharding import (
     wrap_local,
 )
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("step", *MOMENTS)
-
-COMPLEX = {
-    torch.float16: torch.complex32,
-    torch.float32: torch.complex64,
-    torch.float64: torch.complex128,
-}
-REAL = {c: r for r, c in COMPLEX.items()}
 _STEP_DTYPES = (torch.float32, torch.float64)
-
-
-def moment_dtype(param: Tensor, requested: torch.dtype | None) -> torch.dtype:
-    """The dtype of the moments of a parameter, under a group's `state_dtype`."""
-    dtype = REAL.get(param.dtype, param.dtype)
-    _, code = cpu.formats_of(
-        cpu.dtype_code(dtype), param.is_complex(), cpu.dtype_code(requested), 0, False
-    )
-    return COMPLEX[DTYPES[code]] if param.is_complex() else DTYPES[code]
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
@@ -100,8 +95,12 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
         )
     if isinstance(step, Tensor):
         check_storage(step, name, "step of ")
-    for key in MOMENTS:
-        if problem := _moment_problem(state[key], param):
+    tensors = MOMENTS + ((REMAINDER,) if is_remainder(state.get(REMAINDER)) else ())
+    for key in tensors:
+        problem = _shape_problem(state[key], param)
+        if not problem and key != REMAINDER and not is_block8(state, key):
+            problem = _dtype_problem(state[key], param)
+        if problem:
             raise ValueError(
                 f"{key} of {name}: {problem}; the parameter or its state has changed: delete the "
                 "state to start from zero"
@@ -111,19 +110,48 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
             check_local_shape(state[key], param, f"{key} of ", name)
 
 
-def _moment_problem(moment: Any, param: Tensor) -> str | None:
-    """Why a value can't be a moment of a parameter; None if it can."""
+def _shape_problem(moment: Any, param: Tensor) -> str | None:
+    """Why a value can't belong to a parameter, whatever its dtype; None if it can."""
     if not isinstance(moment, Tensor) or moment.shape != param.shape:
         got = tuple(moment.shape) if isinstance(moment, Tensor) else type(moment).__name__
         return f"expected shape {tuple(param.shape)}, got {got}"
-    if moment.is_complex() != param.is_complex() or not (
-        moment.is_floating_point() or moment.is_complex()
-    ):
-        return f"can't keep moments of {param.dtype} in {moment.dtype}"
     if moment.layout != torch.strided or (moment.is_meta and not param.is_meta):
         kind = "meta" if moment.is_meta else moment.layout
         return f"expected a dense tensor with memory, got {kind}"
     return None
+
+
+def _dtype_problem(moment: Tensor, param: Tensor) -> str | None:
+    if moment.is_complex() == param.is_complex() and (
+        moment.is_floating_point() or moment.is_complex()
+    ):
+        return None
+    if moment.dtype == torch.uint8:
+        return "codes of block8 without exponents that fit them"
+    return f"can't keep moments of {param.dtype} in {moment.dtype}"
+
+
+def placed_tensors(state: dict[str, Any] | None, owner: Tensor, name: object) -> dict[str, Tensor]:
+    """The tensors of a validated state, placed as the parameter is; empty if it has none.
+
+    What can't be used is left out: exponents of moments that are floats, and a remainder of
+    another dtype (torch.optim.RAdam casts it to bfloat16, and keeps it through training).
+    """
+    state = state or {}
+    found = {key: state[key] for key in MOMENTS if key in state}
+    if is_remainder(state.get(REMAINDER)) and owner.dtype in (torch.bfloat16, torch.float32):
+        found[REMAINDER] = state[REMAINDER]
+    placed = {}
+    for key, tensor in found.items():
+        if key != REMAINDER and is_block8(state, key):
+            if same_placement(tensor, owner):
+                placed |= {key: tensor, EXPONENTS[key]: state[EXPONENTS[key]]}
+                continue
+            tensor = decoded(state, key)
+        if not same_placement(tensor, owner):
+            tensor = redistributed(tensor, owner, f"{key} of {name}")
+        placed[key] = tensor
+    return placed
 
 
 def check_storage(tensor: Tensor, name: object, of: str = "") -> None:
@@ -147,59 +175,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:40]}... ({type(value).__name__})"
 
 
-def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
-    """Whether a tensor of the parameter's shape has its strides, and is no lazily negated or
-    conjugated view."""
-    strides = zip(param.shape, param.stride(), tensor.stride(), strict=True)
-    same = all(n == 1 or a == b for n, a, b in strides)
-    return same and is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
-
-
-def template(param: Tensor) -> Tensor:
-    """A tensor with the layout that is stepped: a local parameter's, or that of a contiguous copy
-    if it is not dense."""
-    return param if is_dense(param) else torch.empty(param.shape, device="meta")
-
-
-def fits(moment: Tensor, owner: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel can step this moment of a parameter without a copy."""
-    if not same_placement(moment, owner):
-        return False
-    moment, param = local(moment), local(owner)
-    return (
-        moment.dtype == dtype
-        and moment.device == param.device
-        and moment.shape == param.shape
-        and laid_out_like(moment, template(param))
-    )
-
-
-def new_moments(
-    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, flatten: bool = False
-) -> list[dict[str, Tensor]]:
-    """New moments of zeros for each parameter.
-
-    Args:
-        params: the parameters as the user has them (DTensors, for example).
-        dtypes: the dtype of each parameter's moments.
-        flatten: allocate one buffer for each key, dtype and device, and return views into these.
-    """
-    templates = [template(local(p)) for p in params]
-    devices = [local(p).device for p in params]
-
-    def zeros() -> list[Tensor]:
-        if flatten:
-            return zeros_like(templates, dtypes, devices)
-        kinds = zip(templates, dtypes, devices, strict=True)
-        return [torch.zeros_like(t, dtype=dtype, device=device) for t, dtype, device in kinds]
-
-    made = [zeros() for _ in MOMENTS]
-    return [
-        {key: wrap_local(moment, owner) for key, moment in zip(MOMENTS, moments, strict=True)}
-        for owner, *moments in zip(params, *made, strict=True)
-    ]
-
-
 class Loaded:
     """Wraps a value so that Optimizer.load_state_dict does not cast it."""
 
@@ -216,36 +191,54 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
     """
     states = dict(state_dict["state"])
     _refuse_other_optimizers(states)
+    groups = [dict(saved) for saved in state_dict["param_groups"]]
     loaded = []
     # Not strict: torch checks lengths after the hooks.
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+    for group, saved in zip(optimizer.param_groups, groups, strict=False):
+        _keep_formats(saved, group)
         for key, owner in zip(saved["params"], group["params"], strict=False):
             if key not in states:
                 continue
             check_state(states[key], owner, f"param {key}")
-            if not is_new(states[key]):
+            if not is_new(states[key]) or REMAINDER in states[key]:
                 states[key] = dict(states[key])
-                loaded.append((key, owner, {**group, **saved}, saved.get("state_dtype")))
+                loaded.append((key, owner, {**group, **saved}))
     ours, converted = [], []
-    for key, owner, options, state_dtype in loaded:
+    for key, owner, options in loaded:
         state = states[key]
         ours.append(state)
-        step = as_step(state["step"], step_device(owner, options))
-        state["step"] = step.clone() if step is state["step"] else step
-        for k in MOMENTS:
-            moment = redistributed(state[k], owner, f"{k} of param {key}")
-            state[k] = wrap_local(local(moment), owner)
-        dtype = moment_dtype(owner, state_dtype)
-        if flatten or not all(fits(state[k], owner, dtype) for k in MOMENTS):
-            converted.append((owner, dtype, state))
-    made = new_moments([c[0] for c in converted], [c[1] for c in converted], flatten=flatten)
-    for (_, _, state), moments in zip(converted, made, strict=True):
-        for key, moment in moments.items():
-            local(moment).copy_(local(state[key]))
-        state.update(moments)
+        if "step" in state:
+            step = as_step(state["step"], step_device(owner, options))
+            state["step"] = step.clone() if step is state["step"] else step
+        placed = placed_tensors(state, owner, f"param {key}")
+        for k in (*MOMENTS, *EXTRAS):
+            state.pop(k, None)
+        for k, tensor in placed.items():
+            state[k] = tensor if k in EXPONENTS.values() else wrap_local(local(tensor), owner)
+        layout = layout_of(owner, options)
+        # The step encodes floats that belong in block8, wherever they come from.
+        waits = layout.block8 and not all(is_block8(state, k) for k in MOMENTS)
+        if not is_new(state) and not waits and (flatten or not fits(state, owner, layout)):
+            converted.append((owner, layout, state))
+    made = new_tensors([c[0] for c in converted], [c[1] for c in converted], flatten=flatten)
+    for (owner, _, state), tensors in zip(converted, made, strict=True):
+        fill(tensors, state, owner, 0)
+        for k in EXTRAS:
+            if k != REMAINDER or owner.dtype == torch.bfloat16:
+                state.pop(k, None)
+        state.update(tensors)
     for state in ours:
-        state.update({key: Loaded(state[key]) for key in KEYS})
-    return {**state_dict, "state": states}
+        state.update({k: Loaded(state[k]) for k in (*KEYS, *EXTRAS) if k in state})
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _keep_formats(saved: dict[str, Any], group: dict[str, Any]) -> None:
+    """Gives a saved group the formats of the optimizer's, and its seed if it has none."""
+    for name in FORMATS:
+        saved.pop(name, None)
+    saved.update({name: group[name] for name in FORMATS if name in group})
+    if "seed" in group:
+        saved.setdefault("seed", group["seed"])
 
 
 # Keys of torch's optimizers that have neither exp_avg nor exp_avg_sq.

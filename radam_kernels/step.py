@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .flat import trained_params
 from .launch import explain, launch
+from .layout import Layout, fits, layout_of, new_tensors
 from .modules import cpu
 from .repair import Repairs, repair
 from .scaling import UNSCALED, Scaling
 from .stages import Stages
-from .state import MOMENTS, fits, is_new, moment_dtype, new_moments
+from .state import is_new
 
 if TYPE_CHECKING:
     from .optimizer import RAdam
@@ -86,8 +87,8 @@ def _refresh(
             for _, owner, _, reason in pending:
                 if id(owner) in repairs.replacements:
                     raise ValueError(f"{optimizer._name(owner)}: {reason}")
-            make_moments = partial(_moments, optimizer)
-            repair(repairs, pending, plan, optimizer.state, optimizer._name, make_moments)
+            make_tensors = partial(_new_tensors, optimizer)
+            repair(repairs, pending, plan, optimizer.state, optimizer._name, make_tensors)
     except (cpu.Refusal, cpu.InvalidGroup) as error:
         raise explain(error, plan, optimizer._name) from None
     return True
@@ -121,33 +122,29 @@ def _scaling(optimizer: "RAdam") -> Scaling:
     return Scaling(found.get("grad_scale"), found.get("found_inf"), factor)
 
 
-def _moments(
-    optimizer: "RAdam", fresh: list[tuple[Tensor, torch.dtype]]
-) -> list[dict[str, Tensor]]:
-    """New moments of zeros for each (parameter, dtype)."""
+def _new_tensors(optimizer: "RAdam", fresh: list[tuple[Tensor, Layout]]) -> list[dict[str, Tensor]]:
+    """New tensors of zeros for the state of each (parameter, layout)."""
     if not optimizer._flatten:
-        return new_moments([owner for owner, _ in fresh], [dtype for _, dtype in fresh])
+        return new_tensors([owner for owner, _ in fresh], [layout for _, layout in fresh])
     # One buffer for all parameters that train, including those that have no gradient yet.
     with _RESERVING:
         return _reserve(optimizer, fresh)
 
 
-def _reserve(
-    optimizer: "RAdam", fresh: list[tuple[Tensor, torch.dtype]]
-) -> list[dict[str, Tensor]]:
+def _reserve(optimizer: "RAdam", fresh: list[tuple[Tensor, Layout]]) -> list[dict[str, Tensor]]:
     reserved = optimizer.__dict__.setdefault("_reserved", {})
 
-    def is_reserved(owner: Tensor, dtype: torch.dtype) -> bool:
-        return owner in reserved and all(fits(reserved[owner][k], owner, dtype) for k in MOMENTS)
+    def is_reserved(owner: Tensor, layout: Layout) -> bool:
+        return owner in reserved and fits(reserved[owner], owner, layout)
 
-    if not all(is_reserved(owner, dtype) for owner, dtype in fresh):
+    if not all(is_reserved(owner, layout) for owner, layout in fresh):
         wanted = {
-            owner: moment_dtype(owner, group.get("state_dtype"))
+            owner: layout_of(owner, group)
             for group in optimizer.param_groups
             for owner in trained_params([group])
             if is_new(optimizer.state.get(owner))
         } | dict(fresh)
-        made = new_moments(list(wanted), list(wanted.values()), flatten=True)
+        made = new_tensors(list(wanted), list(wanted.values()), flatten=True)
         reserved.clear()
         reserved.update(zip(wanted, made, strict=True))
     return [reserved.pop(owner) for owner, _ in fresh]

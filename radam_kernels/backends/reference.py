@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..modules import DTYPES, cpu
+from ..modules import cpu
 from ..schedule import Action, StepScalars, group_scalars
 
 _FORMATS = (*cpu.dtypes, *cpu.formats)
@@ -25,13 +25,16 @@ def run(bucket: cpu.Bucket) -> None:
     else:
         rows = [group_scalars(bucket.groups[group], step) for group, step in bucket.counts]
     rows = [row._replace(grad_scale=row.grad_scale * factor) for row in rows]
-    compute = torch.float64 if DTYPES[bucket.dtypes[0]] == torch.float64 else torch.float32
     tables = zip(bucket.tensors, bucket.scalar_indices, strict=True)
     if bucket.low_memory:
-        for (tensors, row), extra in zip(tables, bucket.low_memory, strict=True):
+        for (tensors, row), fields in zip(tables, bucket.low_memory, strict=True):
+            extra = formats.LowMemory(*fields)
+            if extra.remainder is not None:
+                extra = extra._replace(remainder=formats.in_memory_order(extra.remainder))
             flat = map(formats.in_memory_order, tensors)
-            low_memory_update_(*flat, formats.LowMemory(*extra), rows[row], bucket.dtypes)
+            low_memory_update_(*flat, extra, rows[row], bucket.dtypes)
         return
+    compute = torch.float64 if _FORMATS[bucket.dtypes[0]] == "float64" else torch.float32
     for tensors, row in tables:
         param, grad, exp_avg, exp_avg_sq = map(real, tensors)
         radam_update_(param, grad, exp_avg, exp_avg_sq, rows[row], compute)

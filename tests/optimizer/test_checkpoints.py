@@ -193,7 +193,7 @@ def test_an_option_that_a_checkpoint_lacks_has_its_default_again():
     """Absent means the default, whoever wrote the file: ours lack what has its default, too."""
     torchs = TorchRAdam([Parameter(torch.ones(5))], lr=0.3, betas=(0.8, 0.99))
     take_steps(torchs, 2)
-    ours = RAdam([Parameter(torch.ones(5))], state_dtype=torch.bfloat16, **OURS)
+    ours = RAdam([Parameter(torch.ones(5))], **OURS)
     ours.load_state_dict(torchs.state_dict())
     group = ours.param_groups[0]
     assert (group["lr"], group["betas"]) == (0.3, (0.8, 0.99))  # the checkpoint's
@@ -209,22 +209,33 @@ def test_an_old_checkpoint_of_ours_has_all_options():
     take_steps(a, 2)
     checkpoint = a.state_dict()
     checkpoint["param_groups"][0] |= RAdam.hyperparameters(checkpoint["param_groups"][0])
-    checkpoint["param_groups"][0]["state_dtype"] = torch.bfloat16
     b = RAdam([Parameter(torch.ones(5))], **OURS)
     b.load_state_dict(saved(checkpoint))
     usual = RAdam.hyperparameters({})
     assert {key: b.param_groups[0][key] for key in OURS} == {key: usual[key] for key in OURS}
-    assert b.param_groups[0]["state_dtype"] == "bfloat16"
-    assert b.state[params_of(b)[0]]["exp_avg"].dtype == torch.bfloat16
 
 
 def test_a_checkpoint_with_our_keys_brings_them():
-    a = RAdam([Parameter(torch.ones(5))], state_dtype=torch.bfloat16, **OURS)
+    a = RAdam([Parameter(torch.ones(5))], **OURS)
     take_steps(a, 2)
     b = RAdam([Parameter(torch.ones(5))])
     b.load_state_dict(saved(a.state_dict()))
     assert {key: b.param_groups[0][key] for key in OURS} == OURS
-    assert b.state[params_of(b)[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_an_optimizer_keeps_its_own_formats():
+    """Whatever the checkpoint was made with, its moments are converted."""
+    a = RAdam([Parameter(torch.ones(5))], state_dtype=torch.bfloat16)
+    take_steps(a, 2)
+    b = RAdam([Parameter(torch.ones(5))])
+    b.load_state_dict(saved(a.state_dict()))
+    assert "state_dtype" not in b.param_groups[0]
+    of_b = b.state[params_of(b)[0]]["exp_avg"]
+    assert torch.equal(of_b, a.state[params_of(a)[0]]["exp_avg"].float())
+    a.load_state_dict(saved(b.state_dict()))
+    assert a.param_groups[0]["state_dtype"] == "bfloat16"
+    of_a = a.state[params_of(a)[0]]["exp_avg"]
+    assert torch.equal(of_a, of_b.bfloat16())
 
 
 def test_a_very_old_checkpoint_lacks_most_group_keys():

@@ -463,6 +463,9 @@ def test_the_signature_is_torchs_and_ours():
         "rectification": "first_order",
         "state_dtype": None,
         "decouple_lr": False,
+        "master_weights": None,
+        "stochastic_rounding": False,
+        "seed": 0,
     }
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in extra)
 

@@ -1,0 +1,64 @@
+"""Exchanges master weights with float32 state dicts of the model."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import formats
+from .layout import REMAINDER, layout_of, master_weight
+from .sharding import local, redistributed, wrap_local
+
+if TYPE_CHECKING:
+    from .optimizer import RAdam
+
+
+def export_masters(optimizer: "RAdam", model: nn.Module) -> dict[str, Any]:
+    """The model's state dict, the optimizer's parameters in float32."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    exported = model.state_dict()
+    made: dict[int, Tensor] = {}  # tied parameters once
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if id(param) in trained and name in exported:
+            if id(param) not in made:
+                own = optimizer.state.get(param) or {}
+                made[id(param)] = master_weight(param, own.get(REMAINDER))
+            exported[name] = made[id(param)]
+    return exported
+
+
+@torch.no_grad()
+def import_masters(
+    optimizer: "RAdam", model: nn.Module, state_dict: dict[str, Any], strict: bool
+) -> None:
+    """Loads a float32 state dict: upper halves into the model, lower halves into the state."""
+    layouts = {
+        id(param): layout_of(param, group)
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+    weights, remainders = dict(state_dict), []
+    for name, param in model.named_parameters(remove_duplicate=False):
+        layout = layouts.get(id(param))
+        if layout is None or layout.remainder is None or name not in state_dict:
+            continue
+        value = state_dict[name]
+        if value.shape != param.shape:
+            raise ValueError(
+                f"{name}: expected shape {tuple(param.shape)}, got {tuple(value.shape)}"
+            )
+        value = local(redistributed(value, param, name)).to(local(param).device, torch.float32)
+        # To nearest, where a step would round stochastically.
+        half = torch.full_like(value, 0x80, dtype=torch.int64)
+        weight, rest = formats.split_weight(value, half if layout.remainder == torch.int8 else None)
+        weights[name] = wrap_local(weight, param)
+        remainders.append((param, rest))
+    model.load_state_dict(weights, strict=strict)
+    for param, rest in remainders:
+        own = optimizer.state[param]
+        old = own.get(REMAINDER)
+        if isinstance(old, Tensor) and local(old).dtype == rest.dtype and old.shape == param.shape:
+            local(old).copy_(rest)
+        else:
+            own[REMAINDER] = wrap_local(torch.empty_like(local(param), dtype=rest.dtype), param)
+            local(own[REMAINDER]).copy_(rest)
