@@ -27,8 +27,9 @@ _T = TypeVar("_T", float, Tensor)
 def advance(bucket: cpu.Bucket) -> Tensor:
     """Advances the counts of a capturable bucket; returns float64 [segments, StepScalars].
 
-    Rows agree with schedule.group_scalars to 1e-10. If a count is not a whole number >= 0, or
-    found_inf is nonzero, the row is zeros (Action.SKIP) and the count is unchanged.
+    Rows agree with schedule.group_scalars to 1e-10, and keys in every bit. If a count is not a
+    whole number >= 0, or found_inf is nonzero, the row is zeros (Action.SKIP) and the count is
+    unchanged.
     """
     device = bucket.steps[0][0].device
     grad_scale, found_inf, _ = bucket.scaling.on(device)
@@ -68,6 +69,7 @@ def _columns(
     weight_decay, decoupled = weight_decay_of(group), group["decoupled_weight_decay"]
     exact = group["rectification"] == "exact"
     inf, rho_t = rho_inf_of(beta2), _rho(t, beta2)
+    key = _splitmix64(_signed(int(group["seed"]) << 32) ^ t.long())
 
     variance = adaptive_variance if exact else adaptive_variance_first_order
     of_t = _adaptive_variance(rho_t) if exact else rho_t / (2 * (rho_t - 2) * (rho_t - 4))
@@ -95,12 +97,32 @@ def _columns(
             _column(float(Action.RECTIFIED), t),
             float(Action.MOMENTUM if momentum else Action.HOLD),
         ),
+        "key_low": (key & 0xFFFFFFFF).double(),
+        "key_high": _shifted(key, 32).double(),
     }
 
 
 def _column(x: float | Tensor, t: Tensor) -> Tensor:
     # torch.as_tensor would copy from the host.
     return x.expand_as(t) if isinstance(x, Tensor) else torch.full_like(t, x)
+
+
+def _signed(x: int) -> int:
+    """A uint64 as the int64 of the same bits."""
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """To the right, as unsigned numbers: int64 shifts copies of the sign in."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """As formats.splitmix64, on int64, whose products wrap around."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
 
 
 def _bias_correction(t: Tensor, beta: float) -> Tensor:

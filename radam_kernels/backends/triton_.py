@@ -68,13 +68,16 @@ def run(bucket: cpu.Bucket) -> None:
         if bucket.capturable and not devices.is_capturing(device):
             _load_upload(device)
         tables = _tables(bucket, device)
-        segments, grads, _, work = tables.segments(bucket, triton_kernel.CHUNK)
+        segments, grads, low_memory, work = tables.segments(bucket, triton_kernel.CHUNK)
         if bucket.capturable:
             scalars = advance(bucket).contiguous()
         else:
             scalars = tables.rows("scalars", bucket.scalar_rows)
         factor = bucket.scaling.on(device).factor
-        launch_(segments, grads, work, scalars, factor, tables.run, tables.blocks, bucket.dtypes)
+        launch_(
+            segments, grads, work, scalars, factor, tables.run, tables.blocks, bucket.dtypes,
+            low_memory,
+        )  # fmt: skip
 
 
 def power_sum(bucket: cpu.GradientBucket, norm_type: float) -> Tensor:

@@ -1,4 +1,7 @@
-"""The element update in Triton and the kernel around it; csrc/core/update.h says it in C++."""
+"""The element update in Triton, the formats around it, and the kernels.
+
+csrc/core/update.h and csrc/core/formats.h say the same in C++.
+"""
 
 import math
 
@@ -8,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import formats
 from ..modules import DTYPES, cpu
 from ..schedule import Action, StepScalars
 from .upload import Upload
@@ -25,13 +29,25 @@ _PARAM, _EXP_AVG, _EXP_AVG_SQ, _NUMEL, _SCALARS = (
     tl.constexpr(cpu.segment_fields.index(name))
     for name in ("param", "exp_avg", "exp_avg_sq", "numel", "scalars")
 )
+_LOW_MEMORY_WIDTH = tl.constexpr(len(cpu.low_memory_fields))
+_REMAINDER, _EXP_AVG_EXPONENT, _EXP_AVG_SQ_EXPONENT, _FIRST_INDEX, _PARAMETER_KEY = (
+    tl.constexpr(cpu.low_memory_fields.index(name))
+    for name in ("remainder", "exp_avg_exponent", "exp_avg_sq_exponent", "first_index", "key")
+)
 _SCALARS_WIDTH = tl.constexpr(len(StepScalars._fields))
 _FIELDS = {name: tl.constexpr(i) for i, name in enumerate(StepScalars._fields)}
 _GRAD_SCALE, _WEIGHT_DECAY, _DECAY = (_FIELDS[n] for n in ("grad_scale", "weight_decay", "decay"))
 _ONE_MINUS_BETA1, _BETA2 = _FIELDS["one_minus_beta1"], _FIELDS["beta2"]
 _ONE_MINUS_BETA2, _EPS = _FIELDS["one_minus_beta2"], _FIELDS["eps"]
 _STEP_SIZE, _ACTION = _FIELDS["step_size"], _FIELDS["action"]
-_FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64 = (tl.constexpr(i) for i in range(len(cpu.dtypes)))
+_KEY_LOW, _KEY_HIGH = _FIELDS["key_low"], _FIELDS["key_high"]
+# Codes: dtypes, and then formats.
+_FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64, _BFLOAT16_STOCHASTIC, _MASTER24, _MASTER32, _BLOCK8 = (
+    tl.constexpr(i) for i in range(len(cpu.dtypes) + len(cpu.formats))
+)
+_BLOCK = tl.constexpr(formats.BLOCK)
+# The moments, by the span of the exponents in their codes of block8.
+_M, _V = tl.constexpr(15), tl.constexpr(31)
 
 
 @triton.jit
@@ -73,12 +89,14 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     # bfloat16 travels as its bits: the interpreter would truncate instead of rounding.
     if DTYPE == _FLOAT32:
         pointer = address.to(tl.pointer_type(tl.float32))
-    elif DTYPE == _BFLOAT16:
-        pointer = address.to(tl.pointer_type(tl.uint16))
     elif DTYPE == _FLOAT16:
         pointer = address.to(tl.pointer_type(tl.float16))
-    else:
+    elif DTYPE == _FLOAT64:
         pointer = address.to(tl.pointer_type(tl.float64))
+    elif DTYPE == _BLOCK8:
+        pointer = address.to(tl.pointer_type(tl.uint8))
+    else:
+        pointer = address.to(tl.pointer_type(tl.uint16))
     # Here and not at the call, where Triton before 3.9 forgets it.
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -86,10 +104,21 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _widen(x, DTYPE: tl.constexpr):
-    if DTYPE == _BFLOAT16:
+def _remainder_pointer(address, PARAM: tl.constexpr, ALIGNED: tl.constexpr):
+    if PARAM == _MASTER24:
+        pointer = address.to(tl.pointer_type(tl.int8))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _widen(x):
+    if x.dtype == tl.uint16:
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == _FLOAT16:
+    elif x.dtype == tl.float16:
         return x.to(tl.float32)
     else:
         return x
@@ -109,21 +138,165 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _step_block(
-    param, grad, exp_avg, exp_avg_sq, at, mask, s, l2, action,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
+def _mix(x, high):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= (x >> 15) ^ high
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _random_words_of(key_low, key_high, upper, index):
+    """The random words of elements whose indices have the same upper 32 bits."""
+    low, high = key_low, key_high
+    if upper != 0:
+        low, high = _mix(key_low ^ upper, key_high), _mix(key_high ^ upper, key_low)
+    return _mix(index * 0x9E3779B1 + low, high)
+
+
+@triton.jit
+def _random_words(key_low, key_high, first, BLOCK: tl.constexpr, SAME_UPPER: tl.constexpr):
+    """The random words of BLOCK elements, of which the first has the index `first`.
+
+    SAME_UPPER: whether their indices are known to have the same upper 32 bits.
+    """
+    begin, upper = first.to(tl.uint32), (first >> 32).to(tl.uint32)
+    index = begin + tl.arange(0, BLOCK).to(tl.uint32)
+    words = _random_words_of(key_low, key_high, upper, index)
+    if not SAME_UPPER:  # noqa: SIM102 (that is known when this is compiled)
+        if begin + (BLOCK - 1) < begin:
+            after = _random_words_of(key_low, key_high, upper + 1, index)
+            words = tl.where(index < begin, after, words)
+    return words
+
+
+@triton.jit
+def _random16(words, MOMENT: tl.constexpr):
+    return (words & 0xFF00) | 0x80 if MOMENT == _M else words >> 16
+
+
+@triton.jit
+def _round_stochastically(x, random16):
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(x == x, (bits + random16) >> 16, 0x7FC0).to(tl.uint16)
+
+
+@triton.jit
+def _load_weight(pointer, remainder_pointer, mask, PARAM: tl.constexpr):
+    weight = _widen(tl.load(pointer, mask))
+    if remainder_pointer is not None:
+        remainder = tl.load(remainder_pointer, mask).to(tl.int32)
+        if PARAM == _MASTER24:
+            remainder <<= 8
+        bits = weight.to(tl.uint32, bitcast=True) + remainder.to(tl.uint32, bitcast=True)
+        joined = bits.to(tl.float32, bitcast=True)
+        # NaN if the weight is; or if it was set to zero or infinity since, and the sum is neither.
+        weight = tl.where(joined == joined, joined, weight)
+    return weight
+
+
+@triton.jit
+def _store_weight(pointer, remainder_pointer, x, words, mask, PARAM: tl.constexpr):
+    if remainder_pointer is not None:
+        bits = x.to(tl.uint32, bitcast=True)
+        if PARAM == _MASTER24:
+            bits += words & 0xFF
+        bits = tl.where(x == x, bits, 0x7FC00000)
+        tl.store(pointer, ((bits + 0x8000) >> 16).to(tl.uint16), mask)
+        remainder = (bits >> 8).to(tl.int8) if PARAM == _MASTER24 else bits.to(tl.int16)
+        tl.store(remainder_pointer, remainder, mask)
+    elif PARAM == _BFLOAT16_STOCHASTIC:
+        random16 = ((words ^ (words >> 15)) * 0x2C1B3C6D) >> 16
+        tl.store(pointer, _round_stochastically(x, random16), mask)
+    else:
+        tl.store(pointer, _narrow(x, PARAM), mask)
+
+
+@triton.jit
+def _each(x, BLOCK: tl.constexpr):
+    """A number for each of block8's blocks, repeated for their elements."""
+    repeated = tl.broadcast_to(tl.expand_dims(x, 1), (BLOCK // _BLOCK, _BLOCK))
+    return tl.reshape(repeated, (BLOCK,))
+
+
+@triton.jit
+def _load_moment(
+    pointer, exponent_pointer, mask, exponent_mask, MOMENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    stored = tl.load(pointer, mask)
+    if exponent_pointer is None:
+        return _widen(stored)
+    else:
+        code = stored.to(tl.uint32)
+        exponent = tl.load(exponent_pointer, exponent_mask).to(tl.uint32)
+        top = code & 0x7F if MOMENT == _M else code
+        scale = _each((exponent - MOMENT) << 23, BLOCK)
+        nan = _each(tl.where(exponent == 255, 0x7FC00000, 0).to(tl.uint32), BLOCK)
+        bits = tl.where(top == 0, 0, (top << 20) + scale) | nan
+        if MOMENT == _M:
+            bits |= code >> 7 << 31
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_moment(
+    pointer, exponent_pointer, x, words, mask, exponent_mask, STATE: tl.constexpr,
+    MOMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if exponent_pointer is not None:
+        bits = x.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        counted = magnitude if mask is None else tl.where(mask, magnitude, 0)
+        largest = tl.max(tl.reshape(counted, (BLOCK // _BLOCK, _BLOCK)), 1)
+        exponent = ((largest + 0xFFFFF) >> 23).to(tl.int32)
+        exponent = tl.minimum(tl.maximum(exponent, MOMENT + 1), 255)
+        tl.store(exponent_pointer, exponent.to(tl.uint8), exponent_mask)
+        base = _each(tl.where(exponent == 255, 512, exponent - MOMENT) << 3, BLOCK)
+        top = ((magnitude + (_random16(words, MOMENT) << 4)) >> 20).to(tl.int32) - base
+        if MOMENT == _M:
+            code = tl.maximum(top, 0) | (bits >> 31 << 7).to(tl.int32)
+        else:  # never 0, as it divides
+            code = tl.maximum(top, tl.minimum(magnitude, 1).to(tl.int32))
+        tl.store(pointer, code.to(tl.uint8), mask)
+    elif STATE == _BFLOAT16_STOCHASTIC:
+        tl.store(pointer, _round_stochastically(x, _random16(words, MOMENT)), mask)
+    else:
+        tl.store(pointer, _narrow(x, STATE), mask)
+
+
+@triton.jit
+def _step_block(
+    param, grad, exp_avg, exp_avg_sq, extra, first, numel, s, l2, action,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Steps BLOCK elements; `extra` as radam_step_kernel makes it."""
+    at = first + tl.arange(0, BLOCK)
+    mask = None if ALIGNED else at < numel
     p_ptr, g_ptr = _pointer(param, PARAM, ALIGNED) + at, _pointer(grad, GRAD, ALIGNED) + at
     m_ptr, v_ptr = _pointer(exp_avg, STATE, ALIGNED) + at, _pointer(exp_avg_sq, STATE, ALIGNED) + at
-    p = _widen(tl.load(p_ptr, mask), PARAM)
-    g = _widen(tl.load(g_ptr, mask), GRAD)
-    m = _widen(tl.load(m_ptr, mask), STATE)
-    v = _widen(tl.load(v_ptr, mask), STATE)
+    r_ptr, m_exponent_ptr, v_exponent_ptr, exponent_mask, words = None, None, None, None, None
+    if extra is not None:
+        remainder, exp_avg_exponent, exp_avg_sq_exponent, first_index, key_low, key_high = extra
+        if (PARAM == _MASTER24) | (PARAM == _MASTER32):
+            r_ptr = _remainder_pointer(remainder, PARAM, ALIGNED) + at
+        if STATE == _BLOCK8:
+            block = first // _BLOCK + tl.arange(0, BLOCK // _BLOCK)
+            exponent_mask = None if ALIGNED else block * _BLOCK < numel
+            m_exponent_ptr = exp_avg_exponent.to(tl.pointer_type(tl.uint8)) + block
+            v_exponent_ptr = exp_avg_sq_exponent.to(tl.pointer_type(tl.uint8)) + block
+    p = _load_weight(p_ptr, r_ptr, mask, PARAM)
+    g = _widen(tl.load(g_ptr, mask))
+    m = _load_moment(m_ptr, m_exponent_ptr, mask, exponent_mask, _M, BLOCK)
+    v = _load_moment(v_ptr, v_exponent_ptr, mask, exponent_mask, _V, BLOCK)
+    if extra is not None:
+        words = _random_words(key_low, key_high, first_index + first, BLOCK, ALIGNED)
     p, m, v = _radam_update(p, g, m, v, s, l2, action)
     if action != _HOLD:
-        tl.store(p_ptr, _narrow(p, PARAM), mask)
-    tl.store(m_ptr, _narrow(m, STATE), mask)
-    tl.store(v_ptr, _narrow(v, STATE), mask)
+        _store_weight(p_ptr, r_ptr, p, words, mask, PARAM)
+    _store_moment(m_ptr, m_exponent_ptr, m, words, mask, exponent_mask, STATE, _M, BLOCK)
+    _store_moment(v_ptr, v_exponent_ptr, v, words, mask, exponent_mask, STATE, _V, BLOCK)
 
 
 @triton.jit
@@ -144,11 +317,14 @@ def _place(numels, work, run, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["run", "factor"])
 def radam_step_kernel(
-    segments, grads, work, scalars, factor, run,
+    segments, grads, low_memory, work, scalars, factor, run,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Steps one chunk of one segment; tables as in upload.py."""
+    """Steps one chunk of one segment; tables as in upload.py.
+
+    `low_memory` is None for plain dtypes, and `factor` where there is none.
+    """
     index, begin, numel = _place(segments + _NUMEL, work, run, _SEGMENT_WIDTH, BLOCK)
     segment = segments + index * _SEGMENT_WIDTH
     param, grad = tl.load(segment + _PARAM), tl.load(grads + index)
@@ -168,21 +344,35 @@ def radam_step_kernel(
     )  # fmt: skip
     action = tl.load(row + _ACTION).to(tl.int32)
     l2 = s[1] != 0
+    # A mask of unknown divisibility would turn 16-byte accesses into single ones.
+    whole = (begin + BLOCK <= numel) & (((param | grad | exp_avg | exp_avg_sq) & 15) == 0)
+    extra = None
+    if low_memory is not None:
+        low_memory += index * _LOW_MEMORY_WIDTH
+        remainder, key = tl.load(low_memory + _REMAINDER), tl.load(low_memory + _PARAMETER_KEY)
+        first_index = tl.load(low_memory + _FIRST_INDEX)
+        extra = (
+            remainder, tl.load(low_memory + _EXP_AVG_EXPONENT),
+            tl.load(low_memory + _EXP_AVG_SQ_EXPONENT), first_index,
+            tl.load(row + _KEY_LOW).to(tl.uint32) ^ key.to(tl.uint32),
+            tl.load(row + _KEY_HIGH).to(tl.uint32) ^ (key >> 32).to(tl.uint32),
+        )  # fmt: skip
+        whole &= (remainder & 15) == 0
+        # The random words of such a chunk have one key.
+        whole &= (first_index + begin).to(tl.uint32) <= 0x100000000 - BLOCK
 
     if action != _SKIP:
-        # A mask of unknown divisibility would turn 16-byte accesses into single ones.
-        if (begin + BLOCK <= numel) & (((param | grad | exp_avg | exp_avg_sq) & 15) == 0):
+        if whole:
             _step_block(
-                param, grad, exp_avg, exp_avg_sq, begin + tl.arange(0, BLOCK), None, s, l2, action,
-                PARAM, GRAD, STATE, True,
+                param, grad, exp_avg, exp_avg_sq, extra, begin, numel, s, l2, action,
+                PARAM, GRAD, STATE, BLOCK, True,
             )  # fmt: skip
         else:
             # In small parts: single accesses take many registers, which the path above lacks then.
             for first in range(begin, tl.minimum(begin + BLOCK, numel), PART):
-                at = first + tl.arange(0, PART)
                 _step_block(
-                    param, grad, exp_avg, exp_avg_sq, at, at < numel, s, l2, action,
-                    PARAM, GRAD, STATE, False,
+                    param, grad, exp_avg, exp_avg_sq, extra, first, numel, s, l2, action,
+                    PARAM, GRAD, STATE, PART, False,
                 )  # fmt: skip
 
 
@@ -236,7 +426,7 @@ def radam_norm_kernel(
         g = tl.load(_pointer(grad, GRAD, True) + at)
     else:
         g = tl.load(_pointer(grad, GRAD, False) + at, at < numel, 0)
-    tl.store(partials + tl.program_id(0), _power_sum(_widen(g, GRAD), NORM))
+    tl.store(partials + tl.program_id(0), _power_sum(_widen(g), NORM))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -302,21 +492,21 @@ INTERPRETED = not isinstance(radam_step_kernel, triton.JITFunction)
 
 def launch_(
     segments: Tensor, grads: Tensor, work: Tensor, scalars: Tensor, factor: Tensor | None, run: int,
-    blocks: int, dtypes: tuple[int, ...],
+    blocks: int, dtypes: tuple[int, ...], low_memory: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches the kernel on the current stream.
 
     Args:
-        segments, grads, work, scalars: tables as tensors of 8-byte words.
+        segments, grads, work, scalars, low_memory: tables as tensors of 8-byte words.
         factor: a float64 that multiplies the gradients.
-        dtypes: codes.
+        dtypes: codes of dtypes or formats.
     """
     if blocks:
         warps = 2 * WARPS if dtypes[0] == _FLOAT64.value else WARPS  # else registers spill
         # No autotuning: it would run a kernel that works in place several times over.
         radam_step_kernel[(blocks,)](
-            segments, grads, work.view(torch.int32), scalars.view(torch.float64), factor, run,
-            *dtypes, CHUNK, CHUNK // 4, num_warps=warps, enable_fp_fusion=False,
+            segments, grads, low_memory, work.view(torch.int32), scalars.view(torch.float64),
+            factor, run, *dtypes, CHUNK, CHUNK // 4, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 

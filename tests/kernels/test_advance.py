@@ -14,6 +14,8 @@ from radam_kernels.scaling import UNSCALED, Scaling
 from tests.helpers import every_device
 
 COUNTS = [*range(9), 20, 1000, 10**5, 2**24]
+ACTION = schedule.StepScalars._fields.index("action")
+KEY = slice(schedule.StepScalars._fields.index("key_low"), None)
 FORMS = [*(("first_order", x) for x in (4.0, 4.5, 5.0)), *(("exact", x) for x in (2, 3, 4, 5.0))]
 
 
@@ -78,8 +80,24 @@ def test_torchs_operations_make_the_scalars_of_the_schedule(
         for t, (_, group) in zip(wanted, bucket.steps, strict=True)
     ]
     truth = torch.tensor(truth, dtype=torch.float64)
-    assert torch.equal(rows[:, -1].cpu(), truth[:, -1]), "the threshold is crossed elsewhere"
+    actions = rows[:, ACTION].cpu()
+    assert torch.equal(actions, truth[:, ACTION]), "the threshold is crossed elsewhere"
     torch.testing.assert_close(rows.cpu(), truth, rtol=1e-10, atol=0)
+
+
+@every_device
+def test_torchs_operations_make_the_keys_of_random_bits(device):
+    seeds = [0, 1, 12345, 2**31, 2**32 - 1]
+    groups = [capturable_group(device, seed=seed) for seed in seeds]
+    counts = [*COUNTS, 2**31, 2**32 - 2, 2**32, 2**40 + 7, 2**53 - 2, 2**53 - 1]
+    steps = [torch.tensor(n, dtype=torch.float64, device=device) for n in counts]
+    plan = plan_of(groups, steps, UNSCALED)
+    [bucket] = plan.buckets
+    keys = advance(bucket)[:, KEY].cpu()
+    truth = [
+        schedule.group_scalars(group, float(n + 1))[KEY] for group, n in product(groups, counts)
+    ]
+    assert torch.equal(keys, torch.tensor(truth, dtype=torch.float64))
 
 
 @every_device
@@ -106,7 +124,7 @@ def test_torchs_operations_skip_invalid_counts_and_no_other(device):
     [bucket] = plan.buckets
     rows = advance(bucket)
     assert (rows[1:-1] == 0).all()
-    assert (rows[[0, -1], -1] == schedule.Action.RECTIFIED).all()
+    assert (rows[[0, -1], ACTION] == schedule.Action.RECTIFIED).all()
     after = torch.tensor(counts_of(bucket), dtype=torch.float64)
     expected = torch.tensor([8.0, *none, 9.0], dtype=torch.float64)
     torch.testing.assert_close(after, expected, rtol=0, atol=0, equal_nan=True)

@@ -12,12 +12,13 @@ from unittest.mock import patch
 
 import torch
 
+from tests.helpers import LOW_MEMORY_SETS
 from tests.kernels.norms import NORMS
 
 from .program import Program, parse
 
 ROOT = Path(__file__).parents[3]
-Codes = tuple[int, int, int]  # dtypes of param, grad and moments, as in radam_kernels.modules
+Codes = tuple[int, int, int]  # of param, grad and moments: indices of helpers.FORMATS
 
 _TYPES = {"float": 0, "radam::bfloat16": 1, "radam::float16": 2, "double": 3}
 
@@ -73,10 +74,13 @@ def triton_step(codes: Codes, arch: str, factor: bool) -> Compiled:
     """What launch_() compiles."""
     from radam_kernels.backends import triton_kernel
 
-    tables = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
+    *tables, low_memory = (torch.zeros(1, dtype=torch.int64) for _ in range(5))
     number = torch.zeros(1, dtype=torch.float64) if factor else None
+    extra = low_memory if codes in LOW_MEMORY_SETS else None
     return _compile_launch(
-        "radam_step_kernel", arch, lambda: triton_kernel.launch_(*tables, number, 0, 1, codes)
+        "radam_step_kernel",
+        arch,
+        lambda: triton_kernel.launch_(*tables, number, 0, 1, codes, extra),
     )
 
 
