@@ -17,7 +17,7 @@ LEAST, MOST = 0.01, 0.03  # that v and sqrt(v) may be off
 
 
 def stall(name: str, steps: int) -> list[Row]:
-    """Means over all elements of what is stored in the end, over exact decay of the first step's."""
+    """Means over all elements of what is stored in the end, over the first step's exact decay."""
     weights = torch.zeros(1, ELEMENTS, dtype=torch.bfloat16)
     stepper = BY_NAME[name].make(weights, [(0, ELEMENTS)], BETA2)
     grads = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
