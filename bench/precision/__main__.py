@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out / ("full" if args.full else "quick")
     site = SITE if args.publish else None
     status = conduct(chosen, out, quick=not args.full, jobs=args.jobs, site=site)
-    if site:
+    if site and (site.results / "trainings.csv").exists():
         for page in (SITE.page, PROJECT):
             if f"<!-- {MARKER}:begin -->" in page.read_text():
                 page.write_text(insert(page.read_text(), MARKER, summary()))

@@ -39,7 +39,8 @@ TIERS = {
 
 def memory(tier: str, model: str) -> list[Row]:
     """Measured in a process of its own."""
-    code = f"from bench.precision.memory import inside; inside({tier!r}, {model!r})"
+    # By its name, so that a kept result depends on its code.
+    code = f"from {inside.__module__} import inside; inside({tier!r}, {model!r})"
     found = subprocess.check_output(
         [sys.executable, "-c", code], env={**os.environ, **MAPPED}, text=True
     )
@@ -65,6 +66,7 @@ def inside(tier: str, model: str) -> None:
         params = [Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
         optimizer = RAdam(params, **options)
         for _ in range(2):
+            optimizer.zero_grad()
             for param in params:
                 param.grad = torch.ones_like(param)
             optimizer.step()
