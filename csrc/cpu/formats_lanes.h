@@ -157,6 +157,13 @@ class RandomWords {
     next_ += index * kFactor + key.low;
   }
 
+  // Those of `elements` before.
+  RADAM_INLINE RandomWords behind(int64_t elements) const {
+    RandomWords words = *this;
+    words.next_ -= static_cast<uint32_t>(elements) * kFactor;
+    return words;
+  }
+
   // Those of a pair, and goes on to the next.
   RADAM_INLINE WordPair next() {
     const WordPair words = {mix(next_),
@@ -286,48 +293,46 @@ RADAM_INLINE void store_stochastically(const Pair<float>& x, const WordPair& wor
         to);
 }
 
-// A block of block8 on its way: decoded with the exponent that it had, rounded, and encoded when
-// its largest element is known.
+// Decodes elements of a block of block8.
 template <Moment kMoment>
-class Block {
+class BlockDecoder {
  public:
-  explicit RADAM_INLINE Block(uint32_t exponent)
+  explicit RADAM_INLINE BlockDecoder(uint32_t exponent)
       : offset_(halves((exponent - kExponentSpan<kMoment>) << 7)),
         nan_(halves(exponent == 255 ? 0x7fc0 : 0)) {}
 
   RADAM_INLINE Pair<float> load(const void* codes) const {
     const Halves code = read_bytes(codes);
     const Halves top = kMoment == kExpAvgMoment ? code & 0x7f : code;
-    Halves upper = ((top << 4) + offset_) & (Halves)(top != 0);
-    upper |= nan_;
+    Halves upper = (((top << 4) + offset_) & (Halves)(top != 0)) | nan_;
     if (kMoment == kExpAvgMoment) upper |= (code & 0x80) << 8;
     return floats_of(unzip(upper));
   }
 
-  // Rounds a pair, the elements of the block from `first` on.
-  RADAM_INLINE void round(const Pair<float>& x, const WordPair& words, int64_t first) {
+ private:
+  Halves offset_, nan_;
+};
+
+// Encodes a block of block8: rounds all elements, then knows the exponent, then makes the codes.
+template <Moment kMoment>
+class BlockEncoder {
+ public:
+  // Rounds a pair, the elements from `first` on.
+  RADAM_INLINE void round(const Pair<float>& x, const WordPair& words, int first) {
     const WordPair u = bits_of(x);
     write(upper_halves<kZipped>({round(u.a, words.a), round(u.b, words.b)}), rounded_ + first);
   }
 
-  // Stores the codes of all elements and the exponent.
-  RADAM_INLINE void store(void* codes, uint8_t* exponent, int64_t numel) const {
-    const uint32_t found = block_exponent<kMoment>(largest(most_));
-    const Halves base = halves(static_cast<uint32_t>(block_base<kMoment>(found)));
-    char* to = static_cast<char*>(codes);
-    int64_t at = 0;
-    for (; at + kStride <= numel; at += kStride) write_bytes(encode(at, base), to + at);
-    if (at < numel) {
-      char rest[kStride];
-      write_bytes(encode(at, base), rest);
-      memcpy(to + at, rest, static_cast<size_t>(numel - at));
+  RADAM_INLINE uint32_t exponent() const { return block_exponent<kMoment>(largest(most_)); }
+
+  RADAM_INLINE void store(uint32_t exponent, char* codes) const {
+    const Halves base = halves(static_cast<uint32_t>(block_base<kMoment>(exponent)));
+    for (int i = 0; i < kBlock; i += 2 * kWidth<float>) {
+      write_bytes(code(read<Halves>(rounded_ + i), base), codes + i);
     }
-    *exponent = static_cast<uint8_t>(found);
   }
 
  private:
-  static constexpr int kStride = 2 * kWidth<float>;
-
   // The rounded top of a float32, in the upper half. The sign of exp_avg is carried along; that of
   // a NaN may change. Of exp_avg_sq it is 0 if the element is, and otherwise not.
   RADAM_INLINE Words round(Words u, Words word) {
@@ -338,18 +343,17 @@ class Block {
     return magnitude != 0 ? (magnitude + random) | 0x10000u : Words{};
   }
 
-  RADAM_INLINE Halves encode(int64_t at, Halves base) const {
-    const Halves x = read<Halves>(rounded_ + at);
+  static RADAM_INLINE Halves code(Halves rounded, Halves base) {
     if (kMoment == kExpAvgMoment) {
-      return subtract_saturated((x & 0x7fff) >> 4, base) | ((x >> 8) & 0x80);
+      return subtract_saturated((rounded & 0x7fff) >> 4, base) | ((rounded >> 8) & 0x80);
     }
-    const Halves least = (Halves)(x != 0) & 1, top = subtract_saturated(x >> 4, base);
+    const Halves least = (Halves)(rounded != 0) & 1;
+    const Halves top = subtract_saturated(rounded >> 4, base);
     return top > least ? top : least;
   }
 
-  Halves offset_, nan_;
   Ints most_{};
-  uint16_t rounded_[kBlock + kStride];  // the last pair may be padded
+  uint16_t rounded_[kBlock];
 };
 
 }  // namespace
