@@ -186,11 +186,22 @@ class RandomWords {
   Words next_{}, high_;
 };
 
-// NaN with no payload that rounding could carry out of.
-RADAM_INLINE Words canonical(Lanes<float> x) {
-  return x.v == x.v ? (Words)x.v : 0x7fc00000u - Words{};
+// Whether a select for NaNs is needed. A branch that is never taken costs less than a select does
+// before AVX-512.
+RADAM_INLINE bool may_have_nan(const Pair<float>& x) {
+#if RADAM_VECTOR_BYTES == 32
+  const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
+  return __builtin_expect(_mm256_movemask_ps(unordered), 0);
+#else
+  return static_cast<void>(x), true;
+#endif
 }
-RADAM_INLINE WordPair canonical(const Pair<float>& x) { return {canonical(x.a), canonical(x.b)}; }
+
+// NaN with no payload that rounding could carry out of.
+RADAM_INLINE WordPair canonical(const Pair<float>& x) {
+  const auto one = [](Floats y) { return y == y ? (Words)y : 0x7fc00000u - Words{}; };
+  return may_have_nan(x) ? WordPair{one(x.a.v), one(x.b.v)} : bits_of(x);
+}
 
 template <DType kDType, Order kOrder>
 RADAM_INLINE Pair<float> load_plain(const void* from) {
@@ -238,9 +249,12 @@ RADAM_INLINE WordPair load_remainder16(const void* from) {
 }
 
 // Together the bits are NaN only if the weight is, or if the remainder is stale.
-RADAM_INLINE Floats join(Floats weight, Words remainder) {
-  const Floats joined = (Floats)((Words)weight + remainder);
-  return joined == joined ? joined : weight;
+RADAM_INLINE Pair<float> join(const Pair<float>& weight, const WordPair& remainder) {
+  const WordPair u = bits_of(weight);
+  const Pair<float> joined = floats_of({u.a + remainder.a, u.b + remainder.b});
+  const auto one = [](Floats x, Floats rest) { return x == x ? x : rest; };
+  if (!may_have_nan(joined)) return joined;
+  return {one(joined.a.v, weight.a.v), one(joined.b.v, weight.b.v)};
 }
 
 template <DType kParam, Order kOrder>
@@ -249,7 +263,7 @@ RADAM_INLINE Pair<float> load_weight(const void* from, const void* remainder) {
     const Pair<float> weight = load_bfloat16<kOrder>(from);
     const WordPair rest = kParam == kMaster24 ? load_remainder8<kOrder>(remainder)
                                               : load_remainder16<kOrder>(remainder);
-    return {join(weight.a.v, rest.a), join(weight.b.v, rest.b)};
+    return join(weight, rest);
   } else {
     return load_plain<weight_dtype(kParam), kOrder>(from);
   }
@@ -304,7 +318,7 @@ class BlockDecoder {
   RADAM_INLINE Pair<float> load(const void* codes) const {
     const Halves code = read_bytes(codes);
     const Halves top = kMoment == kExpAvgMoment ? code & 0x7f : code;
-    Halves upper = (((top << 4) + offset_) & (Halves)(top != 0)) | nan_;
+    Halves upper = (((top << 4) + offset_) & ~(Halves)(top == 0)) | nan_;
     if (kMoment == kExpAvgMoment) upper |= (code & 0x80) << 8;
     return floats_of(unzip(upper));
   }
@@ -317,18 +331,18 @@ class BlockDecoder {
 template <Moment kMoment>
 class BlockEncoder {
  public:
-  // Rounds a pair, the elements from `first` on.
-  RADAM_INLINE void round(const Pair<float>& x, const WordPair& words, int first) {
+  // Rounds a pair of the block, for store().
+  RADAM_INLINE Halves round(const Pair<float>& x, const WordPair& words) {
     const WordPair u = bits_of(x);
-    write(upper_halves<kZipped>({round(u.a, words.a), round(u.b, words.b)}), rounded_ + first);
+    return upper_halves<kZipped>({round(u.a, words.a), round(u.b, words.b)});
   }
 
   RADAM_INLINE uint32_t exponent() const { return block_exponent<kMoment>(largest(most_)); }
 
-  RADAM_INLINE void store(uint32_t exponent, char* codes) const {
+  static RADAM_INLINE void store(const uint16_t* rounded, uint32_t exponent, char* codes) {
     const Halves base = halves(static_cast<uint32_t>(block_base<kMoment>(exponent)));
     for (int i = 0; i < kBlock; i += 2 * kWidth<float>) {
-      write_bytes(code(read<Halves>(rounded_ + i), base), codes + i);
+      write_bytes(code(read<Halves>(rounded + i), base), codes + i);
     }
   }
 
@@ -347,13 +361,12 @@ class BlockEncoder {
     if (kMoment == kExpAvgMoment) {
       return subtract_saturated((rounded & 0x7fff) >> 4, base) | ((rounded >> 8) & 0x80);
     }
-    const Halves least = (Halves)(rounded != 0) & 1;
-    const Halves top = subtract_saturated(rounded >> 4, base);
+    const Halves top = subtract_saturated(rounded >> 4, base), one = halves(1);
+    const Halves least = rounded < one ? rounded : one;
     return top > least ? top : least;
   }
 
   Ints most_{};
-  uint16_t rounded_[kBlock];
 };
 
 }  // namespace

@@ -302,16 +302,17 @@ struct LowMemoryLoop<kParam, kGrad, kBlock8> {
       const BlockDecoder<kExpAvgSqMoment> v_decoder(*v_exponents);
       BlockEncoder<kExpAvgMoment> m_encoder;
       BlockEncoder<kExpAvgSqMoment> v_encoder;
+      uint16_t m_rounded[kBlock], v_rounded[kBlock];
       for (int i = 0; i < kBlock; i += kStride) {
         const Place here = at + i;
         Pair<float> m = m_decoder.load(here.m), v = v_decoder.load(here.v);
         const WordPair words = S::update(here, m, v, random, args);
-        m_encoder.round(m, words, i);
-        v_encoder.round(v, words, i);
+        write(m_encoder.round(m, words), m_rounded + i);
+        write(v_encoder.round(v, words), v_rounded + i);
       }
       const uint32_t m_exponent = m_encoder.exponent(), v_exponent = v_encoder.exponent();
-      m_encoder.store(m_exponent, at.m);
-      v_encoder.store(v_exponent, at.v);
+      m_encoder.store(m_rounded, m_exponent, at.m);
+      v_encoder.store(v_rounded, v_exponent, at.v);
       *m_exponents = static_cast<uint8_t>(m_exponent);
       *v_exponents = static_cast<uint8_t>(v_exponent);
       at = at + kBlock;
