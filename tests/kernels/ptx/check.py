@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from radam_kernels.modules import cpu
-from tests.helpers import DTYPE_SETS, dtypes_id
+from tests.helpers import DTYPE_SETS, LOW_MEMORY_SETS, dtypes_id
 from tests.kernels.norms import NORMS
 
 from .arithmetic import Fault
@@ -82,9 +82,10 @@ def checks() -> dict[str, Check]:
 
 def steps() -> dict[str, tuple[str, Codes, bool]]:
     """Backend, dtypes, and whether there may be a factor; a CUDA kernel is for both answers."""
-    found = {f"cuda {dtypes_id(c)}": ("cuda", c, True) for c in DTYPE_SETS}
-    found |= {f"triton {dtypes_id(c)}": ("triton", c, False) for c in DTYPE_SETS}
-    few = ((0, 0, 0), (1, 1, 0), (3, 3, 3))
+    every = (*DTYPE_SETS, *LOW_MEMORY_SETS)
+    found = {f"cuda {dtypes_id(c)}": ("cuda", c, True) for c in every}
+    found |= {f"triton {dtypes_id(c)}": ("triton", c, False) for c in every}
+    few = ((0, 0, 0), (1, 1, 0), (3, 3, 3), (5, 1, 7))
     return found | {f"triton factor {dtypes_id(c)}": ("triton", c, True) for c in few}
 
 
@@ -99,7 +100,10 @@ def norm_sums() -> dict[str, tuple[str, int, float]]:
 
 
 def compile_step(backend: str, codes: Codes, factor: bool, arch: str) -> Compiled:
-    return nvcc(arch)[codes] if backend == "cuda" else triton_step(codes, arch, factor)
+    if backend == "triton":
+        return triton_step(codes, arch, factor)
+    source = "low_memory_cuda" if codes in LOW_MEMORY_SETS else "step_cuda"
+    return nvcc(arch, source)[codes]
 
 
 def compile_norm(
