@@ -30,8 +30,13 @@ from radam_kernels import modules
 from .instructions import Instruction, main_path, parse_amdgcn, parse_sass
 from .triton_compile import NORM_SETS, SETS, Codes, Compiled, compile_all
 
-NAMES: tuple[str, ...] = tuple(modules.cpu.dtypes)
-SIZES: tuple[int, ...] = tuple(dtype.itemsize for dtype in modules.DTYPES)
+NAMES: tuple[str, ...] = (*modules.cpu.dtypes, *modules.cpu.formats)
+# Bytes of an element, and of the remainder that a weight has beside them.
+SIZES: tuple[int, ...] = tuple(
+    modules.DTYPES[code].itemsize if code < len(modules.DTYPES) else 1 if name == "block8" else 2
+    for code, name in enumerate(NAMES)
+)
+REMAINDERS = {NAMES.index("master24"): 1, NAMES.index("master32"): 2}
 
 # Measured by copying on an H200, of 4.8e12 by its data sheet; and its boost clock.
 H200_BYTES_PER_SECOND = 4.3e12
@@ -93,9 +98,12 @@ class Kernel:
 
     @property
     def read(self) -> int:
-        """Bytes of an element that are read: grad; for a step also param and both moments."""
+        """Bytes of an element that are read: grad; for a step also param and both moments.
+
+        Without the exponents of block8, one byte for 128 elements.
+        """
         sizes = [SIZES[code] for code in self.codes]
-        return sum(sizes) + (0 if self.norm else sizes[2])
+        return sum(sizes) + (0 if self.norm else sizes[2] + REMAINDERS.get(self.codes[0], 0))
 
     @property
     def written(self) -> int:
@@ -112,11 +120,12 @@ class Kernel:
 
     @property
     def load_widths(self) -> list[int]:
-        return [one.loads for one in self.main if one.loads]
+        """Bytes of each load; the single bytes are exponents of block8."""
+        return [one.loads for one in self.main if one.loads > 1]
 
     @property
     def store_widths(self) -> list[int]:
-        return [one.stores for one in self.main if one.stores]
+        return [one.stores for one in self.main if one.stores > 1]
 
     @property
     def elements(self) -> float:
@@ -191,7 +200,7 @@ def dtypes_of(symbol: str) -> Codes | None:
         return None
     named: list[str] = []
     codes = []
-    for builtin, name, again in re.findall(r"([fd])|NS_\d+([a-z]+\d+)E|S(\d)_", found[1] + "E"):
+    for builtin, name, again in re.findall(r"([fd])|NS_\d+([a-z]\w*?)E|S(\d)_", found[1] + "E"):
         if again:
             name = named[int(again) - 2]
         elif name:

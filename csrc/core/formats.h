@@ -44,12 +44,17 @@ RADAM_INLINE uint32_t mix32(uint32_t x, uint32_t high) {
 }
 
 // The key of a parameter in a step, for the elements whose index has these upper 32 bits.
-RADAM_INLINE Key element_key(const StepScalars& scalars, uint64_t parameter, uint32_t index_high) {
-  const Key key = {
-      static_cast<uint32_t>(scalars.key_low) ^ static_cast<uint32_t>(parameter),
-      static_cast<uint32_t>(scalars.key_high) ^ static_cast<uint32_t>(parameter >> 32)};
+RADAM_INLINE Key element_key(const Key& step, uint64_t parameter, uint32_t index_high) {
+  const Key key = {step.low ^ static_cast<uint32_t>(parameter),
+                   step.high ^ static_cast<uint32_t>(parameter >> 32)};
   if (index_high == 0) return key;
   return {mix32(key.low ^ index_high, key.high), mix32(key.high ^ index_high, key.low)};
+}
+
+RADAM_INLINE Key element_key(const StepScalars& scalars, uint64_t parameter, uint32_t index_high) {
+  const Key step = {static_cast<uint32_t>(scalars.key_low),
+                    static_cast<uint32_t>(scalars.key_high)};
+  return element_key(step, parameter, index_high);
 }
 
 // The random word of an element; `index` is the lower half of its index.

@@ -50,6 +50,7 @@ int64_t cuda_chunk(const DTypeSet& dtypes);
 
 // These launch and return at once. They throw std::runtime_error with CUDA's reason.
 void step_cuda(const CudaStep& step);
+void step_low_memory_cuda(const CudaStep& step);  // of step_cuda(), for is_low_memory(dtypes)
 void advance_cuda(const CudaAdvance& advance);
 
 // Copies `size` bytes, a multiple of eight, to the device. They travel as arguments of launches:

@@ -120,7 +120,6 @@ Plan::Reason Plan::check(const Group& group, Entry& entry) {
     if (!same_layout(param, infos_[i])) return {"param, grad and moments differ in strides"};
   }
   if (const Reason reason = check_low_memory()) return reason;
-  if (!has_remainder(dtypes_.param)) row_[kRemainder] = Ref();
   if (dtypes_.state != kBlock8) {
     row_[kExpAvgExponent] = Ref();
     row_[kExpAvgSqExponent] = Ref();
@@ -135,6 +134,9 @@ Plan::Reason Plan::check(const Group& group, Entry& entry) {
 // Checks what the format has in addition to the four tensors of a plain dtype.
 Plan::Reason Plan::check_low_memory() const {
   const TensorInfo& param = infos_[kParam];
+  if (row_[kRemainder].get() && !has_remainder(dtypes_.param)) {
+    return {" is of no use without master_weights and a bfloat16 param", kStreamNames[kRemainder]};
+  }
   if (has_remainder(dtypes_.param)) {
     const TensorInfo& remainder = infos_[kRemainder];
     if (!row_[kRemainder].get() || !matches(remainder, param) ||

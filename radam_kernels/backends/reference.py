@@ -27,9 +27,12 @@ def run(bucket: cpu.Bucket) -> None:
     rows = [row._replace(grad_scale=row.grad_scale * factor) for row in rows]
     tables = zip(bucket.tensors, bucket.scalar_indices, strict=True)
     if bucket.low_memory:
-        for (tensors, row), extra in zip(tables, bucket.low_memory, strict=True):
+        for (tensors, row), fields in zip(tables, bucket.low_memory, strict=True):
+            extra = formats.LowMemory(*fields)
+            if extra.remainder is not None:
+                extra = extra._replace(remainder=formats.in_memory_order(extra.remainder))
             flat = map(formats.in_memory_order, tensors)
-            low_memory_update_(*flat, formats.LowMemory(*extra), rows[row], bucket.dtypes)
+            low_memory_update_(*flat, extra, rows[row], bucket.dtypes)
         return
     compute = torch.float64 if _FORMATS[bucket.dtypes[0]] == "float64" else torch.float32
     for tensors, row in tables:

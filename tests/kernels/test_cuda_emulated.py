@@ -25,14 +25,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from radam_kernels import RAdam
+from radam_kernels import RAdam, formats
+from radam_kernels.backends.reference import low_memory_update_
 from radam_kernels.launch import launch
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.scaling import Scaling
-from tests.helpers import DTYPE_SETS, SIZES, dtypes_id, same_bits
+from radam_kernels.schedule import Action, StepScalars
+from tests.helpers import (
+    DTYPE_SETS,
+    FORMATS,
+    LOW_MEMORY_SETS,
+    SIZES,
+    dtypes_id,
+    same_bits,
+)
 from tests.kernels import norms
 from tests.kernels.cuda_emulation.faults import SMALLER, WRONG_NORM, WRONG_STEP
-from tests.kernels.cuda_emulation.worker import make_plan
+from tests.kernels.cuda_emulation.worker import LowMemorySegment, make_plan
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -142,7 +151,7 @@ def compiled(tmp_path_factory) -> dict[str, Path]:
         pytest.skip("no g++ to compile the emulated kernels with")
     folder = tmp_path_factory.mktemp("emulation")
     with ThreadPoolExecutor(2) as pool:
-        sources = [CUDA / "step_cuda.cu", CUDA / "norm_cuda.cu", FOLDER / "emulation.cpp"]
+        sources = [*sorted(CUDA.glob("*.cu")), FOLDER / "emulation.cpp"]
         made = [pool.submit(compile_kernels, source, folder) for source in sources]
         made.append(pool.submit(compile_bindings, folder))
         return {done.result().stem: done.result() for done in made}
@@ -396,6 +405,128 @@ def test_found_inf_skips_and_does_not_count(worker, library, found_inf):
     for s, old in zip(segments, before, strict=True):
         assert s.step == 7
         assert all(same_bits(a, b) for a, b in zip(s.tensors, old, strict=True))
+
+
+# The formats for low memory
+
+# Around vectors, blocks, what a warp steps of them, and chunks.
+FORMAT_SIZES = (1, 7, 8, 15, 16, 17, 127, 128, 129, 511, 512, 513, 4095, 4096, 4097, 4751, 8330)
+# The upper half of the index is zero, changes within a block, a chunk or never, or is not zero.
+FIRST_INDICES = (0, 3, 2**32 - 4096, 2**32 - 4096 * 2 - 1, 2**32 - 5, 2**32, 5 * 2**32 + 77, 2**47)
+STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "remainder", "exp_avg_exponent",
+           "exp_avg_sq_exponent")  # fmt: skip
+ROW = StepScalars(
+    grad_scale=0.5, weight_decay=0.0, decay=0.99, one_minus_beta1=0.1, beta2=0.999,
+    one_minus_beta2=0.001, eps=1e-8, step_size=1e-2, action=Action.RECTIFIED,
+    key_low=float(0x9E3779B9), key_high=float(0xFFFFFFFF),
+)  # fmt: skip
+ROWS = [
+    ROW,
+    ROW._replace(weight_decay=0.1, decay=1.0),
+    ROW._replace(action=Action.MOMENTUM),
+    ROW._replace(action=Action.HOLD, key_low=0.0, key_high=0.0),
+    ROW._replace(action=Action.SKIP),
+    ROW._replace(weight_decay=0.1, action=Action.HOLD, key_high=3.0),
+]
+
+
+def low_memory_streams(size: int, codes, generator: torch.Generator, wild: bool) -> list[Any]:
+    """Tensors of the formats; if `wild` of any bits, and else such that steps stay finite."""
+
+    def integers(low: int, high: int, dtype: torch.dtype, count: int = size) -> Tensor:
+        return torch.randint(low, high, (count,), generator=generator).to(dtype)
+
+    def numbers(dtype: torch.dtype) -> Tensor:
+        if wild:
+            bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+            return integers(-(2**31), 2**31, bits).view(dtype)
+        return torch.randn(size, generator=generator).to(dtype)
+
+    param, grad, state = (torch.bfloat16 if code >= len(DTYPES) else DTYPES[code] for code in codes)
+    streams: list[Tensor | None] = [numbers(param), numbers(grad)]
+    exponents: list[Tensor | None] = [None, None]
+    for i, least in enumerate((16, 32)):
+        if FORMATS[codes[2]] == "block8":
+            streams.append(integers(0, 256, torch.uint8))
+            end = 256 if wild else 140
+            many = formats.blocks(size)
+            exponents[i] = integers(least if wild else 110, end, torch.uint8, many)
+        else:
+            moment = numbers(state)
+            streams.append(moment.abs() if i and not wild else moment)
+    dtype = {"master24": torch.int8, "master32": torch.int16}.get(FORMATS[codes[0]])
+    streams.append(integers(-(2**15), 2**15, dtype) if dtype else None)
+    return [*streams, *exponents]
+
+
+def low_memory_segments(codes, *, first_indices=FIRST_INDICES) -> list[LowMemorySegment]:
+    """Every size, at several alignments and indices, by every row of scalars."""
+    generator = torch.Generator().manual_seed(9)
+    segments = []
+    for size, row in itertools.product(FORMAT_SIZES, range(len(ROWS))):
+        i = len(segments)
+        streams = low_memory_streams(size, codes, generator, wild=i % 5 == 4)
+        # All streams at their vectors, one stream elsewhere, or all by as many elements.
+        alone = tuple(i // 4 % 16 + 1 if i // 4 % 5 == k else 0 for k in range(5))
+        offsets = ((0,) * 5, alone, (0,) * 5, (i // 4 % 16,) * 5)[i % 4] + (i % 3, i % 2)
+        index = first_indices[i // 3 % len(first_indices)]
+        segments.append(
+            LowMemorySegment(streams, offsets, index, 0x1234567887654321 * i % 2**64, row)
+        )
+    return segments
+
+
+def comparable(streams: list[Tensor | None]) -> list[Tensor]:
+    """The streams, but without the codes of blocks that are NaN, whose signs are anything."""
+    streams = list(streams)
+    for moment, exponent in ((2, 5), (3, 6)):
+        if streams[exponent] is not None:
+            each = streams[exponent].repeat_interleave(formats.BLOCK)[: len(streams[moment])]
+            streams[moment] = torch.where(each == 255, 0, streams[moment])
+    return [stream for stream in streams if stream is not None]
+
+
+def check_low_memory(worker, library, codes, segments=None, rows=ROWS) -> None:
+    """Steps copies of the segments with the emulated kernel and with the reference."""
+    segments = segments or low_memory_segments(codes)
+    results = worker("low_memory_step", library, codes, segments, rows)
+    for s, (ours, whole) in zip(segments, results, strict=True):
+        param, grad, exp_avg, exp_avg_sq, *more = s.streams
+        extra = formats.LowMemory(*more, s.first_index, s.key)
+        low_memory_update_(param, grad, exp_avg, exp_avg_sq, extra, rows[s.row], codes)
+        what = f"{len(param)} elements, {s.first_index=}, {s.offsets=}, {rows[s.row]}"
+        assert whole, f"in front of {what}"
+        there = [name for name, one in zip(STREAMS, s.streams, strict=True) if one is not None]
+        for name, a, b in zip(there, comparable(ours), comparable(s.streams), strict=True):
+            equal = same_bits(a, b) if a.is_floating_point() else torch.equal(a, b)
+            assert equal, f"{name} of {what}: {(a != b).nonzero().flatten().tolist()[:20]}"
+
+
+every_low_memory_set = pytest.mark.parametrize("codes", LOW_MEMORY_SETS, ids=dtypes_id)
+
+
+@every_low_memory_set
+def test_every_size_alignment_index_and_action_of_a_format(worker, library, codes):
+    check_low_memory(worker, library, codes)
+
+
+@every_low_memory_set
+def test_a_large_odd_tensor_of_a_format(worker, library, codes):
+    generator = torch.Generator().manual_seed(10)
+    streams = low_memory_streams(2**20 + 3, codes, generator, wild=False)
+    large = LowMemorySegment(streams, (0,) * 7, 2**32 - 2**19 - 1, 7, 0)
+    check_low_memory(worker, library, codes, [large])
+
+
+@pytest.mark.parametrize("codes", [(5, 1, 7)], ids=dtypes_id)
+def test_more_scalars_of_a_format_than_fit_into_a_launch(worker, library, codes):
+    rows = [ROW._replace(step_size=i / 1000, key_low=float(2**32 - 1 - i)) for i in range(40)]
+    generator = torch.Generator().manual_seed(11)
+    segments = [
+        LowMemorySegment(low_memory_streams(300, codes, generator, wild=False), (0,) * 7, 0, i, i)
+        for i in range(40)
+    ]
+    check_low_memory(worker, library, codes, segments, rows)
 
 
 # The gradient norm

@@ -96,6 +96,8 @@ def test_a_weight_set_by_hand_has_no_wild_master(bits, value):
     elif value in (0.0, -0.0):
         assert (master[::2].abs() < 2.0**-126).all()
         assert torch.equal(master[::2].signbit(), p.detach()[::2].signbit())
+    elif abs(value) == float("inf"):  # or what rounds to it
+        assert (master[::2] / (1 if value > 0 else -1) > 3.38e38).all()
     else:
         assert torch.allclose(master[::2], torch.full((150,), value), rtol=2**-8)
     p.grad = torch.zeros(300, dtype=BF16)
@@ -177,13 +179,13 @@ def test_float32_parameters_have_no_remainder_and_float16_ones_are_refused():
         with pytest.raises(ValueError, match=r"param 0 of group 0.*is for bfloat16.*got float16"):
             RAdam([Parameter(torch.ones(2, dtype=torch.float16))], **option)
         optimizer = RAdam([Parameter(torch.ones(2))], **option)
-        with pytest.raises(ValueError, match="param 0 of group 1.*got float16"):
+        with pytest.raises(ValueError, match=r"param 0 of group 1.*got float16"):
             optimizer.add_param_group({"params": [Parameter(torch.ones(2).half())]})
         assert len(optimizer.param_groups) == 1
         [q] = params_of(optimizer)
         q.data = q.data.half()
         give_gradients(optimizer)
-        with pytest.raises(ValueError, match="param 0 of group 0.*got float16"):
+        with pytest.raises(ValueError, match=r"param 0 of group 0.*got float16"):
             optimizer.step()
         assert torch.equal(q, torch.ones(2).half())
 
@@ -360,8 +362,7 @@ def test_small_updates_are_right_on_average():
     assert p.float().mean().item() == pytest.approx(1 - 64 * 2**-10, abs=5e-4)
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-def test_a_step_that_a_scaler_skips_repeats_its_bits(capturable):
+def test_a_step_that_a_scaler_skips_repeats_its_bits():
     def train(skips: set[int]) -> RAdam:
         optimizer = RAdam(narrow_parameters(), lr=0.01, capturable=True, **SR16)
         for number in range(6):
@@ -437,7 +438,8 @@ def test_groups_have_formats_of_their_own():
     ]
     assert [kind["exp_avg"] for kind in kinds] == [torch.float32, torch.uint8, torch.float32]
     assert [kind["param_remainder"] for kind in kinds] == [torch.int8, torch.int8, torch.int16]
-    assert "exp_avg_exponent" not in kinds[0] and "exp_avg_exponent" in kinds[1]
+    assert "exp_avg_exponent" not in kinds[0]
+    assert "exp_avg_exponent" in kinds[1]
 
 
 def test_formats_changed_in_the_middle_of_a_training_are_converted():
@@ -534,8 +536,9 @@ def test_8_bits_that_were_saved_come_back_the_same():
     optimizer.param_groups[0]["betas"] = (1 - 1e-16, 1 - 1e-16)
     optimizer.step()
     for before, now in zip(live, optimizer.state.values(), strict=True):
-        for key in before.keys() - {"step"}:
-            assert torch.equal(before[key], now[key]), key
+        assert torch.equal(before["param_remainder"], now["param_remainder"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert same_bits(layout.decoded(before, key), layout.decoded(now, key)), key
 
 
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])

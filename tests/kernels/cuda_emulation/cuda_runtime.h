@@ -1,6 +1,6 @@
 // Stands in for the CUDA runtime, so that csrc/cuda/*.cu compile as plain C++ as they stand: blocks
-// and threads become loops. Where a block has barriers, its threads take turns between them, in
-// ascending order. There are no shuffles.
+// and threads become loops. Where a block has barriers or shuffles, its threads take turns between
+// them, in ascending order.
 #pragma once
 
 #include <ucontext.h>
@@ -97,9 +97,13 @@ class EmulatedBlock {
     running_ = this;
     body_ = &body;
     if (fibers_.size() < threads) fibers_.resize(threads);
-    done_.assign(threads, false);
+    for (Fiber& fiber : fibers_) {
+      fiber.done = false;
+      fiber.meetings = 0;
+    }
+    threads_ = threads;
     resume(0, true);
-    if (done_[0]) {  // a barrier is for all threads, so no other comes to one either
+    if (fibers_[0].done) {  // no thread of such a block may wait
       for (unsigned i = 1; i < threads; ++i) {
         threadIdx = dim3(i, 0, 0);
         current_ = nullptr;
@@ -108,28 +112,63 @@ class EmulatedBlock {
       return;
     }
     for (unsigned i = 1; i < threads; ++i) resume(i, true);
-    while (!done_[0]) {
+    for (bool all_done = false; !all_done;) {
+      moved_ = false;
+      all_done = true;
       for (unsigned i = 0; i < threads; ++i) {
-        if (done_[i]) emulated_abort("a barrier that not all threads reach");
-        resume(i, false);
+        if (!fibers_[i].done) resume(i, false);
+        all_done &= fibers_[i].done;
       }
-    }
-    for (const bool done : done_) {
-      if (!done) emulated_abort("a barrier that not all threads reach");
+      if (!moved_) emulated_abort("a barrier or a shuffle that not all of its threads reach");
     }
   }
 
-  static void wait() {
-    if (!running_->current_) emulated_abort("a barrier that not all threads reach");
-    swapcontext(&running_->current_->context, &running_->scheduler_);
+  // Waits until those of 32 neighbouring threads that `mask` has are here, too; or if it is 0, all
+  // threads of the block.
+  static void meet(unsigned mask) { running_->meet_(mask); }
+
+  // What another thread of the warp has as `value`, which both exchange at once.
+  template <typename T>
+  static T exchange(unsigned mask, T value, unsigned lane) {
+    static_assert(sizeof(T) <= sizeof(Fiber::values[0]), "a number of a register or two");
+    if (lane >= 32 || !(mask >> lane & 1)) emulated_abort("a shuffle from a lane without a part");
+    EmulatedBlock& block = *running_;
+    const unsigned warp = threadIdx.x / 32 * 32;
+    // The next exchange takes the other place: not all may have read this one by then.
+    const unsigned place = (block.fibers_[threadIdx.x].meetings + 1) % 2;
+    memcpy(block.fibers_[threadIdx.x].values[place], &value, sizeof(T));
+    block.meet_(mask);
+    memcpy(&value, block.fibers_[warp + lane].values[place], sizeof(T));
+    return value;
   }
 
  private:
   struct Fiber {
-    static constexpr size_t kStack = 16 << 10;
+    static constexpr size_t kStack = 64 << 10;
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
+    bool done;
+    unsigned meetings;  // so far
+    unsigned mask;      // of the last
+    char values[2][8];
   };
+
+  void meet_(unsigned mask) {
+    if (!current_) emulated_abort("a barrier or a shuffle that not all of its threads reach");
+    const unsigned me = threadIdx.x, first = mask ? me / 32 * 32 : 0;
+    const unsigned end = mask && first + 32 < threads_ ? first + 32 : threads_;
+    const unsigned meeting = ++fibers_[me].meetings;
+    fibers_[me].mask = mask;
+    moved_ = true;
+    if (mask && !(mask >> me % 32 & 1)) emulated_abort("a shuffle of a lane without a part");
+    for (unsigned i = first; i < end; ++i) {
+      if (mask && !(mask >> i % 32 & 1)) continue;
+      while (fibers_[i].meetings < meeting) swapcontext(&fibers_[me].context, &scheduler_);
+      if (fibers_[i].meetings == meeting && fibers_[i].mask != mask) {
+        emulated_abort("threads that meet in different places");
+      }
+    }
+  }
 
   void resume(unsigned thread, bool start) {
     Fiber& fiber = fibers_[thread];
@@ -147,18 +186,25 @@ class EmulatedBlock {
 
   static void begin() {
     (*running_->body_)();
-    running_->done_[threadIdx.x] = true;
+    running_->current_->done = true;
+    running_->moved_ = true;
   }
 
   inline static EmulatedBlock* running_ = nullptr;
   ucontext_t scheduler_;
   const std::function<void()>* body_ = nullptr;
   std::vector<Fiber> fibers_;
-  std::vector<bool> done_;
+  unsigned threads_ = 0;
+  bool moved_ = false;  // whether a thread came to a barrier or its end since the last turn
   Fiber* current_ = nullptr;
 };
 
-inline void __syncthreads() { EmulatedBlock::wait(); }
+inline void __syncthreads() { EmulatedBlock::meet(0); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return EmulatedBlock::exchange(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(lane_mask));
+}
 
 template <typename Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),

@@ -12,9 +12,10 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,10 +24,23 @@ from torch import Tensor
 from radam_kernels.backends import cuda
 from radam_kernels.backends import upload as upload_tables
 from radam_kernels.modules import DTYPES, cpu
-from radam_kernels.scaling import UNSCALED
+from radam_kernels.scaling import UNSCALED, address
+from radam_kernels.schedule import StepScalars
 from tests.kernels.norms import Gradients
 
-GUARD = 777.0
+
+@dataclass
+class LowMemorySegment:
+    # param, grad, exp_avg, exp_avg_sq; remainder and both exponents, or None.
+    streams: list[Tensor | None]
+    offsets: tuple[int, ...]  # in elements, of where each starts behind 16 bytes
+    first_index: int
+    key: int
+    row: int  # of scalars
+
+
+Scalars = list[StepScalars]
+GUARD = 77  # which every dtype has
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; named since Python 3.13
 DEVICE = torch.device("cpu", 0)
 
@@ -106,6 +120,43 @@ def step(library: str, streams, sizes, offsets, steps, groups, of_group, scaling
     run(module, make_plan(parts, steps, groups, of_group, scaling))
     whole = [all(bool((g == GUARD).all()) for g in four if len(g)) for four in guards]
     return [torch.cat(stream) for stream in zip(*parts, strict=True)], steps, whole
+
+
+def low_memory_step(
+    library: str, codes: tuple[int, int, int], segments: list[LowMemorySegment], rows: Scalars
+) -> list[tuple[list[Tensor | None], bool]]:
+    """One step of segments in formats for low memory, with tables of any index and key.
+
+    Returns: of each segment its streams afterwards, and whether what lies before them is unchanged.
+    """
+    module, _ = load(library)
+    none = (None, torch.empty(0))
+    placed = [
+        [none if x is None else place(x, at) for x, at in zip(s.streams, s.offsets, strict=True)]
+        for s in segments
+    ]
+    addresses = [[address(inside) for inside, _ in streams] for streams in placed]
+    segment_rows, low_memory = [], []
+    for s, (p, _, m, v, *more) in zip(segments, addresses, strict=True):
+        segment_rows.append([p, m, v, len(s.streams[0]), s.row])
+        low_memory.append([*more, s.first_index, s.key])
+    scalars = np.array(rows)
+    bucket = SimpleNamespace(
+        cache=None,
+        dtypes=codes,
+        capturable=False,
+        segment_rows=np.array(segment_rows, np.uint64).tobytes(),
+        grad_rows=np.array([streams[1] for streams in addresses], np.uint64).tobytes(),
+        low_memory_rows=np.array(low_memory, np.uint64).tobytes(),
+        scalars=(scalars.ctypes.data, len(rows)),
+        scalar_rows=scalars.tobytes(),
+        scaling=UNSCALED,
+    )
+    cuda.launch_(module, bucket, DEVICE, 0)
+    return [
+        ([inside for inside, _ in streams], all(bool((g == GUARD).all()) for _, g in streams))
+        for streams in placed
+    ]
 
 
 def run(module: ModuleType, plan) -> None:
