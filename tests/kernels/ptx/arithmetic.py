@@ -140,6 +140,8 @@ def convert(modifiers: list[str], to: str, source: str) -> Callable:
         return lambda x: canonical(x.astype(TYPES[to]))
     if source[0] == "f":
         return lambda x: to_integer(x, TYPES[to], mode)
+    if to == "f64" and source in ("s32", "u32"):  # exact
+        return lambda x: x.astype(np.float64)
     if to[0] == "f":
         raise Fault(f"cvt from {source} to {to} is not implemented")
     return lambda x: x.astype(TYPES[to])

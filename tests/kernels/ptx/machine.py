@@ -238,8 +238,14 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
                 if register != "_":
                     m.write(register, lanes, pieces[:, i].copy())
 
+        def piece(m: Machine, register: str, lanes: np.ndarray | None) -> np.ndarray:
+            # nvcc fills up what nothing uses with a register that the kernel never writes.
+            if m.program.never_written(register):
+                return np.array([POISON], np.uint64).astype(TYPES[part])
+            return m.read(register, part, lanes)
+
         def pack(m: Machine, lanes: np.ndarray | None) -> None:
-            pieces = [np.broadcast_to(m.read(p, part, lanes), count(m, lanes)) for p in parts]
+            pieces = [np.broadcast_to(piece(m, p, lanes), count(m, lanes)) for p in parts]
             m.write(to, lanes, np.stack(pieces, 1).view(TYPES[f"b{bits}"])[:, 0])
 
         return unpack if to[0] == "{" else pack
