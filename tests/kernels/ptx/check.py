@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ def check_small(compiled: Compiled, check: Callable) -> Report:
 def check_step(backend: str, codes: Codes, factor: bool, settings: Settings) -> Report:
     compiled = saved(compile_step(backend, codes, factor, settings.arch), settings)
     kernel = StepKernel(compiled, codes, backend, factor)
-    wrong = what_is_wrong(lambda: kernel.check(settings.seed, settings.cases))
+    wrong = what_is_wrong(lambda: list(kernel.wrong(settings.seed, settings.cases)))
     wrong += wrong_in_text(kernel.program, not wrong)
     return Report(wrong, coverage(kernel.program), kernel.launches, kernel.elements)
 
@@ -177,7 +178,8 @@ def check_fault(fault: Planted, settings: Settings) -> Report:
     if fault.norm_type is None:
         compiled = compile_step(fault.backend, fault.codes, True, settings.arch)
         kernel = StepKernel(planted(fault, compiled), fault.codes, fault.backend, True)
-        wrong = what_is_wrong(lambda: kernel.check(settings.seed, settings.cases))
+        first = kernel.wrong(settings.seed, settings.cases)
+        wrong = what_is_wrong(lambda: list(islice(first, 1)))
     else:
         [dtype], norm_type = fault.codes, fault.norm_type
         partial, total = compile_norm(fault.backend, dtype, norm_type, settings.arch)

@@ -2,6 +2,7 @@
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -67,28 +68,26 @@ class StepKernel:
         kept = self.triton or self.low_memory
         return kept and action == Action.HOLD and name in ("param", "remainder")
 
-    def check(self, seed: int, count: int) -> list[str]:
+    def wrong(self, seed: int, count: int) -> Iterator[str]:
         """What is wrong, in words; raises Fault where the kernel does what it must not."""
-        wrong = []
         for case in cases_of(seed, self.codes, count):
             case.on_device |= self.triton
             if not self.factor:
                 case.factor = None
             elif self.triton:
                 case.factor = case.factor or 0.3
-            wrong += self.compare(case)
-        return wrong + self.compare_far()
+            yield from self.compare(case)
+        yield from self.compare_far()
 
-    def compare(self, case: Case) -> list[str]:
+    def compare(self, case: Case) -> Iterator[str]:
         """Executes a case, and compares the bits with the reference and with the CPU kernel."""
-        ours, wrong = self.execute(case), []
+        ours = self.execute(case)
         for by, others in (("reference", by_reference(case)), ("cpu", by_cpu(case))):
             for i, pair in enumerate(zip(ours, others, strict=True)):
                 a, b = (plain(segment, self.dtypes) for segment in pair)
                 for name in a:
                     if (bad := np.flatnonzero(a[name] != b[name])).size:
-                        wrong.append(self._difference(case, i, name, a[name], b[name], bad, by))
-        return wrong
+                        yield self._difference(case, i, name, a[name], b[name], bad, by)
 
     def _difference(
         self, case: Case, i: int, name: str, a: np.ndarray, b: np.ndarray, bad: np.ndarray, by: str
@@ -140,9 +139,9 @@ class StepKernel:
             for at, segment in zip(places, case.segments, strict=True)
         ]
 
-    def compare_far(self) -> list[str]:
+    def compare_far(self) -> Iterator[str]:
         """Blocks around elements 2^31 and 2^32 of a segment, whose other memory is not there."""
-        rng, numel, wrong = np.random.default_rng(5), 2**32 + 5, []
+        rng, numel = np.random.default_rng(5), 2**32 + 5
         scalars = [schedule.step_scalars(8, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, seed=1)]
         blocks, run, work = self._plan([numel])
         for block in (0, 2**31 // self.chunk - 1, 2**31 // self.chunk, blocks - 2, blocks - 1):
@@ -173,8 +172,9 @@ class StepKernel:
                 for name, at in places.items()
             }
             a, b = (plain(bits, self.dtypes) for bits in (ours, *by_reference(case)))
-            wrong += [f"{x} from element {begin}: other bits" for x in a if (a[x] != b[x]).any()]
-        return wrong
+            for name in a:
+                if (a[name] != b[name]).any():
+                    yield f"{name} from element {begin}: other bits"
 
     def _plan(self, sizes: list[int], work_rows: int = 4096) -> tuple[int, int, np.ndarray]:
         with patch.object(upload, "_MAX_WORK_ROWS", work_rows):
