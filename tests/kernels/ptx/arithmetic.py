@@ -140,6 +140,8 @@ def convert(modifiers: list[str], to: str, source: str) -> Callable:
         return lambda x: canonical(x.astype(TYPES[to]))
     if source[0] == "f":
         return lambda x: to_integer(x, TYPES[to], mode)
+    if to == "f64" and source in ("s32", "u32"):  # exact
+        return lambda x: x.astype(np.float64)
     if to[0] == "f":
         raise Fault(f"cvt from {source} to {to} is not implemented")
     return lambda x: x.astype(TYPES[to])
@@ -237,8 +239,8 @@ def meaning(op: str) -> tuple[str, list[str], Callable]:
         return kind, [kind] * count, floating(name, rest[0])
     if name == "setp":
         test, unordered = rest[0], rest[0].endswith("u") and len(rest[0]) == 3
-        if test == "nan" and len(rest) == 2:
-            return "pred", [kind] * 2, lambda a, b: (a != a) | (b != b)
+        if test in ("nan", "num") and len(rest) == 2:
+            return "pred", [kind] * 2, lambda a, b: ((a != a) | (b != b)) == (test == "nan")
         compare = COMPARE[test[:2]] if unordered or test in COMPARE else None
         if compare is None or (kind[0] == "b" and test not in ("eq", "ne")) or len(rest) != 2:
             raise Fault("is not implemented")

@@ -9,20 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radam_kernels import schedule
+from radam_kernels import formats, schedule
 from radam_kernels.backends import reference
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.schedule import Action, StepScalars
+from tests.helpers import FORMATS, LOW_MEMORY_SETS
 
 from .compilers import Codes
 
 SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 4095, 4096, 4097, 8192, 8193, 20000)
 STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
-INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+EXPONENTS = ("exp_avg_exponent", "exp_avg_sq_exponent")
+INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 F64 = DTYPES.index(torch.float64)
-UINTS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
-Streams = list[np.ndarray]  # STREAMS of one segment, as bits
+Streams = dict[str, np.ndarray]  # of one segment: their bits, by the names of dtypes_of()
 
 
 @dataclass
@@ -30,17 +32,19 @@ class Case:
     """One launch."""
 
     codes: Codes
-    offsets: list[tuple[int, ...]]  # in elements, of where each stream starts behind 16 bytes
+    offsets: list[dict[str, int]]  # in elements, of where each stream starts behind 16 bytes
     segments: list[Streams]
     scalars: list[StepScalars]
     rows: list[int]  # the row of scalars that each segment obeys
     work_rows: int = 4096  # the most rows of work
     on_device: bool = False  # whether the scalars are there, or are arguments of the launch
     factor: float | None = None  # on the device: multiplies the gradients
+    first_indices: list[int] | None = None  # of segments in formats for low memory
+    keys: list[int] | None = None  # likewise
 
     @property
     def sizes(self) -> list[int]:
-        return [len(streams[0]) for streams in self.segments]
+        return [len(streams["param"]) for streams in self.segments]
 
     @property
     def effective(self) -> list[StepScalars]:
@@ -57,13 +61,26 @@ class Case:
         return self.scalars[self.rows[segment]].action
 
 
-def stream_codes(codes: Codes) -> tuple[int, int, int, int]:
-    """The dtypes of STREAMS."""
-    return (*codes, codes[2])
+def dtypes_of(codes: Codes) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors that a segment consists of."""
+    param, grad, state = (FORMATS[code] for code in codes)
+    moment = torch.uint8 if state == "block8" else _tensor_dtype(state)
+    four = _tensor_dtype(param), _tensor_dtype(grad), moment, moment
+    found = dict(zip(STREAMS, four, strict=True))
+    if param in ("master24", "master32"):
+        found["remainder"] = formats.REMAINDERS[int(param[-2:])]
+    if state == "block8":
+        found |= dict.fromkeys(EXPONENTS, torch.uint8)
+    return found
 
 
-def item_sizes(codes: Codes) -> list[int]:
-    return [DTYPES[code].itemsize for code in stream_codes(codes)]
+def _tensor_dtype(format: str) -> torch.dtype:
+    return torch.bfloat16 if format.startswith(("bfloat16", "master")) else getattr(torch, format)
+
+
+def count_of(name: str, size: int) -> int:
+    """Elements of a stream of a segment."""
+    return formats.blocks(size) if name in EXPONENTS else size
 
 
 def cases(seed: int, codes: Codes, count: int) -> Iterator[Case]:
@@ -99,26 +116,42 @@ def make(
     factor: float | None = None,
 ) -> Case:
     """A case of segments of these sizes; what is not given is random."""
-    units = [16 // size for size in item_sizes(codes)]
+    dtypes = dtypes_of(codes)
+    units = {name: 16 // dtype.itemsize for name, dtype in dtypes.items()}
     if aligned is None:
         aligned = [bool(rng.random() < 0.5) for _ in sizes]
     offsets, segments = [], []
     for size, is_aligned in zip(sizes, aligned, strict=True):
-        offset = [0] * 4
+        offset = dict.fromkeys(dtypes, 0)
         if not is_aligned:
-            offset = [int(rng.integers(n)) if rng.random() < 0.6 else 0 for n in units]
-            if not any(offset):
-                offset[rng.integers(4)] = 1
-        offsets.append(tuple(offset))
+            offset = {
+                name: int(rng.integers(n)) if rng.random() < 0.6 else 0 for name, n in units.items()
+            }
+            if not any(offset.values()):
+                offset[STREAMS[rng.integers(4)]] = 1
+        offsets.append(offset)
         wild = rng.random() < 0.4
         segments.append(
-            [_bits(rng, size, c, wild, name == "exp_avg_sq")
-             for c, name in zip(stream_codes(codes), STREAMS, strict=True)]
+            {name: _bits(rng, count_of(name, size), dtype, wild, name)
+             for name, dtype in dtypes.items()}
         )  # fmt: skip
     if scalars is None:
         scalars = _some_scalars(rng, min(len(sizes) + 2, 48 if on_device else 32))
     rows = [int(row) for row in rng.integers(len(scalars), size=len(sizes))]
-    return Case(codes, offsets, segments, scalars, rows, work_rows, on_device, factor)
+    case = Case(codes, offsets, segments, scalars, rows, work_rows, on_device, factor)
+    if codes in LOW_MEMORY_SETS:
+        case.first_indices = [_first_index(rng, size) for size in sizes]
+        case.keys = [int(key) for key in rng.integers(1 << 64, size=len(sizes), dtype=np.uint64)]
+    return case
+
+
+def _first_index(rng: np.random.Generator, size: int) -> int:
+    """An index whose upper half is 0, or not, or becomes another in the segment."""
+    kind = rng.integers(4)
+    if kind < 2:
+        return int(rng.integers(1 << (20 if kind == 0 else 44)))
+    upper = int(rng.integers(1, 4)) << 32
+    return upper - int(rng.integers(size + 1)) if kind == 2 else upper
 
 
 def options(rng: np.random.Generator) -> dict[str, Any]:
@@ -139,6 +172,7 @@ def options(rng: np.random.Generator) -> dict[str, Any]:
         rectification=choose("first_order", "exact"),
         rho_threshold=choose(5.0, 4.0),
         grad_scale=choose(1.0, 1.0, 1 / 1024, 3e-5, 1e30),
+        seed=choose(0, 1, 2**32 - 1),
     )
 
 
@@ -149,10 +183,11 @@ def _some_scalars(rng: np.random.Generator, count: int) -> list[StepScalars]:
     for _ in range(count):
         kind = rng.integers(12)
         if kind == 0:
-            rows.append(StepScalars(*[0.0] * 9))  # Action.SKIP
+            rows.append(StepScalars(*[0.0] * len(StepScalars._fields)))  # Action.SKIP
         elif kind == 1:
             numbers = [extremes[i] for i in rng.integers(len(extremes), size=8)]
-            row = StepScalars(*numbers, action=float(rng.integers(1, 4)))
+            key = [float(word) for word in rng.integers(1 << 32, size=2)]
+            row = StepScalars(*numbers, float(rng.integers(1, 4)), *key)
             if row.action == Action.HOLD:
                 row = row._replace(decay=1.0)  # as step_scalars() promises
             rows.append(row)
@@ -162,12 +197,23 @@ def _some_scalars(rng: np.random.Generator, count: int) -> list[StepScalars]:
     return rows
 
 
-def _bits(rng: np.random.Generator, size: int, code: int, wild: bool, square: bool) -> np.ndarray:
+def _bits(
+    rng: np.random.Generator, size: int, dtype: torch.dtype, wild: bool, name: str
+) -> np.ndarray:
     """Elements as bits: any bits at all if `wild`, or else ordinary numbers and a few special."""
-    dtype, item = DTYPES[code], DTYPES[code].itemsize
+    item = dtype.itemsize
     uint = UINTS[item]
-    if wild:
+    if name in EXPONENTS and not wild:
+        # Such that the numbers are neither tiny nor huge; with a few blocks that are NaN.
+        bits = rng.integers(100, 140, size).astype(uint)
+        bits[rng.random(size) < 0.02] = 255
+        return bits
+    if wild or not dtype.is_floating_point:
         bits = rng.integers(0, 1 << 8 * item, size, dtype=np.uint64).astype(uint)
+        if dtype == torch.uint8 and name in STREAMS:
+            bits[rng.random(size) < 0.2] = 0
+        if name == "remainder" and not wild:
+            bits[rng.random(size) < 0.2] = 0
     else:
         x = rng.standard_normal(size) * 2.0 ** rng.integers(-20, 8, size)
         info = torch.finfo(dtype)
@@ -178,54 +224,81 @@ def _bits(rng: np.random.Generator, size: int, code: int, wild: bool, square: bo
         where = rng.random(size) < 0.06
         x[where] = rng.choice(special, size=int(where.sum()))
         bits = torch.from_numpy(x).to(dtype).view(INTS[item]).numpy().view(uint)
-    if square:
+    if name == "exp_avg_sq" and dtype.is_floating_point:
         clear = rng.random(size) < 0.97  # a few stay negative
         bits = np.where(clear, bits & uint((1 << 8 * item - 1) - 1), bits)
     return bits
 
 
-def tensor(bits: np.ndarray, code: int) -> Tensor:
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}").copy()).view(DTYPES[code])
+def tensor(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}").copy()).view(dtype)
 
 
-def plain(bits: np.ndarray, code: int) -> np.ndarray:
-    """The bits, with one pattern for all NaNs."""
-    t = tensor(bits, code)
-    return torch.where(t.isnan(), torch.nan, t).view(INTS[bits.itemsize]).numpy()
+def plain(segment: Streams, dtypes: dict[str, torch.dtype]) -> Streams:
+    """A segment's bits, with one pattern for all NaNs; those of block8 may have either sign."""
+    found = dict(segment)
+    for name, bits in segment.items():
+        if dtypes[name].is_floating_point:
+            t = tensor(bits, dtypes[name])
+            found[name] = torch.where(t.isnan(), torch.nan, t).view(INTS[bits.itemsize]).numpy()
+    if "exp_avg_exponent" in segment:
+        nan = segment["exp_avg_exponent"].repeat(formats.BLOCK)[: len(segment["exp_avg"])] == 255
+        found["exp_avg"] = np.where(nan, segment["exp_avg"] & 0x7F, segment["exp_avg"])
+    return found
 
 
 def by_reference(case: Case) -> list[Streams]:
     """The segments after a step of the reference backend."""
-    compute = torch.float64 if DTYPES[case.codes[0]] == torch.float64 else torch.float32
-    scalars, results = case.effective, []
-    for streams, row in zip(case.segments, case.rows, strict=True):
-        tensors = list(map(tensor, streams, stream_codes(case.codes)))
-        reference.radam_update_(*tensors, scalars[row], compute)
-        results.append([t.view(INTS[t.element_size()]).numpy() for t in tensors])
+    compute = torch.float64 if case.codes[0] == F64 else torch.float32
+    scalars, dtypes, results = case.effective, dtypes_of(case.codes), []
+    for i, (streams, row) in enumerate(zip(case.segments, case.rows, strict=True)):
+        tensors = {name: tensor(bits, dtypes[name]) for name, bits in streams.items()}
+        four = [tensors[name] for name in STREAMS]
+        if case.keys is None:
+            reference.radam_update_(*four, scalars[row], compute)
+        else:
+            extra = [tensors.get(name) for name in ("remainder", *EXPONENTS)]
+            low_memory = formats.LowMemory(*extra, case.first_indices[i], case.keys[i])
+            reference.low_memory_update_(*four, low_memory, scalars[row], case.codes)
+        results.append(
+            {name: t.view(INTS[t.itemsize]).numpy().view(UINTS[t.itemsize])
+             for name, t in tensors.items()}
+        )  # fmt: skip
     return results
 
 
 def by_cpu(case: Case) -> list[Streams]:
     """The segments after a step of the CPU kernel."""
-    results = [[bits.copy() for bits in streams] for streams in case.segments]
-    addresses = [[bits.ctypes.data for bits in streams] for streams in results]
-    rows, grads = tables(addresses, case.sizes, case.rows)
+    results = [{name: bits.copy() for name, bits in segment.items()} for segment in case.segments]
+    addresses = [{name: bits.ctypes.data for name, bits in segment.items()} for segment in results]
+    rows, grads, low_memory = tables(addresses, case.sizes, case.rows, case)
     scalars = np.array(case.effective, np.float64)
     cpu.step(
         rows.ctypes.data, grads.ctypes.data, len(grads), *case.codes, scalars.ctypes.data,
-        len(scalars), 1,
+        len(scalars), 1, low_memory=0 if low_memory is None else low_memory.ctypes.data,
     )  # fmt: skip
     return results
 
 
 def tables(
-    addresses: Sequence[Sequence[int]], sizes: Sequence[int], rows: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of segments and the column of gradients' addresses, as csrc/core/segment.h says."""
+    addresses: Sequence[dict[str, int]], sizes: Sequence[int], rows: Sequence[int], case: Case
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The tables of csrc/core/segment.h: segments, addresses of gradients, and LowMemory or None.
+
+    Args:
+        addresses: of the streams of each segment.
+    """
     segments = [
-        dict(zip(STREAMS, at, strict=True), numel=size, scalars=row)
+        {**at, "numel": size, "scalars": row}
         for at, size, row in zip(addresses, sizes, rows, strict=True)
     ]
     table = [[segment[name] for name in cpu.segment_fields] for segment in segments]
-    grads = [segment["grad"] for segment in segments]
-    return np.array(table, np.uint64), np.array(grads, np.uint64)
+    grads, low_memory = [segment["grad"] for segment in segments], None
+    if case.keys is not None:
+        extra = [
+            {**at, "first_index": first, "key": key}
+            for at, first, key in zip(addresses, case.first_indices, case.keys, strict=True)
+        ]
+        rows_ = [[one.get(name, 0) for name in cpu.low_memory_fields] for one in extra]
+        low_memory = np.array(rows_, np.uint64)
+    return np.array(table, np.uint64), np.array(grads, np.uint64), low_memory

@@ -20,12 +20,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from radam_kernels.modules import cpu
-from tests.helpers import DTYPE_SETS, dtypes_id
+from tests.helpers import DTYPE_SETS, LOW_MEMORY_SETS, dtypes_id
 from tests.kernels.norms import NORMS
 
 from .arithmetic import Fault
@@ -82,9 +83,10 @@ def checks() -> dict[str, Check]:
 
 def steps() -> dict[str, tuple[str, Codes, bool]]:
     """Backend, dtypes, and whether there may be a factor; a CUDA kernel is for both answers."""
-    found = {f"cuda {dtypes_id(c)}": ("cuda", c, True) for c in DTYPE_SETS}
-    found |= {f"triton {dtypes_id(c)}": ("triton", c, False) for c in DTYPE_SETS}
-    few = ((0, 0, 0), (1, 1, 0), (3, 3, 3))
+    every = (*DTYPE_SETS, *LOW_MEMORY_SETS)
+    found = {f"cuda {dtypes_id(c)}": ("cuda", c, True) for c in every}
+    found |= {f"triton {dtypes_id(c)}": ("triton", c, False) for c in every}
+    few = ((0, 0, 0), (1, 1, 0), (3, 3, 3), (5, 1, 7))
     return found | {f"triton factor {dtypes_id(c)}": ("triton", c, True) for c in few}
 
 
@@ -99,7 +101,10 @@ def norm_sums() -> dict[str, tuple[str, int, float]]:
 
 
 def compile_step(backend: str, codes: Codes, factor: bool, arch: str) -> Compiled:
-    return nvcc(arch)[codes] if backend == "cuda" else triton_step(codes, arch, factor)
+    if backend == "triton":
+        return triton_step(codes, arch, factor)
+    source = "low_memory_cuda" if codes in LOW_MEMORY_SETS else "step_cuda"
+    return nvcc(arch, source)[codes]
 
 
 def compile_norm(
@@ -127,7 +132,7 @@ def check_small(compiled: Compiled, check: Callable) -> Report:
 def check_step(backend: str, codes: Codes, factor: bool, settings: Settings) -> Report:
     compiled = saved(compile_step(backend, codes, factor, settings.arch), settings)
     kernel = StepKernel(compiled, codes, backend, factor)
-    wrong = what_is_wrong(lambda: kernel.check(settings.seed, settings.cases))
+    wrong = what_is_wrong(lambda: list(kernel.wrong(settings.seed, settings.cases)))
     wrong += wrong_in_text(kernel.program, not wrong)
     return Report(wrong, coverage(kernel.program), kernel.launches, kernel.elements)
 
@@ -173,7 +178,8 @@ def check_fault(fault: Planted, settings: Settings) -> Report:
     if fault.norm_type is None:
         compiled = compile_step(fault.backend, fault.codes, True, settings.arch)
         kernel = StepKernel(planted(fault, compiled), fault.codes, fault.backend, True)
-        wrong = what_is_wrong(lambda: kernel.check(settings.seed, settings.cases))
+        first = kernel.wrong(settings.seed, settings.cases)
+        wrong = what_is_wrong(lambda: list(islice(first, 1)))
     else:
         [dtype], norm_type = fault.codes, fault.norm_type
         partial, total = compile_norm(fault.backend, dtype, norm_type, settings.arch)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.helpers import LOW_MEMORY_SETS
+from tests.helpers import FORMATS, LOW_MEMORY_SETS
 from tests.kernels.norms import NORMS
 
 from .program import Program, parse
@@ -20,7 +20,8 @@ from .program import Program, parse
 ROOT = Path(__file__).parents[3]
 Codes = tuple[int, int, int]  # of param, grad and moments: indices of helpers.FORMATS
 
-_TYPES = {"float": 0, "radam::bfloat16": 1, "radam::float16": 2, "double": 3}
+_TYPES = {f"radam::{name}": code for code, name in enumerate(FORMATS)}
+_TYPES |= {"float": FORMATS.index("float32"), "double": FORMATS.index("float64")}
 
 
 class Compiled(NamedTuple):
@@ -40,8 +41,9 @@ class Compiled(NamedTuple):
 def nvcc(arch: str, source: str = "step_cuda") -> dict[Any, Compiled]:
     """The CUDA kernels of one file.
 
-    Returns: of step_cuda "advance", "upload", and the steps by their dtype codes; of norm_cuda the
-        norms by code and norm, and the totals by whether they are of the largest.
+    Returns: of step_cuda "advance", "upload", and the steps by their dtype codes; of
+        low_memory_cuda the steps of its formats; of norm_cuda the norms by code and norm, and the
+        totals by whether they are of the largest.
     """
     build = (ROOT / "CMakeLists.txt").read_text()
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?)>\)", build, re.DOTALL)[1].rstrip(">").split()

@@ -87,7 +87,7 @@ def _rounded(x: Fraction, dtype: type) -> float:
 
 def _around_halves(rng: np.random.Generator, code: int) -> np.ndarray:
     """float32: every number of a 16-bit type, every middle of two, and those beside the middles."""
-    every = tensor(np.arange(2**16, dtype=np.uint16), code).float().numpy()
+    every = tensor(np.arange(2**16, dtype=np.uint16), DTYPES[code]).float().numpy()
     every = np.sort(every[np.isfinite(every)])
     middles = ((every[1:].astype(np.float64) + every[:-1]) / 2).astype(np.float32)
     beside = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]

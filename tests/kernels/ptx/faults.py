@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 F32, BF16, MIXED = (0, 0, 0), (1, 1, 1), (1, 0, 0)
+STOCHASTIC, BLOCK8, MASTER24 = (4, 1, 4), (5, 1, 7), (5, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,63 @@ FAULTS = (
     Planted(
         "shared memory is read elsewhere", "triton", MIXED,
         r"(ld\.shared\S+\s+\{[^}]*\}, \[%r\d+)\+\d+\]", r"\1+4096]",
+    ),
+    Planted(
+        "a moment is truncated", "cuda", STOCHASTIC,
+        r"(or\.b32\s+(%r\d+), %r\d+, 128;\s+)add\.s32\s+(%r\d+), \2, (%r\d+);",
+        r"\1mov.b32 \3, \4;",
+    ),
+    Planted(
+        "two streams take the same random bits", "cuda", STOCHASTIC,
+        r"and\.b32\s+(%r\d+), (%r\d+), 65280;", r"shr.u32 \1, \2, 16;",
+    ),
+    Planted(
+        "Triton's streams take the same random bits", "triton", STOCHASTIC,
+        r"and\.b32\s+(%r\d+), (%r\d+), 65280;", r"shr.u32 \1, \2, 16;",
+    ),
+    Planted(
+        "an exponent is that before rounding", "cuda", BLOCK8,
+        r"(add\.s32\s+%r\d+, %r\d+), 1048575;", r"\1, 0;",
+    ),
+    Planted(
+        "Triton's exponent is that before rounding", "triton", BLOCK8,
+        r"(add\.s32\s+%r\d+, %r\d+), 1048575;", r"\1, 0;",
+    ),
+    Planted(
+        "a lane of another block takes part", "cuda", BLOCK8,
+        r"(mov\.u32\s+%r\d+), 4;(\s+shfl)", r"\1, 8;\2",
+    ),
+    Planted(
+        "exp_avg_sq has 8 random bits", "triton", BLOCK8,
+        r"(and\.b32\s+%r\d+, %r\d+), 1048560;", r"\1, 1044480;",
+    ),
+    Planted(
+        "exp_avg_sq becomes 0", "cuda", BLOCK8,
+        r"selp\.u32(\s+%r\d+), 1, 0,", r"selp.u32\1, 0, 0,",
+    ),
+    Planted(
+        "a remainder has no sign", "triton", BLOCK8, r"cvt\.s32\.s8", "cvt.u32.u8"
+    ),
+    Planted(
+        "a stale remainder makes NaN", "triton", BLOCK8,
+        r"setp\.num\.f32(\s+%p\d+), [^;]*;", r"setp.eq.u32\1, 0, 0;",
+    ),
+    Planted(
+        "the upper half of an index is left out", "triton", BLOCK8,
+        r"shr\.u64(\s+%rd\d+, %rd\d+), 32;", r"shr.u64\1, 63;",
+    ),
+    Planted(
+        "a chunk with two upper halves has one key", "triton", BLOCK8,
+        r"setp\.gt\.u32(\s+%p\d+, %r\d+), -2048;", r"setp.gt.u32\1, -1;",
+    ),
+    Planted(
+        "an exponent goes elsewhere", "cuda", BLOCK8,
+        r"(st\.u8\s+\[%rd\d+)\](, %r\d+;\s+\S+:)", r"\1+1]\2",
+    ),
+    Planted("a barrier of block8 is missing", "triton", BLOCK8, r"bar\.sync\s+0;", ""),
+    Planted(
+        "a matrix is loaded from elsewhere", "triton", MASTER24,
+        r"(ldmatrix\S+\s+\{[^}]*\}, \[%r\d+)\]", r"\1+16]",
     ),
     Planted(
         "one element too many", "cuda", (0,), r"setp\.ge\.s32", "setp.gt.s32", norm_type=2.0

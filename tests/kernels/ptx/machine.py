@@ -184,6 +184,8 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
         return wait
     if name in ("shfl", "redux"):
         return across_warp(one)
+    if name == "ldmatrix":
+        return load_matrices(one)
     if name in ("ld", "st"):
         many, size, space = one.access
         kind = one.op.split(".")[-1]
@@ -236,8 +238,14 @@ def build(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
                 if register != "_":
                     m.write(register, lanes, pieces[:, i].copy())
 
+        def piece(m: Machine, register: str, lanes: np.ndarray | None) -> np.ndarray:
+            # nvcc fills up what nothing uses with a register that the kernel never writes.
+            if m.program.never_written(register):
+                return np.array([POISON], np.uint64).astype(TYPES[part])
+            return m.read(register, part, lanes)
+
         def pack(m: Machine, lanes: np.ndarray | None) -> None:
-            pieces = [np.broadcast_to(m.read(p, part, lanes), count(m, lanes)) for p in parts]
+            pieces = [np.broadcast_to(piece(m, p, lanes), count(m, lanes)) for p in parts]
             m.write(to, lanes, np.stack(pieces, 1).view(TYPES[f"b{bits}"])[:, 0])
 
         return unpack if to[0] == "{" else pack
@@ -260,28 +268,56 @@ REDUCE = {"max": np.maximum, "min": np.minimum, "add": np.add, "and": np.bitwise
 def across_warp(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
     """shfl.sync.bfly and redux.sync of whole warps."""
     target, source, *others = one.operands
+    target, _, valid = target.partition("|")  # whether a shuffle's source lane is in range: always
     kind, mode = one.op.split(".")[-1], one.op.split(".")[-2]
-    shuffles = one.op == "shfl.sync.bfly.b32" and others[1] == "31" and "|" not in target
+    shuffles = one.op == "shfl.sync.bfly.b32"
     if not shuffles and (one.op != f"redux.sync.{mode}.{kind}" or mode not in REDUCE):
         raise Fault("is not implemented")
 
     def exchange(m: Machine, lanes: np.ndarray | None) -> None:
-        here = np.zeros(m.lanes, bool)
-        here[slice(None) if lanes is None else lanes] = True
-        if (bad := here & ~here.reshape(-1, 32).all(1).repeat(32)).any():
-            raise Fault("not all threads of the warp take part", bad[here])
+        need_whole_warps(m, lanes)
         if (m.read(others[-1], "u32", lanes) != 0xFFFFFFFF).any():
             raise Fault("is not for all threads of a warp")
         count = m.lanes if lanes is None else len(lanes)
         values = np.broadcast_to(m.read(source, kind, lanes), count).reshape(-1, 32)
         if shuffles:
-            by = int(np.unique(m.read(others[0], "u32", lanes)).item())
-            values = values[:, np.arange(32) ^ by]
+            by, within = (m.read(operand, "u32", lanes) for operand in others[:2])
+            if (within != 31).any() or (by != by[0]).any():
+                raise Fault("is not implemented")
+            values = values[:, np.arange(32) ^ int(by[0])]
         else:
             values = np.repeat(REDUCE[mode].reduce(values, axis=1), 32)
         m.write(target, lanes, np.ascontiguousarray(values).reshape(-1))
+        if valid:
+            m.write(valid, lanes, np.ones(count, bool))
 
     return exchange
+
+
+def need_whole_warps(m: Machine, lanes: np.ndarray | None) -> None:
+    here = np.zeros(m.lanes, bool)
+    here[slice(None) if lanes is None else lanes] = True
+    if (bad := here & ~here.reshape(-1, 32).all(1).repeat(32)).any():
+        raise Fault("not all threads of the warp take part", bad[here])
+
+
+def load_matrices(one: Instruction) -> Callable[[Machine, np.ndarray | None], None]:
+    """ldmatrix of four 8x8 matrices of 16 bits: lane 8 i + k gives the address of row k of the
+    i-th, and lane l gets the two elements from 2 (l % 4) of row l // 4 of each."""
+    if one.op != "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
+        raise Fault("is not implemented")
+    registers, pointer = vector(one.operands[0]), one.operands[1]
+
+    def load(m: Machine, lanes: np.ndarray | None) -> None:
+        need_whole_warps(m, lanes)
+        who, block = (x if lanes is None else x[lanes] for x in (m.who, m.block))
+        address = np.broadcast_to(m.address(pointer, "b32", lanes), len(who))
+        rows = m.shared.access(address, 4, 4, who, block)  # 16 bytes
+        matrices = rows.reshape(-1, 4, 8, 4)  # of a warp: matrices, rows, pairs of elements
+        for i, register in enumerate(registers):
+            m.write(register, lanes, np.ascontiguousarray(matrices[:, i]).reshape(-1))
+
+    return load
 
 
 def launch(program: Program, memory: Memory, params: bytes, blocks: int, shared: int = 0,

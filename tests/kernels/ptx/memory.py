@@ -14,7 +14,7 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         self.bytes = np.full(-(-size // 256) * 256, self.GUARD, np.uint8)
-        self.writer = np.zeros(len(self.bytes) // 2, np.int32)  # in this launch: thread + 1
+        self.writer = np.zeros(len(self.bytes), np.int32)  # in this launch: thread + 1
         self.starts, self.ends, self.names, self.writable = [], [], [], []
         self.cursor = 256
 
@@ -41,9 +41,9 @@ class Memory:
         self.tables = [np.array(t) for t in (self.starts, self.ends, self.writable)]
 
     def written(self, address: int, size: int) -> np.ndarray:
-        """Which of these bytes the launch has written, as one flag for every two."""
+        """Which of these bytes the launch has written."""
         at = address - BASE
-        return self.writer[at // 2 : (at + size) // 2] != 0
+        return self.writer[at : at + size] != 0
 
     def guards_intact(self) -> bool:
         used = np.zeros(len(self.bytes), bool)
@@ -77,8 +77,7 @@ class Memory:
         at = self._at(address, count * size, False)
         if not_coherent and (bad := self.tables[2][self._buffer(at)]).any():
             raise Fault("a load that is not coherent, where the kernel may store", bad)
-        grain = max(count * size, 2)
-        writer = self.writer.reshape(-1, grain // 2)[at // grain]
+        writer = self.writer.reshape(-1, count * size)[at // (count * size)]
         if (bad := ((writer != 0) & (writer != who[:, None])).any(1)).any():
             raise Fault("loads what another thread has stored: a race", bad)
         return self.bytes.view(UINT[8 * size]).reshape(-1, count)[at // (count * size)]
@@ -86,9 +85,7 @@ class Memory:
     def store(self, address: np.ndarray, values: np.ndarray, who: np.ndarray) -> None:
         count, size = values.shape[1], values.itemsize
         at = self._at(address, count * size, True)
-        if size * count < 2:
-            raise Fault("a store of one byte is not implemented")
-        writer = self.writer.reshape(-1, count * size // 2)
+        writer = self.writer.reshape(-1, count * size)
         place = at // (count * size)
         if (bad := (writer[place] != 0).any(1)).any():
             raise Fault("stores where there has been a store already", bad)
@@ -104,9 +101,8 @@ class Shared:
     def __init__(self, size: int, blocks: int) -> None:
         self.size = -(-size // 16) * 16
         self.bytes = np.zeros(max(self.size, 16) * blocks, np.uint8)
-        words = len(self.bytes) // 4
-        self.writer, self.reader = np.zeros(words, np.int32), np.zeros(words, np.int32)
-        self.written, self.read = np.full(words, -1), np.full(words, -1)  # in which epoch
+        self.writer, self.reader = np.zeros((2, len(self.bytes)), np.int32)  # of a byte
+        self.written, self.read = np.full((2, len(self.bytes)), -1)  # in which epoch
         self.epoch = np.zeros(blocks, np.int64)
 
     def access(
@@ -120,31 +116,28 @@ class Shared:
     ) -> np.ndarray | None:
         """Loads [lanes, count] elements of `size` bytes, or stores `values` if they are given."""
         wide = count * size
-        if wide % 4:
-            raise Fault("an access to shared memory of less than 4 bytes is not implemented")
         if (bad := address % np.uint32(wide) != 0).any():
             raise Fault(f"address {int(address[bad][0]):#x} is not a multiple of {wide}", bad)
         if (bad := address.astype(np.int64) + wide > self.size).any():
             raise Fault(f"outside of the {self.size} bytes of shared memory", bad)
-        words = ((block * self.size + address) // 4)[:, None] + np.arange(wide // 4)
+        at = (block * self.size + address)[:, None] + np.arange(wide)
         now, me = self.epoch[block][:, None], who[:, None]
-        if (bad := ((self.written[words] == now) & (self.writer[words] != me)).any(1)).any():
+        if (bad := ((self.written[at] == now) & (self.writer[at] != me)).any(1)).any():
             raise Fault("no barrier since another thread stored there", bad)
-        memory = self.bytes.view(np.uint32)
         if values is None:
-            if (bad := (self.written[words] < 0).any(1)).any():
+            if (bad := (self.written[at] < 0).any(1)).any():
                 raise Fault("loads shared memory that was never stored", bad)
-            others = (self.read[words] == now) & (self.reader[words] != me)
-            self.reader[words] = np.where(others, -1, me)
-            # Of several lanes that load the same word here the last one stays; the others differ.
-            self.reader[words] = np.where(self.reader[words] == me, self.reader[words], -1)
-            self.read[words] = now
-            return memory[words].view(UINT[8 * size])
-        if (bad := ((self.read[words] == now) & (self.reader[words] != me)).any(1)).any():
+            others = (self.read[at] == now) & (self.reader[at] != me)
+            self.reader[at] = np.where(others, -1, me)
+            # Of several lanes that load the same byte here the last one stays; the others differ.
+            self.reader[at] = np.where(self.reader[at] == me, self.reader[at], -1)
+            self.read[at] = now
+            return self.bytes[at].view(UINT[8 * size])
+        if (bad := ((self.read[at] == now) & (self.reader[at] != me)).any(1)).any():
             raise Fault("no barrier since another thread loaded that", bad)
-        stored = np.ascontiguousarray(values).view(np.uint32)
-        memory[words] = stored
-        if (bad := (memory[words] != stored).any(1)).any():
+        stored = np.ascontiguousarray(values).view(np.uint8)
+        self.bytes[at] = stored
+        if (bad := (self.bytes[at] != stored).any(1)).any():
             raise Fault("two threads store different values to one place", bad)
-        self.writer[words], self.written[words] = me, now
+        self.writer[at], self.written[at] = me, now
         return None

@@ -4,6 +4,7 @@ import bisect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from .arithmetic import TYPES, Fault
 
@@ -60,6 +61,15 @@ class Program:
 
     def width(self, register: str) -> int:
         return self.widths.get(register) or self.widths[re.sub(r"\d+$", "", register)]
+
+    def never_written(self, operand: str) -> bool:
+        """Whether it is a register that no instruction of the kernel mentions as its first."""
+        return operand[0] == "%" and operand not in self._first
+
+    @cached_property
+    def _first(self) -> set[str]:
+        firsts = (one.operands[0] for one in self.code if one.operands)
+        return {register for first in firsts for register in re.findall(r"%\w+", first)}
 
     def pack(self, *values: int) -> bytes:
         """The parameters as bytes: integers, followed by zeros for those that are left out."""

@@ -22,7 +22,7 @@ from .program import Program, loose
 
 # The fields of csrc/core/advance.h and csrc/core/schedule.h.
 COUNTER = np.dtype([("step", "u8"), ("dtype", "i4"), ("group", "i4")])
-NUMBERS = ("lr", "beta1", "beta2", "grad_scale", "eps", "weight_decay", "rho_threshold")
+NUMBERS = ("lr", "beta1", "beta2", "grad_scale", "eps", "weight_decay", "rho_threshold", "seed")
 FLAGS = ("decoupled_weight_decay", "maximize", "degenerated_to_sgd", "exact")
 HYPERPARAMETERS = np.dtype(
     [*((name, "f8") for name in NUMBERS), *((name, "?") for name in FLAGS),
@@ -35,10 +35,13 @@ COUNTS = (
 )  # fmt: skip
 GROUPS = 40
 
+EXACT = [StepScalars._fields.index(name) for name in ("action", "key_low", "key_high")]
+
 # Options that no step can be made of, by which the device must skip.
 INVALID = (
     ("beta1", 1.0), ("beta1", -0.1), ("beta1", math.nan), ("beta2", 1.0), ("beta2", math.nan),
     ("eps", -1e-9), ("eps", math.nan), ("rho_threshold", 1.999), ("rho_threshold", math.nan),
+    ("seed", -1.0), ("seed", 2.0**32), ("seed", 0.5), ("seed", math.nan),
 )  # fmt: skip
 
 # What libdevice's log, expm1 and exp are made of. Other kernels must not contain these.
@@ -125,7 +128,7 @@ def advance(program: Program, made: Counters, scaling: Scaling) -> tuple[np.ndar
 
 
 def check_advance(program: Program) -> tuple[list[str], list[str]]:
-    """Compares with the host: counts and actions the same bits, scalars to an ulp of float32.
+    """Compares with the host: counts, actions and keys the same bits, scalars to an ulp of float32.
 
     CUDA's logarithm is not the host's. What the hardware's reciprocal gives in its last bits is not
     specified, so it is moved up and down, which must not matter.
@@ -153,8 +156,8 @@ def check_advance(program: Program) -> tuple[list[str], list[str]]:
                     f"{StepScalars._fields[f]} of step {made.before[i]} {options}, reciprocal off "
                     f"by {off_by}: {ours[i, f]!r}, not {made.truth[i, f]!r}"
                 )
-            if (ours[:, -1] != made.truth[:, -1]).any():
-                wrong.append(f"an action differs (reciprocal off by {off_by})")
+            if (ours[:, EXACT] != made.truth[:, EXACT]).any():
+                wrong.append(f"an action or a key differs (reciprocal off by {off_by})")
             if not _same(counts, made.after).all():
                 wrong.append(f"a count differs (reciprocal off by {off_by})")
             if off_by == 0:
