@@ -1,8 +1,10 @@
 """Cases, models, optimizers and the streaming limit are what they say."""
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 
 from bench import cases, optimizers, timing
 from bench.cases import all_cases, select
+from bench.correctness import check
 from bench.goals import GOALS, SHARDED
 from bench.models import MODELS
 from bench.optimizers import BY_NAME, CPU, OPTIMIZERS, PLAIN
@@ -68,6 +71,37 @@ def test_sharded_and_plain_tensors_take_turns():
     assert by_name[CPU]["vs_plain"] == by_name[PLAIN]["ms"] / by_name[CPU]["ms"]
     assert not {row.name for row in optimizers.select(torch.float32, "cpu", 2)} & {PLAIN}
     dist.destroy_process_group()
+
+
+TIERS = [row for row in OPTIMIZERS if row.form == "tier" and row.backend == "cpu"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("tier", TIERS, ids=lambda row: row.name)
+def test_a_step_in_a_format_for_low_memory_is_compared_with_float64(tier):
+    """Values that are stored wrongly after the last step are found."""
+    assert check(tier, torch.device("cpu"), torch.bfloat16) is None
+
+    def fault(key, change):
+        def make(params, lr):
+            optimizer, steps = tier.make(params, lr), itertools.count(1)
+
+            def step():
+                type(optimizer).step(optimizer)
+                if next(steps) > optimizers.WARM_UP:
+                    for state in optimizer.state.values():
+                        state[key].copy_(change(state[key]))
+
+            optimizer.step = step
+            return optimizer
+
+        return check(replace(tier, make=make), torch.device("cpu"), torch.bfloat16)
+
+    if "block8" in tier.name:
+        assert "exp_avg_sq of tensor 0 is off" in fault("exp_avg_sq_exponent", lambda e: e + 1)
+        assert "exp_avg of tensor 0 is off" in fault("exp_avg", lambda codes: codes ^ 128)
+    if " SR +" not in tier.name:
+        assert "param of tensor 0 is off" in fault("param_remainder", torch.zeros_like)
 
 
 def test_pytest_times_single_cases_of_bench_and_plain_pytest_none(tmp_path):
