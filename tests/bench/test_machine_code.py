@@ -14,6 +14,7 @@ from bench.gpu import machine_code
 from bench.gpu.machine_code import GPUS, NAMES, SIZES, Kernel
 from bench.gpu.triton_compile import NORM_SETS, SETS, TARGETS, Codes, Compiled, compile_all
 from radam_kernels.backends import triton_
+from radam_kernels.modules import DTYPES
 from tests.helpers import DTYPE_SETS, LOW_MEMORY_SETS
 from tests.kernels.norms import NORMS
 
@@ -196,7 +197,7 @@ def test_triton_narrows_scalars_once(from_triton):
 
 
 NORM_CASES = [
-    *(("cuda", *case) for case in product(CUDA_ARCHITECTURES, range(len(NAMES)), NORMS)),
+    *(("cuda", *case) for case in product(CUDA_ARCHITECTURES, range(len(DTYPES)), NORMS)),
     *(("triton", arch, code, 2.0) for arch, (code,) in product(TARGETS, NORM_SETS)),
 ]
 
