@@ -269,14 +269,12 @@ struct BlockPart {
   uint8_t m_exponent, v_exponent;
 };
 
-// Steps a block that kLanes lanes share. All lanes of the warp take part.
-//
-// Args:
-//   word: of an element of the part, its random word.
-//   inside: whether it is there.
-template <int kLanes, typename P, typename G, int kN, typename Word, typename Inside>
+// Steps a block that kLanes lanes share; word(j) is the random word of element j of the part. All
+// lanes of the warp take part. Elements that are not there are 0: these stay 0, unless the whole
+// block becomes NaN.
+template <int kLanes, typename P, typename G, int kN, typename Word>
 __device__ __forceinline__ void step_block(BlockPart<P, G, kN>& part, Scalars<float> s, bool l2,
-                                           Action action, const Word& word, const Inside& inside) {
+                                           Action action, const Word& word) {
   uint32_t m_codes[kN / 4], v_codes[kN / 4];
   memcpy(m_codes, part.m.x, kN);
   memcpy(v_codes, part.v.x, kN);
@@ -293,7 +291,6 @@ __device__ __forceinline__ void step_block(BlockPart<P, G, kN>& part, Scalars<fl
     m[j] = decode_code<kExpAvgMoment>(code_of(m_codes[j / 4], j % 4), m_exponents);
     v[j] = decode_code<kExpAvgSqMoment>(code_of(v_codes[j / 4], j % 4), v_exponents);
     update_moments(p[j], widen(part.g.x[j]), m[j], v[j], s, l2);
-    if (!inside(j)) m[j] = v[j] = 0;
   }
   const uint32_t m_exponent =
       block_exponent<kExpAvgMoment>(largest_of_lanes<kLanes>(largest_of(m)));
@@ -384,8 +381,7 @@ __global__ void __launch_bounds__(kThreads, kLowMemory<P, S> ? 2 : 0)
       part.v = load<S, kN>(exp_avg_sqs + i);
       part.m_exponent = exp_avg_exponents[i / kBlock];
       part.v_exponent = exp_avg_sq_exponents[i / kBlock];
-      step_block<kBlock / kN>(
-          part, s, l2, action, [&](int j) { return word_at(i + j); }, [](int) { return true; });
+      step_block<kBlock / kN>(part, s, l2, action, [&](int j) { return word_at(i + j); });
       if (stores_weights) {
         store(params + i, part.p);
         if constexpr (kHasRemainder<P>) store(remainders + i, part.r);
@@ -416,7 +412,7 @@ __global__ void __launch_bounds__(kThreads, kLowMemory<P, S> ? 2 : 0)
       }
       part.m_exponent = exp_avg_exponents[first / kBlock];
       part.v_exponent = exp_avg_sq_exponents[first / kBlock];
-      step_block<kWarp>(part, s, l2, action, [&](int j) { return any_word_at(at(j)); }, inside);
+      step_block<kWarp>(part, s, l2, action, [&](int j) { return any_word_at(at(j)); });
 #pragma unroll
       for (int j = 0; j < kBlock / kWarp; ++j) {
         if (!inside(j)) continue;

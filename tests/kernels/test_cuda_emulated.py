@@ -40,7 +40,7 @@ from tests.helpers import (
     same_bits,
 )
 from tests.kernels import norms
-from tests.kernels.cuda_emulation.faults import SMALLER, WRONG_NORM, WRONG_STEP
+from tests.kernels.cuda_emulation.faults import SMALLER, WRONG_LOW_MEMORY, WRONG_NORM, WRONG_STEP
 from tests.kernels.cuda_emulation.worker import LowMemorySegment, make_plan
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
@@ -600,6 +600,10 @@ CHECKS: tuple[Callable, ...] = (
     lambda *fixtures: test_found_inf_skips_and_does_not_count(*fixtures, 1.0),
     lambda *fixtures: check_factor(*fixtures, (0, 0, 0)),
 )
+LOW_MEMORY_CHECKS: tuple[Callable, ...] = (
+    lambda *fixtures: check_low_memory(*fixtures, (5, 1, 7)),
+    lambda *fixtures: check_low_memory(*fixtures, (4, 1, 4)),
+)
 NORM_CHECKS: tuple[Callable, ...] = (
     lambda *fixtures: check_norm(*fixtures, torch.float32),
     check_norm_far,
@@ -611,19 +615,23 @@ def faulty(tmp_path_factory, compiled) -> dict[str, str]:
     """The module of each fault, and of none."""
 
     def make(stem: str, changes: list[tuple[str, str]], folder: Path) -> str:
-        (folder / "cuda").mkdir()
-        files = {name: (CUDA / name).read_text() for name in (f"{stem}.cu", "launch.h")}
+        names = [f"cuda/{stem}.cu", "cuda/launch.h", "cuda/step_kernel.h", "core/formats.h"]
+        files = {name: (CSRC / name).read_text() for name in names}
         for old, new in changes:
             count = sum(text.count(old) for text in files.values())
             assert count == 1, f"{old!r} is not in the kernel: update this test"
             files = {name: text.replace(old, new) for name, text in files.items()}
         for name, text in files.items():
-            (folder / "cuda" / name).write_text(text)
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
         changed = compile_kernels(folder / "cuda" / f"{stem}.cu", folder, folder)
         return link((compiled | {stem: changed}).values(), folder)
 
     made = {"none": ("step_cuda", [SMALLER])}
     made |= {name: ("step_cuda", [change, SMALLER]) for name, change in WRONG_STEP.items()}
+    made["none of a format"] = ("low_memory_cuda", [SMALLER])
+    for name, change in WRONG_LOW_MEMORY.items():
+        made[name] = ("low_memory_cuda", [change, SMALLER])
     made |= {name: ("norm_cuda", [change]) for name, change in WRONG_NORM.items()}
     with ThreadPoolExecutor(2) as pool:
         folders = [tmp_path_factory.mktemp("faulty") for _ in made]
@@ -647,6 +655,12 @@ def test_a_fault_in_the_kernel_is_caught(worker, faulty, fault):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", WRONG_LOW_MEMORY)
+def test_a_fault_in_the_kernel_of_a_format_is_caught(worker, faulty, fault):
+    assert caught(worker, faulty[fault], LOW_MEMORY_CHECKS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG_NORM)
 def test_a_fault_in_the_kernel_of_the_norm_is_caught(worker, faulty, fault):
     assert caught(worker, faulty[fault], NORM_CHECKS)
@@ -655,3 +669,4 @@ def test_a_fault_in_the_kernel_of_the_norm_is_caught(worker, faulty, fault):
 @pytest.mark.slow
 def test_without_a_fault_nothing_is_caught(worker, faulty):
     assert not caught(worker, faulty["none"], CHECKS + NORM_CHECKS)
+    assert not caught(worker, faulty["none of a format"], LOW_MEMORY_CHECKS)

@@ -38,7 +38,9 @@ class Segments:
         """The tables, and of them segments, grads and work."""
         bucket = self.fill(segments, steps)
         tables = upload.tables_of(bucket, stream, self.upload, keep=keep)
-        return tables, *tables.segments(bucket, chunk)
+        segment_rows, grads, low_memory, work = tables.segments(bucket, chunk)
+        assert low_memory is None
+        return tables, segment_rows, grads, work
 
 
 def streams(n: int):

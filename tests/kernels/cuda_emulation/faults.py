@@ -38,13 +38,55 @@ WRONG_NORM = {
     "a wrong alignment branch of the norm": ("(grads) % 16 == 0", "(grads) % 8 == 0"),
     "an int32 index of the norm": (".data) + chunk.begin;", ".data) + int32_t(chunk.begin);"),
 }
-# Only float32, which compiles faster.
+WRONG_LOW_MEMORY = {
+    "bfloat16 truncated": ("(u + random16) >> 16", "u >> 16"),
+    "a code truncated": ("(random_exp_avg(word) << 4)", "0u"),
+    "one random number for two streams": (
+        "random_exp_avg_sq(uint32_t word) { return word >> 16; }",
+        "random_exp_avg_sq(uint32_t word) { return random_exp_avg(word); }",
+    ),
+    "exp_avg_sq rounded with 8 bits": (
+        "(random_exp_avg_sq(word) << 4)",
+        "(random_exp_avg_sq(word) >> 8 << 12)",
+    ),
+    "exp_avg_sq becomes 0": ("u << 1 ? 1 << kDropped : 0", "0"),
+    "the exponent before rounding": ("(largest + ((1u << kDropped) - 1)) >> 23", "largest >> 23"),
+    "blocks of half the size": ("constexpr int kBlock = 128", "constexpr int kBlock = 64"),
+    "blocks of a warp that overlap": (
+        "done + threadIdx.x / kWarp * kBlock",
+        "done + threadIdx.x / kWarp * (kBlock - 1)",
+    ),
+    "half of the lanes": ("distance < kLanes;", "distance < kLanes / 2;"),
+    "lanes of another block": ("distance < kLanes;", "distance <= kLanes;"),
+    "a warp that is not whole": ("count - count % (kWarp * kN)", "count - count % kN"),
+    "an exponent for every other block": ("if (i % kBlock == 0)", "if (i % (2 * kBlock) == 0)"),
+    "a block of NaN that recovers": ("if (part.v_exponent == 255)", "if (false)"),
+    "a stale remainder that makes NaN": ("joined != joined ?", "false ?"),
+    "NaN with random bits": ("x != x ? 0x7fc00000u :", "false ? 0 :"),
+    "a weight written though it holds": (
+        "!kLowMemory<P, S> || action != kHold",
+        "true || action == kHold",
+    ),
+    "the upper half of the index ignored": ("static_cast<uint32_t>(index >> 32)", "0 * index"),
+    "one key for a chunk of two": ("~index_low >= static_cast<uint32_t>(count - 1)", "true"),
+    "any remainder is aligned": ("(remainders || !kHasRemainder<P>)", "remainders + 1"),
+    "the key of another segment": ("arguments.low_memory[index]", "*arguments.low_memory"),
+}  # fmt: skip
+# Only a few sets, which compile faster.
 SMALLER = (
     "visit_dtypes(step.dtypes, [&]",
     """\
-const auto visit_float32 = [](const DTypeSet&, const auto& visit) {
-    const Element<kFloat32> only;
-    visit(only, only, only);
+const auto visit_some = [](const DTypeSet& dtypes, const auto& visit) {
+    const Element<kBFloat16> grad;
+    const Element<kBFloat16Stochastic> rounded;
+    if (dtypes.param == kMaster24) {
+      visit(Element<kMaster24>(), grad, Element<kBlock8>());
+    } else if (dtypes.param == kBFloat16Stochastic) {
+      visit(rounded, grad, rounded);
+    } else {
+      const Element<kFloat32> plain;
+      visit(plain, plain, plain);
+    }
   };
-  visit_float32(step.dtypes, [&]""",
+  visit_some(step.dtypes, [&]""",
 )
