@@ -39,7 +39,6 @@ TIERS: dict[str, tuple[int, dict[str, Any]]] = {
         ("SR", 0, {}),
     )
 }
-GOAL_TIERS = ("32 + bf16 SR", "24 + block8")
 NARROW = ("half", "tier", "float32")  # forms that are for 16-bit parameters only
 
 Make = Callable[[Sequence[Tensor], float], torch.optim.Optimizer]  # parameters, learning rate
@@ -238,7 +237,7 @@ def _tiers(name: str, common: dict[str, Any]) -> list[Optimizer]:
             f"{name}, {tier}",
             _ours(common["backend"], **options),
             lambda size, moved=moved: moved,
-            0 if tier in GOAL_TIERS else 1,
+            0,
             form="tier",
             **common,
         )
