@@ -99,7 +99,7 @@ class Cell:
     def __init__(self, off: pd.Series) -> None:
         self.diverged = int(np.isinf(off).sum())
         self.interval = mean_interval(off) if not self.diverged else Mean(np.inf, np.inf)
-        self.sd = off.std()
+        self.sd = off.std() if not self.diverged else np.inf
         self.worst = off.iloc[off.abs().argmax()]
         self.furthest = abs(self.interval.mean) + self.interval.half
         self.nearest = abs(self.interval.mean) - self.interval.half
