@@ -3,11 +3,13 @@
 import math
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from radam_kernels.formats import BLOCK, decode_block8, join_weight
 
 from .cases import local
 from .optimizers import Optimizer, Session
@@ -48,12 +50,12 @@ def wrong(row: Optimizer, session: Session) -> str | None:
     for i, (param, truths) in enumerate(zip(compared, expected, strict=True)):
         state = optimizer.state[param]
         for name, truth in truths.items():
-            tensor = param if name == "param" else state[name]
-            # Sums cancel, so the bound is absolute below 1; squares of gradients are not negative.
-            scale = truth.abs() if name == "exp_avg_sq" else truth.abs() + 1
-            errors = ((_ends(tensor) - truth).abs() / scale.clamp_min(1e-30)).nan_to_num(math.inf)
+            found = _read(param, state, name)
+            # Squares of gradients are not negative.
+            scale = truth.abs() + (0 if name == "exp_avg_sq" else found.floor)
+            errors = ((found.ends - truth).abs() / scale.clamp_min(1e-30)).nan_to_num(math.inf)
             error = errors.max().item() if len(errors) else 0.0
-            bound = max(EPSILONS * torch.finfo(tensor.dtype).eps, CANCELLED, row.slack)
+            bound = max(found.bound, CANCELLED, row.slack)
             if error > bound:
                 return f"{name} of tensor {i} is off by {error:.1e}, more than {bound:.1e}"
     return None
@@ -113,8 +115,8 @@ def _expected(
     group, state = optimizer.param_groups[0], optimizer.state[param]
     beta1, beta2 = group["betas"] if "betas" in group else (group["beta1"], group["beta2"])
     t = 1 + int(state["step"] if "step" in state else group["step"])
-    p, g, m, v = (_ends(x) for x in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
-    g = g * factor
+    p, m, v = (_read(param, state, name).ends for name in ("param", "exp_avg", "exp_avg_sq"))
+    g = _ends(param.grad) * factor
     eps = group["eps"]
     if row.debiased:  # eps is added after the division
         m, v = m * (1 - beta1 ** (t - 1)), v * (1 - beta2 ** (t - 1))
@@ -127,7 +129,38 @@ def _expected(
     return {"param": p, "exp_avg": m, "exp_avg_sq": v}
 
 
+class _Stored(NamedTuple):
+    """The values at the ends of a tensor in float64, and what storing may have changed."""
+
+    ends: Tensor
+    bound: float  # of errors, relative to the magnitude and the floor
+    floor: float = 1.0  # sums cancel, so the bound is absolute below
+
+
+def _read(param: Tensor, state: dict[str, Any], name: str) -> _Stored:
+    """A weight with its remainder, or a moment, in whatever format it is stored."""
+    tensor = param if name == "param" else state[name]
+    if name == "param" and "param_remainder" in state:
+        rest = state["param_remainder"]
+        weight = join_weight(_ends_of(param).cpu(), _ends_of(rest).cpu())
+        return _Stored(weight.double(), EPSILONS * (2**-16 if rest.itemsize == 1 else 2**-23))
+    exponents = state.get(f"{name}_exponent")
+    if exponents is None:
+        return _Stored(_ends(tensor), EPSILONS * torch.finfo(tensor.dtype).eps)
+    codes = local(tensor).reshape(-1)
+    last = max(0, len(codes) - EDGE) // BLOCK  # the block that the end begins in
+    first = decode_block8(codes[:BLOCK].cpu(), exponents[:1].cpu(), name)
+    rest = decode_block8(codes[last * BLOCK :].cpu(), exponents[last:].cpu(), name)
+    short = len(codes) <= 2 * EDGE
+    ends = rest if short else torch.cat([first[:EDGE], rest[-EDGE:]])
+    # Rounded up or down among 3 bits; what is far below the largest of a block becomes 0.
+    return _Stored(ends.double(), 1.01 * 2**-3, 2**-6)
+
+
 def _ends(tensor: Tensor) -> Tensor:
+    return _ends_of(tensor).cpu().double()
+
+
+def _ends_of(tensor: Tensor) -> Tensor:
     flat = local(tensor.detach()).reshape(-1)
-    ends = flat if flat.numel() <= 2 * EDGE else torch.cat([flat[:EDGE], flat[-EDGE:]])
-    return ends.cpu().double()
+    return flat if flat.numel() <= 2 * EDGE else torch.cat([flat[:EDGE], flat[-EDGE:]])

@@ -9,6 +9,7 @@ from .optimizers import ADAM, CPU, CPU16, CUDA, RADAM
 from .roofline import STREAM, limit_name
 
 ADAM_RATIO, RADAM_RATIO, SHARE = "vs_adam_fused", "vs_radam_foreach", "limit_share"
+FLOAT32_RATIO = "vs_float32"
 LARGE = [size(power) for power in (26, 28, 30)]  # 64M and more
 SIZES = [size(power) for power in range(10, 30, 2)]
 HALF = [size(26, "bfloat16")]
@@ -38,6 +39,12 @@ GOALS = [
     Goal(f"float32, 2^14 and 2^16, times {ADAM}", 2.0, SIZES[2:4], CPU, ADAM_RATIO),
     Goal("bfloat16, share of the limit for 22 bytes", 0.93, HALF, CPU, SHARE),
     Goal("bfloat16 moments too, share of their limit", 0.90, HALF, CPU16, SHARE),
+    Goal(
+        "32 + bf16 SR, times the step of float32", 1.18, HALF, f"{CPU}, 32 + bf16 SR", FLOAT32_RATIO
+    ),
+    Goal(
+        "24 + block8, times the step of float32", 0.87, HALF, f"{CPU}, 24 + block8", FLOAT32_RATIO
+    ),
     Goal(f"ResNet-50, times {ADAM}", 1.1, RESNET, CPU, ADAM_RATIO),
     Goal(f"ResNet-50, times {RADAM}", 5.0, RESNET, CPU, RADAM_RATIO),
     Goal("1,000 tensors of 64, gradients new", 4.8, [SMALL + NEW], CPU, ADAM_RATIO),

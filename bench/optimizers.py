@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,27 @@ CPU, CPU16 = "radam_kernels cpu", "radam_kernels cpu, bf16 moments"
 CUDA, CUDA16 = "radam_kernels cuda", "radam_kernels cuda, bf16 moments"
 TRITON = "radam_kernels triton"
 PLAIN = f"{CPU}, plain tensors"
+FLOAT32 = f"{CPU}, float32 parameters"
 RADAM, ADAM = "torch RAdam(foreach)", "torch Adam(fused)"
 DRY_RUN = "dry run"  # of a GPU's path, on the CPU
 LR = 1e-3
 WARM_UP = 6  # steps before anything is timed: they load code, make state, and end rectified
+
+# Formats for low memory: bytes moved for each bfloat16 parameter without exponents, and options.
+TIERS: dict[str, tuple[int, dict[str, Any]]] = {
+    f"{weights} + {moments}": (2 + 2 * (2 + remainder + both), {**master, **options})
+    for moments, both, options in (
+        ("bf16 SR", 4, {"state_dtype": torch.bfloat16, "stochastic_rounding": True}),
+        ("block8", 2, {"state_dtype": "block8"}),
+    )
+    for weights, remainder, master in (
+        ("32", 2, {"master_weights": 32}),
+        ("24", 1, {"master_weights": 24}),
+        ("SR", 0, {}),
+    )
+}
+GOAL_TIERS = ("32 + bf16 SR", "24 + block8")
+NARROW = ("half", "tier", "float32")  # forms that are for 16-bit parameters only
 
 Make = Callable[[Sequence[Tensor], float], torch.optim.Optimizer]  # parameters, learning rate
 
@@ -68,7 +86,9 @@ class Optimizer:
         slack: a relative error that it is known to have.
         form: "graph", stepped by a CUDA graph; "compiled", which takes long for many shapes;
             "flat", moves its parameters into a buffer of its own; "half", for 16-bit parameters;
-            "plain", where the others step DTensors, it steps plain tensors.
+            "tier", for bfloat16 ones, in the formats for low memory;
+            "plain", where the others step DTensors, it steps plain tensors;
+            "float32", where they step 16-bit parameters, it steps as many of float32.
         any_gradient: it takes gradients of another dtype than their parameters'.
     """
 
@@ -212,6 +232,20 @@ def _deepspeed_is_built() -> bool:
     return any(root.glob("**/cpu_adam.so"))
 
 
+def _tiers(name: str, common: dict[str, Any]) -> list[Optimizer]:
+    return [
+        Optimizer(
+            f"{name}, {tier}",
+            _ours(common["backend"], **options),
+            lambda size, moved=moved: moved,
+            0 if tier in GOAL_TIERS else 1,
+            form="tier",
+            **common,
+        )
+        for tier, (moved, options) in TIERS.items()
+    ]
+
+
 _CPU = dict(kinds=("cpu",), backend="cpu", radam=True, any_gradient=True)
 _CUDA = {**_CPU, "kinds": ("cuda",), "backend": "cuda"}
 _TRITON = {**_CUDA, "backend": "triton"}
@@ -226,6 +260,9 @@ OPTIMIZERS = [
     Optimizer(CPU16, _ours("cpu", half=True), narrow, 0, form="half", **_CPU),
     Optimizer(CUDA16, _ours("cuda", half=True), narrow, 0, form="half", **_CUDA),
     Optimizer(f"{TRITON}, bf16 moments", _ours("triton", half=True), form="half", **_TRITON),
+    Optimizer(FLOAT32, _ours("cpu"), lambda size: 28, 0, form="float32", **_CPU),
+    *_tiers(CPU, _CPU),
+    *_tiers(CUDA, _CUDA),
     Optimizer(f"{CUDA}, graph", _ours("cuda", capturable=True), wide, form="graph", **_CUDA),
     Optimizer(f"{CPU}, flat", _ours("cpu", flatten=True), wide, 1, "C5s--", form="flat", **_CPU),
     Optimizer(PLAIN, _ours("cpu"), wide, 2, "C1o:", form="plain", **_CPU),
@@ -282,6 +319,6 @@ def select(dtype: torch.dtype, kind: str, level: int, *, sharded: bool = False) 
         for optimizer in OPTIMIZERS
         if optimizer.level <= level
         and (not optimizer.backend or kind in optimizer.kinds)
-        and (optimizer.form != "half" or dtype.itemsize == 2)
+        and (optimizer.form not in NARROW or dtype.itemsize == 2)
         and (optimizer.form != "plain" or sharded)
     ]

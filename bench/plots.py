@@ -8,7 +8,7 @@ import pandas as pd
 
 from .cases import model
 from .models import MODELS
-from .optimizers import OPTIMIZERS
+from .optimizers import NARROW, OPTIMIZERS
 from .results import frame
 from .roofline import COPY, STREAM, limit_name
 from .tables import machine, times
@@ -16,7 +16,7 @@ from .tables import machine, times
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLES = {row.name: row.style for row in OPTIMIZERS if row.form != "half"}
+STYLES = {row.name: row.style for row in OPTIMIZERS if row.form not in NARROW}
 STYLES |= {limit_name(28, kind): "C7--" for kind in (STREAM, COPY)}
 LABELS = {"gb_s": "GB/s of bytes that must move", "ms": "time of a step (ms)"}
 

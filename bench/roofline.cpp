@@ -72,6 +72,7 @@ void radam_stream(const radam::Segment* segments, const void* const* grads, int6
   mask = bits;
   const radam::DTypeSet dtypes = {static_cast<radam::DType>(param), static_cast<radam::DType>(grad),
                                   static_cast<radam::DType>(state)};
-  radam::step_cpu({segments, grads, count}, dtypes, nullptr, threads, radam::instruction_sets()[0]);
+  const radam::Segments all = {segments, grads, nullptr, count};
+  radam::step_cpu(all, dtypes, nullptr, threads, radam::instruction_sets()[0]);
 }
 }

@@ -23,6 +23,7 @@ COLUMNS = {
     "vs_adam_fused": ("x Adam", 1),
     "vs_radam_foreach": ("x RAdam", 1),
     "vs_plain": ("x plain tensors", 1),
+    "vs_float32": ("x float32", 1),
     "step_share": ("% of training", 100),
     "extra_bytes": ("extra (MB)", 1e-6),
     "note": ("note", 1),
@@ -38,7 +39,8 @@ LEGEND = """\
 step: the median; p20 and p80 hold the middle three fifths. GB/s: of the bytes that the algorithm
 must move. % of limit: of what a loop (on a GPU, a copy) reaches that only moves as many bytes, in
 the same rounds. x Adam and x RAdam: how many times as fast as torch.optim.Adam(fused=True) and
-torch.optim.RAdam(foreach=True); x plain tensors: as ours on tensors that are not sharded. extra:
+torch.optim.RAdam(foreach=True); x plain tensors: as ours on tensors that are not sharded; x
+float32: as ours on as many float32 parameters. extra:
 memory beyond parameters, gradients and moments.
 (!) Other processes were at work meanwhile: measure it again."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .cases import Case, renew_gradients
 from .clocks import HOST_SWEEP, CudaClock, HostClock, Sample, find_lead
 from .correctness import MEASURED, NOT_MEASURED, WRONG, brief, wrong
-from .optimizers import ADAM, DRY_RUN, PLAIN, RADAM, Optimizer, Session
+from .optimizers import ADAM, DRY_RUN, FLOAT32, PLAIN, RADAM, Optimizer, Session
 from .roofline import COPY, STREAM, limit, limit_name
 
 Row = dict[str, Any]
@@ -31,7 +31,12 @@ SLOW = 1 << 25  # elements; beyond it a CPU times only what tells most
 LARGE = 1 << 22  # elements that no cache of a CPU holds, with their gradients and moments
 FREE_PART = 0.8  # of the memory that is free
 DISTURBED = 0.3  # cores that other processes kept busy
-RATIOS = {"vs_adam_fused": ADAM, "vs_radam_foreach": RADAM, "vs_plain": PLAIN}
+RATIOS = {
+    "vs_adam_fused": ADAM,
+    "vs_radam_foreach": RADAM,
+    "vs_plain": PLAIN,
+    "vs_float32": FLOAT32,
+}
 
 
 class DeviceLostError(RuntimeError):
@@ -129,7 +134,8 @@ def _players(
     for row in optimizers:
         player = _Player(row, case.moved(row.traffic), refusal(case, row, kind, refused, deadline))
         players.append(player)
-        if limited and row.radam and not player.refused and player.bytes not in moved:
+        streamed = kind != "cpu" or row.form not in ("tier", "float32")  # of two dtypes at most
+        if limited and streamed and row.radam and not player.refused and player.bytes not in moved:
             moved.add(player.bytes)
             loop = limit(player.bytes, STREAM if kind == "cpu" else COPY, player.optimizer)
             players.append(_Player(loop, player.bytes, {}))
@@ -194,6 +200,8 @@ class _Turns:
     def _params_of(self, row: Optimizer) -> Sequence[Tensor]:
         if row.form == "plain":
             return replace(self._case, sharded=False).make(self._device)
+        if row.form == "float32":
+            return replace(self._case, dtype=torch.float32).make(self._device)
         if row.form == "flat":  # it would move the parameters of the others
             return self._case.make(self._device)
         return self._params

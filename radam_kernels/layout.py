@@ -76,7 +76,7 @@ def laid_out_like(tensor: Tensor, param: Tensor) -> bool:
 
 def fits(state: dict[str, Any], owner: Tensor, layout: Layout) -> bool:
     """Whether a kernel can step with these tensors without a copy."""
-    wanted = dict.fromkeys(MOMENTS, layout.moments)
+    wanted: dict[str, torch.dtype] = dict.fromkeys(MOMENTS, layout.moments)
     if layout.remainder is not None:
         wanted[REMAINDER] = layout.remainder
     return all(_fits(state.get(key), owner, dtype) for key, dtype in wanted.items()) and (
@@ -126,7 +126,9 @@ def new_tensors(
     """
     made: list[dict[str, Tensor]] = [{} for _ in params]
 
-    def add(key: str, members: list[int], templates: list[Tensor], dtypes: list[torch.dtype]):
+    def add(
+        key: str, members: list[int], templates: list[Tensor], dtypes: list[torch.dtype]
+    ) -> None:
         devices = [local(params[i]).device for i in members]
         if flatten:
             tensors = zeros_like(templates, dtypes, devices)
@@ -242,11 +244,11 @@ def master_weight(param: Tensor, remainder: Any) -> Tensor:
 
 
 @torch.no_grad()
-def fold_(param: Tensor, remainder: Tensor) -> None:
-    """Adds its remainder to a weight that was bfloat16 and is float32 now.
+def folded(param: Tensor, remainder: Tensor) -> Tensor:
+    """A copy of a weight that was bfloat16 and is float32 now, with its remainder added.
 
     An element that has more bits than a bfloat16 has been changed since, and keeps its value.
     """
     narrow = (formats.bits_of(param) & 0xFFFF) == 0
     joined = formats.join_weight(param.bfloat16(), remainder)
-    param.copy_(torch.where(narrow, joined, param))
+    return torch.empty_like(param).copy_(torch.where(narrow, joined, param))

@@ -23,7 +23,7 @@ from .layout import (
     Layout,
     fill,
     fits,
-    fold_,
+    folded,
     formats_of,
     laid_out_like,
     layout_of,
@@ -127,8 +127,10 @@ def repair(
         for owner, old in zip(owners, olds, strict=True)
     ]
     staged = [
-        _stage(owner, grad, group, _Name(owner, name_of), new=is_new(old))
-        for (group, owner, _, _), grad, old in zip(pending, grads, olds, strict=True)
+        _stage(owner, grad, group, tensors.get(REMAINDER), _Name(owner, name_of), new=is_new(old))
+        for (group, owner, _, _), grad, old, tensors in zip(
+            pending, grads, olds, placed, strict=True
+        )
     ]
     if any(item.copied for item in staged):
         refuse_sharing([*plan.owners, *owners], name_of)
@@ -147,23 +149,26 @@ def repair(
     made = {owner: m for (owner, _), m in zip(fresh, make_tensors(fresh), strict=True)}
     for (group, owner, _, _), old, stored, item in zip(pending, olds, placed, staged, strict=True):
         layout = layout_of(owner, group)
-        new = {"step": as_step((old or {}).get("step", 0), step_device(owner, group))}
         if owner in made:
             fill(made[owner], stored, owner, int(group.get("seed", 0)))
-        new |= made.get(owner, stored)
-        if layout.remainder is None and (remainder := stored.get(REMAINDER)) is not None:
-            new.pop(REMAINDER, None)
-            if owner.dtype == torch.float32:
-                fold_(item.param, local(remainder))
-        if not layout.block8:
-            new = {key: tensor for key, tensor in new.items() if key not in EXPONENTS.values()}
+        unused = {REMAINDER} if layout.remainder is None else set()
+        unused |= set() if layout.block8 else {*EXPONENTS.values()}
+        new = {"step": as_step((old or {}).get("step", 0), step_device(owner, group))}
+        new |= {k: t for k, t in made.get(owner, stored).items() if k not in unused}
         before = old or {}
         if old is None or any(before.get(key) is not new.get(key) for key in (*KEYS, *EXTRAS)):
             repairs.before.append((owner, old))
             _set_state(state, owner, new)
-        tensors = (item.param, item.grad, *(local(new[key]) for key in MOMENTS), new["step"])
+        moments = (local(new[key]) for key in MOMENTS)
         extras = (None if (extra := new.get(key)) is None else local(extra) for key in EXTRAS)
-        repairs.replacements[id(owner)] = (owner, *tensors, *extras)
+        repairs.replacements[id(owner)] = (
+            owner,
+            item.param,
+            item.grad,
+            *moments,
+            new["step"],
+            *extras,
+        )
         if item.copied:
             repairs.write_backs.append((local(owner), item.param))
 
@@ -206,10 +211,19 @@ def validate(owner: Tensor, grad: Tensor, name: object) -> None:
         check_local_shape(grad, owner, "grad of ", name)
 
 
-def _stage(owner: Tensor, grad: Tensor, group: dict[str, Any], name: _Name, *, new: bool) -> Staged:
+def _stage(
+    owner: Tensor,
+    grad: Tensor,
+    group: dict[str, Any],
+    remainder: Tensor | None,
+    name: _Name,
+    *,
+    new: bool,
+) -> Staged:
     """A validated parameter and its gradient, copied where a kernel can't use them directly.
 
-    The gradient is placed as its parameter is.
+    The gradient is placed as its parameter is. A remainder of a parameter that is float32 now is
+    added to the copy.
     """
     if not same_placement(grad, owner):
         raise ValueError(f"grad of {name}: its shards can't be put in the order of its parameter's")
@@ -218,6 +232,8 @@ def _stage(owner: Tensor, grad: Tensor, group: dict[str, Any], name: _Name, *, n
     copied = not is_dense(param) or param.is_conj() or param.is_neg()
     if copied:
         param = _copy(param, name, try_back=new)
+    if remainder is not None and param.dtype == torch.float32:
+        param, copied = folded(param, local(remainder)), True
     return Staged(param, _match_gradient(grad, param, *formats_of(owner, group)), copied)
 
 

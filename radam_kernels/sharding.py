@@ -104,9 +104,13 @@ def shard_of(owner: DTensor) -> tuple[int, int]:
 def _has_row_shards(owner: DTensor, dims: list[int]) -> bool:
     from torch.distributed.tensor import Shard
 
+    def is_by_rows(placement: object) -> bool:
+        # A subclass, such as torch's _StridedShard, has rows of several places.
+        return type(placement) is Shard and placement.dim == 0
+
     orders = (entry.mesh_dims for entry in getattr(owner._spec, "shard_order", None) or ())
     return (
-        all(type(owner.placements[i]) is Shard and owner.placements[i].dim == 0 for i in dims)
+        all(is_by_rows(owner.placements[i]) for i in dims)
         and all(tuple(sorted(order)) == tuple(order) for order in orders)
         and owner.is_contiguous()
         and owner.to_local().is_contiguous()

@@ -141,7 +141,7 @@ def placed_tensors(state: dict[str, Any] | None, owner: Tensor, name: object) ->
     found = {key: state[key] for key in MOMENTS if key in state}
     if is_remainder(state.get(REMAINDER)) and owner.dtype in (torch.bfloat16, torch.float32):
         found[REMAINDER] = state[REMAINDER]
-    placed = {}
+    placed: dict[str, Tensor] = {}
     for key, tensor in found.items():
         if key != REMAINDER and is_block8(state, key):
             if same_placement(tensor, owner):

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from .experiments import EXPERIMENTS
-from .harness.report import WORDS, publish, report, update_page
-from .harness.runner import execute_missing
+from .harness.conduct import conduct
+from .harness.provenance import PAPER
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,24 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     chosen = [e for e in EXPERIMENTS.values() if {e.name, "all"} & {*args.names}]
     out = args.out / ("quick" if args.quick else "full")
-    try:
-        failed = execute_missing(chosen, out / "runs", quick=args.quick, jobs=args.jobs)
-    except KeyboardInterrupt:
-        print(f"interrupted; finished runs are kept in {out / 'runs'}", file=sys.stderr)
-        return 130
-    for experiment in chosen:
-        print(f"\n{experiment.title}\n  claim: {experiment.claim}")
-        if keys := failed.get(experiment.name):
-            print(f"  no result: {len(keys)} runs failed: {' '.join(keys)}")
-            continue
-        for supported, words in report(experiment, out / "runs", out, quick=args.quick):
-            print(f"  {WORDS[supported]}: {words}")
-        if args.publish:
-            publish(experiment, out)
-    if args.publish:
-        update_page(EXPERIMENTS.values())
-    print(f"\ntables and figures: {out}")
-    return 1 if failed else 0
+    site = PAPER if args.publish else None
+    return conduct(chosen, out, quick=args.quick, jobs=args.jobs, site=site)
 
 
 if __name__ == "__main__":

@@ -26,23 +26,35 @@ struct Scalars {
         step_size(static_cast<T>(s.step_size)) {}
 };
 
-// Updates p, m and v in place with gradient g. Every operation rounds once (build without fused
-// multiply-add), so every backend gives the same bits. `l2` is whether weight_decay is nonzero:
-// adding 0 * p would turn an infinite p into NaN.
+// The first half of an update, without the step: decays p, and updates m and v with gradient g.
+// `l2` is whether weight_decay is nonzero: adding 0 * p would turn an infinite p into NaN.
 template <typename T, typename Factor>
-RADAM_INLINE void radam_update(T& p, T g, T& m, T& v, const Scalars<T, Factor>& s, bool l2,
-                               Action action) {
-  using std::sqrt;
+RADAM_INLINE void update_moments(T& p, T g, T& m, T& v, const Scalars<T, Factor>& s, bool l2) {
   g = g * s.grad_scale;
   if (l2) g = g + s.weight_decay * p;
   p = p * s.decay;
   m = m + s.one_minus_beta1 * (g - m);
   v = s.beta2 * v + s.one_minus_beta2 * (g * g);
+}
+
+// The second half.
+template <typename T, typename Factor>
+RADAM_INLINE void take_step(T& p, T m, T v, const Scalars<T, Factor>& s, Action action) {
+  using std::sqrt;
   if (action == kRectified) {
     p = p - s.step_size * (m / (sqrt(v) + s.eps));
   } else if (action == kMomentum) {
     p = p - s.step_size * m;
   }
+}
+
+// Updates p, m and v in place with gradient g. Every operation rounds once (build without fused
+// multiply-add), so every backend gives the same bits.
+template <typename T, typename Factor>
+RADAM_INLINE void radam_update(T& p, T g, T& m, T& v, const Scalars<T, Factor>& s, bool l2,
+                               Action action) {
+  update_moments(p, g, m, v, s, l2);
+  take_step(p, m, v, s, action);
 }
 
 }  // namespace radam

@@ -157,6 +157,13 @@ class RandomWords {
     next_ += index * kFactor + key.low;
   }
 
+  // Those of `elements` before.
+  RADAM_INLINE RandomWords behind(int64_t elements) const {
+    RandomWords words = *this;
+    words.next_ -= static_cast<uint32_t>(elements) * kFactor;
+    return words;
+  }
+
   // Those of a pair, and goes on to the next.
   RADAM_INLINE WordPair next() {
     const WordPair words = {mix(next_),
@@ -179,11 +186,22 @@ class RandomWords {
   Words next_{}, high_;
 };
 
-// NaN with no payload that rounding could carry out of.
-RADAM_INLINE Words canonical(Lanes<float> x) {
-  return x.v == x.v ? (Words)x.v : 0x7fc00000u - Words{};
+// Whether a select for NaNs is needed. A branch that is never taken costs less than a select does
+// before AVX-512.
+RADAM_INLINE bool may_have_nan(const Pair<float>& x) {
+#if RADAM_VECTOR_BYTES == 32
+  const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
+  return __builtin_expect(_mm256_movemask_ps(unordered), 0);
+#else
+  return static_cast<void>(x), true;
+#endif
 }
-RADAM_INLINE WordPair canonical(const Pair<float>& x) { return {canonical(x.a), canonical(x.b)}; }
+
+// NaN with no payload that rounding could carry out of.
+RADAM_INLINE WordPair canonical(const Pair<float>& x) {
+  const auto one = [](Floats y) { return y == y ? (Words)y : 0x7fc00000u - Words{}; };
+  return may_have_nan(x) ? WordPair{one(x.a.v), one(x.b.v)} : bits_of(x);
+}
 
 template <DType kDType, Order kOrder>
 RADAM_INLINE Pair<float> load_plain(const void* from) {
@@ -231,9 +249,12 @@ RADAM_INLINE WordPair load_remainder16(const void* from) {
 }
 
 // Together the bits are NaN only if the weight is, or if the remainder is stale.
-RADAM_INLINE Floats join(Floats weight, Words remainder) {
-  const Floats joined = (Floats)((Words)weight + remainder);
-  return joined == joined ? joined : weight;
+RADAM_INLINE Pair<float> join(const Pair<float>& weight, const WordPair& remainder) {
+  const WordPair u = bits_of(weight);
+  const Pair<float> joined = floats_of({u.a + remainder.a, u.b + remainder.b});
+  const auto one = [](Floats x, Floats rest) { return x == x ? x : rest; };
+  if (!may_have_nan(joined)) return joined;
+  return {one(joined.a.v, weight.a.v), one(joined.b.v, weight.b.v)};
 }
 
 template <DType kParam, Order kOrder>
@@ -242,7 +263,7 @@ RADAM_INLINE Pair<float> load_weight(const void* from, const void* remainder) {
     const Pair<float> weight = load_bfloat16<kOrder>(from);
     const WordPair rest = kParam == kMaster24 ? load_remainder8<kOrder>(remainder)
                                               : load_remainder16<kOrder>(remainder);
-    return {join(weight.a.v, rest.a), join(weight.b.v, rest.b)};
+    return join(weight, rest);
   } else {
     return load_plain<weight_dtype(kParam), kOrder>(from);
   }
@@ -286,48 +307,46 @@ RADAM_INLINE void store_stochastically(const Pair<float>& x, const WordPair& wor
         to);
 }
 
-// A block of block8 on its way: decoded with the exponent that it had, rounded, and encoded when
-// its largest element is known.
+// Decodes elements of a block of block8.
 template <Moment kMoment>
-class Block {
+class BlockDecoder {
  public:
-  explicit RADAM_INLINE Block(uint32_t exponent)
+  explicit RADAM_INLINE BlockDecoder(uint32_t exponent)
       : offset_(halves((exponent - kExponentSpan<kMoment>) << 7)),
         nan_(halves(exponent == 255 ? 0x7fc0 : 0)) {}
 
   RADAM_INLINE Pair<float> load(const void* codes) const {
     const Halves code = read_bytes(codes);
     const Halves top = kMoment == kExpAvgMoment ? code & 0x7f : code;
-    Halves upper = ((top << 4) + offset_) & (Halves)(top != 0);
-    upper |= nan_;
+    Halves upper = (((top << 4) + offset_) & ~(Halves)(top == 0)) | nan_;
     if (kMoment == kExpAvgMoment) upper |= (code & 0x80) << 8;
     return floats_of(unzip(upper));
   }
 
-  // Rounds a pair, the elements of the block from `first` on.
-  RADAM_INLINE void round(const Pair<float>& x, const WordPair& words, int64_t first) {
+ private:
+  Halves offset_, nan_;
+};
+
+// Encodes a block of block8: rounds all elements, then knows the exponent, then makes the codes.
+template <Moment kMoment>
+class BlockEncoder {
+ public:
+  // Rounds a pair of the block, for store().
+  RADAM_INLINE Halves round(const Pair<float>& x, const WordPair& words) {
     const WordPair u = bits_of(x);
-    write(upper_halves<kZipped>({round(u.a, words.a), round(u.b, words.b)}), rounded_ + first);
+    return upper_halves<kZipped>({round(u.a, words.a), round(u.b, words.b)});
   }
 
-  // Stores the codes of all elements and the exponent.
-  RADAM_INLINE void store(void* codes, uint8_t* exponent, int64_t numel) const {
-    const uint32_t found = block_exponent<kMoment>(largest(most_));
-    const Halves base = halves(static_cast<uint32_t>(block_base<kMoment>(found)));
-    char* to = static_cast<char*>(codes);
-    int64_t at = 0;
-    for (; at + kStride <= numel; at += kStride) write_bytes(encode(at, base), to + at);
-    if (at < numel) {
-      char rest[kStride];
-      write_bytes(encode(at, base), rest);
-      memcpy(to + at, rest, static_cast<size_t>(numel - at));
+  RADAM_INLINE uint32_t exponent() const { return block_exponent<kMoment>(largest(most_)); }
+
+  static RADAM_INLINE void store(const uint16_t* rounded, uint32_t exponent, char* codes) {
+    const Halves base = halves(static_cast<uint32_t>(block_base<kMoment>(exponent)));
+    for (int i = 0; i < kBlock; i += 2 * kWidth<float>) {
+      write_bytes(code(read<Halves>(rounded + i), base), codes + i);
     }
-    *exponent = static_cast<uint8_t>(found);
   }
 
  private:
-  static constexpr int kStride = 2 * kWidth<float>;
-
   // The rounded top of a float32, in the upper half. The sign of exp_avg is carried along; that of
   // a NaN may change. Of exp_avg_sq it is 0 if the element is, and otherwise not.
   RADAM_INLINE Words round(Words u, Words word) {
@@ -338,18 +357,16 @@ class Block {
     return magnitude != 0 ? (magnitude + random) | 0x10000u : Words{};
   }
 
-  RADAM_INLINE Halves encode(int64_t at, Halves base) const {
-    const Halves x = read<Halves>(rounded_ + at);
+  static RADAM_INLINE Halves code(Halves rounded, Halves base) {
     if (kMoment == kExpAvgMoment) {
-      return subtract_saturated((x & 0x7fff) >> 4, base) | ((x >> 8) & 0x80);
+      return subtract_saturated((rounded & 0x7fff) >> 4, base) | ((rounded >> 8) & 0x80);
     }
-    const Halves least = (Halves)(x != 0) & 1, top = subtract_saturated(x >> 4, base);
+    const Halves top = subtract_saturated(rounded >> 4, base), one = halves(1);
+    const Halves least = rounded < one ? rounded : one;
     return top > least ? top : least;
   }
 
-  Halves offset_, nan_;
   Ints most_{};
-  uint16_t rounded_[kBlock + kStride];  // the last pair may be padded
 };
 
 }  // namespace

@@ -126,12 +126,15 @@ __device__ __forceinline__ bool aligned(const Segment& s, uintptr_t grad, const 
   return all % 16 == 0 && (remainders || !kHasRemainder<P>);
 }
 
+// As join_weight(), split_weight32() and split_weight24() in core/formats.h, in fewer instructions.
 template <typename P>
 __device__ __forceinline__ Compute<P> decode_weight(P weight, Remainder<P> remainder) {
-  if constexpr (kSame<P, master32>) {
-    return join_weight(weight.bits, remainder);
-  } else if constexpr (kSame<P, master24>) {
-    return join_weight(weight.bits, remainder * 256);
+  if constexpr (kHasRemainder<P>) {
+    const uint32_t high = static_cast<uint32_t>(weight.bits) << 16;
+    const int32_t low = kSame<P, master24> ? remainder * 256 : remainder;
+    const float joined = bit_cast<float>(high + static_cast<uint32_t>(low));
+    // NaN, if the weight is not, of a stale remainder beside zero or infinity only.
+    return joined != joined ? bit_cast<float>(high) : joined;
   } else if constexpr (kSame<P, bfloat16_stochastic>) {
     return widen(bfloat16{weight.bits});
   } else {
@@ -143,10 +146,10 @@ template <typename P>
 __device__ __forceinline__ void encode_weight(Compute<P> x, uint32_t word, P& weight,
                                               Remainder<P>& remainder) {
   if constexpr (kHasRemainder<P>) {
-    const SplitWeight split =
-        kSame<P, master32> ? split_weight32(x) : split_weight24(x, random_weight8(word));
-    weight = {split.weight};
-    remainder = static_cast<Remainder<P>>(split.remainder);
+    const uint32_t random = kSame<P, master24> ? random_weight8(word) : 0;
+    const uint32_t u = x != x ? 0x7fc00000u : bit_cast<uint32_t>(x) + random;
+    weight = {static_cast<uint16_t>((u + 0x8000u) >> 16)};
+    remainder = static_cast<Remainder<P>>(kSame<P, master24> ? u >> 8 : u);
   } else if constexpr (kSame<P, bfloat16_stochastic>) {
     weight = {round_stochastically(x, random_weight16(word))};
   } else {
@@ -202,24 +205,58 @@ __device__ __forceinline__ uint32_t largest_of_lanes(uint32_t x) {
   return x;
 }
 
-// Encodes a moment of a block that kLanes lanes share, kN elements each; returns its exponent.
-template <Moment kMoment, int kLanes, int kN>
-__device__ __forceinline__ uint8_t encode_block(const float (&moments)[kN],
-                                                const uint32_t (&words)[kN], block8 (&codes)[kN]) {
+// The codecs of block8 below are those of core/formats.h in fewer instructions. `code` has the code
+// in its upper 8 bits, and `exponents` is what add_exponents() says.
+template <Moment kMoment>
+__device__ __forceinline__ uint32_t add_exponents(uint32_t exponent) {
+  return (exponent - kExponentSpan<kMoment>) << 23;
+}
+
+template <Moment kMoment>
+__device__ __forceinline__ float decode_code(uint32_t code, uint32_t exponents) {
+  // The sign goes with the shift.
+  const uint32_t shifted =
+      kMoment == kExpAvgMoment ? static_cast<uint32_t>(static_cast<int32_t>(code) >> 4) : code >> 4;
+  constexpr uint32_t kTop = kMoment == kExpAvgMoment ? 0x07f00000u : 0x0ff00000u;
+  constexpr uint32_t kSign = kMoment == kExpAvgMoment ? 0x80000000u : 0;
+  const uint32_t u = shifted & (kTop | kSign);
+  return bit_cast<float>(shifted & kTop ? u + exponents : u);
+}
+
+// What encode_code() subtracts: block_base() in the place of the rounded top, or for a block that
+// is not finite what leaves nothing.
+template <Moment kMoment>
+__device__ __forceinline__ int32_t subtract_base(uint32_t exponent) {
+  return exponent == 255 ? INT32_MAX : block_base<kMoment>(exponent) << kDropped;
+}
+
+template <Moment kMoment>
+__device__ __forceinline__ uint32_t encode_code(float x, int32_t base, uint32_t word) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  if (kMoment == kExpAvgMoment) {
+    const uint32_t rounded = (u & 0x7fffffffu) + (random_exp_avg(word) << 4);
+    const int32_t top = static_cast<int32_t>(rounded - static_cast<uint32_t>(base));
+    return (static_cast<uint32_t>(top > 0 ? top : 0) << 4 & 0x7fffffffu) | (u & 0x80000000u);
+  }
+  const uint32_t rounded = (u & 0x7fffffffu) + (random_exp_avg_sq(word) << 4);
+  const int32_t top = static_cast<int32_t>(rounded - static_cast<uint32_t>(base));
+  const int32_t least = u << 1 ? 1 << kDropped : 0;
+  return static_cast<uint32_t>(top > least ? top : least) << 4;
+}
+
+// Byte j of a word in the upper 8 bits.
+__device__ __forceinline__ uint32_t code_of(uint32_t codes, int j) { return codes << (24 - 8 * j); }
+
+// The largest magnitude of the elements of a lane.
+template <int kN>
+__device__ __forceinline__ uint32_t largest_of(const float (&x)[kN]) {
   uint32_t largest = 0;
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    const uint32_t magnitude = bit_cast<uint32_t>(moments[j]) & 0x7fffffffu;
+    const uint32_t magnitude = bit_cast<uint32_t>(x[j]) & 0x7fffffffu;
     largest = largest > magnitude ? largest : magnitude;
   }
-  const uint32_t exponent = block_exponent<kMoment>(largest_of_lanes<kLanes>(largest));
-  const int32_t base = block_base<kMoment>(exponent);
-#pragma unroll
-  for (int j = 0; j < kN; ++j) {
-    const uint32_t random16 = random_moment<kMoment>(words[j]);
-    codes[j] = {encode_block8<kMoment>(bit_cast<uint32_t>(moments[j]), base, random16)};
-  }
-  return static_cast<uint8_t>(exponent);
+  return largest;
 }
 
 // The elements that a lane steps of a block.
@@ -238,23 +275,49 @@ struct BlockPart {
 //   word: of an element of the part, its random word.
 //   inside: whether it is there.
 template <int kLanes, typename P, typename G, int kN, typename Word, typename Inside>
-__device__ __forceinline__ void step_block(BlockPart<P, G, kN>& part, const Scalars<float>& s,
-                                           bool l2, Action action, const Word& word,
-                                           const Inside& inside) {
-  float m[kN], v[kN];
-  uint32_t words[kN];
+__device__ __forceinline__ void step_block(BlockPart<P, G, kN>& part, Scalars<float> s, bool l2,
+                                           Action action, const Word& word, const Inside& inside) {
+  uint32_t m_codes[kN / 4], v_codes[kN / 4];
+  memcpy(m_codes, part.m.x, kN);
+  memcpy(v_codes, part.v.x, kN);
+  const uint32_t m_exponents = add_exponents<kExpAvgMoment>(part.m_exponent);
+  const uint32_t v_exponents = add_exponents<kExpAvgSqMoment>(part.v_exponent);
+  // A block of NaN stays one, whatever its codes are.
+  if (part.m_exponent == 255) s.one_minus_beta1 = bit_cast<float>(0x7fc00000u);
+  if (part.v_exponent == 255) s.beta2 = bit_cast<float>(0x7fc00000u);
+
+  float p[kN], m[kN], v[kN];
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    float p = decode_weight(part.p.x[j], part.r.x[j]);
-    m[j] = decode_block8<kExpAvgMoment>(part.m.x[j].bits, part.m_exponent);
-    v[j] = decode_block8<kExpAvgSqMoment>(part.v.x[j].bits, part.v_exponent);
-    radam_update(p, widen(part.g.x[j]), m[j], v[j], s, l2, action);
-    words[j] = word(j);
-    encode_weight(p, words[j], part.p.x[j], part.r.x[j]);
+    p[j] = decode_weight(part.p.x[j], part.r.x[j]);
+    m[j] = decode_code<kExpAvgMoment>(code_of(m_codes[j / 4], j % 4), m_exponents);
+    v[j] = decode_code<kExpAvgSqMoment>(code_of(v_codes[j / 4], j % 4), v_exponents);
+    update_moments(p[j], widen(part.g.x[j]), m[j], v[j], s, l2);
     if (!inside(j)) m[j] = v[j] = 0;
   }
-  part.m_exponent = encode_block<kExpAvgMoment, kLanes>(m, words, part.m.x);
-  part.v_exponent = encode_block<kExpAvgSqMoment, kLanes>(v, words, part.v.x);
+  const uint32_t m_exponent =
+      block_exponent<kExpAvgMoment>(largest_of_lanes<kLanes>(largest_of(m)));
+  const uint32_t v_exponent =
+      block_exponent<kExpAvgSqMoment>(largest_of_lanes<kLanes>(largest_of(v)));
+  if (action == kRectified) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) take_step(p[j], m[j], v[j], s, kRectified);
+  } else if (action == kMomentum) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) take_step(p[j], m[j], v[j], s, kMomentum);
+  }
+
+  const int32_t m_base = subtract_base<kExpAvgMoment>(m_exponent);
+  const int32_t v_base = subtract_base<kExpAvgSqMoment>(v_exponent);
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    const uint32_t word_ = word(j);
+    encode_weight(p[j], word_, part.p.x[j], part.r.x[j]);
+    part.m.x[j] = {static_cast<uint8_t>(encode_code<kExpAvgMoment>(m[j], m_base, word_) >> 24)};
+    part.v.x[j] = {static_cast<uint8_t>(encode_code<kExpAvgSqMoment>(v[j], v_base, word_) >> 24)};
+  }
+  part.m_exponent = static_cast<uint8_t>(m_exponent);
+  part.v_exponent = static_cast<uint8_t>(v_exponent);
 }
 
 template <typename P, typename G, typename S>

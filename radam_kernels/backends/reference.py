@@ -31,8 +31,8 @@ def run(bucket: cpu.Bucket) -> None:
             extra = formats.LowMemory(*fields)
             if extra.remainder is not None:
                 extra = extra._replace(remainder=formats.in_memory_order(extra.remainder))
-            flat = map(formats.in_memory_order, tensors)
-            low_memory_update_(*flat, extra, rows[row], bucket.dtypes)
+            param, grad, exp_avg, exp_avg_sq = map(formats.in_memory_order, tensors)
+            low_memory_update_(param, grad, exp_avg, exp_avg_sq, extra, rows[row], bucket.dtypes)
         return
     compute = torch.float64 if _FORMATS[bucket.dtypes[0]] == "float64" else torch.float32
     for tensors, row in tables:
@@ -115,12 +115,12 @@ def low_memory_update_(
         "exp_avg_sq": (exp_avg_sq, extra.exp_avg_sq_exponent),
     }
     p = formats.decode_weight(param, extra.remainder)
-    m, v = (formats.decode_moment(*stored, key) for key, stored in moments.items())
+    m, v = (formats.decode_moment(*stored, moment) for moment, stored in moments.items())
     p, m, v = _radam_update(p, grad.float(), m, v, scalars)
     if scalars.action != Action.HOLD:
         formats.encode_weight_(param, extra.remainder, p, format, words)
-    for (key, stored), moment in zip(moments.items(), (m, v), strict=True):
-        formats.encode_moment_(*stored, moment, key, state_format, words)
+    for (moment, stored), values in zip(moments.items(), (m, v), strict=True):
+        formats.encode_moment_(*stored, values, moment, state_format, words)
 
 
 def _radam_update(

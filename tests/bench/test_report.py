@@ -132,7 +132,7 @@ def test_goals_are_met_missed_open_or_not_measured():
     table = frame(made(times))
     lines = goals.lines(table, "cpu").splitlines()
     said = dict(line[2:].split(": ", 1) for line in lines)
-    assert len(said) == 15
+    assert len(said) == 17
     assert said["1,000 tensors of 64, gradients new, at least 4.80"].startswith("met, 12.0")
     assert said[f"float32 to 2^12, times {ADAM}, at least 2.50"].startswith("missed, 2.400")
     assert said["bfloat16, share of the limit for 22 bytes, at least 0.93"] == "not measured"

@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,12 +13,25 @@ import torch
 from torch import Tensor
 
 import radam_kernels
-from radam_kernels import backends, schedule
-from radam_kernels.backends import reference, triton_, upload
+from radam_kernels.backends import reference, triton_
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.schedule import Action, StepScalars
 from tests.helpers import DTYPE_SETS as CODES
-from tests.helpers import GPU, USUAL, same_bits
+from tests.helpers import same_bits
+from tests.kernels.stepping import (
+    CUDA,
+    FIELDS,
+    MOMENTUM,
+    NUMEL,
+    RECTIFIED,
+    SCALARS,
+    SKIP,
+    STREAMS,
+    TRITON,
+    Arena,
+    Kernel,
+    make_kernels,
+)
 
 F32, BF16, F16, F64 = DTYPES
 DTYPE_SETS = [tuple(DTYPES[code] for code in codes) for codes in CODES]
@@ -28,93 +40,12 @@ TRITON_SETS = [(F64, F64, F64), (F32, F32, F32), (BF16, F32, F32), (F16, BF16, B
 SIZES = (0, 1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 255, 256, 257)
 # Around what a kernel steps at once: a block's chunk on a GPU.
 CHUNKS = [k + d for k in (512, 1024, 2048, 4096, 8192) for d in (-1, 0, 1)]
-FORMS = {
-    "plain": {},
-    "L2": dict(weight_decay=0.1),
-    "decoupled": dict(weight_decay=0.1, decoupled_weight_decay=True),
-    "maximize": dict(maximize=True, weight_decay=0.1, grad_scale=1 / 1024),
-}
-HOLD = schedule.step_scalars(1, **USUAL, degenerated_to_sgd=False)
-MOMENTUM = schedule.step_scalars(1, **USUAL)
-RECTIFIED = schedule.step_scalars(8, **USUAL)
-SKIP = RECTIFIED._replace(action=float(Action.SKIP))
-# Every form in every action.
-SCALARS = [
-    *(schedule.step_scalars(8, **USUAL, **form) for form in FORMS.values()),
-    *(schedule.step_scalars(1, **USUAL, **form) for form in FORMS.values()),
-    *(
-        schedule.step_scalars(1, **USUAL, **form, degenerated_to_sgd=False)
-        for form in FORMS.values()
-    ),
-    SKIP,
-]
-STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
-FIELDS = cpu.segment_fields
-NUMEL = FIELDS.index("numel")
-SENTINEL = 0xA5
-
-
-@dataclass
-class Kernel:
-    """A way to step: `launch(rows, grads, dtype codes, scalars)`, with tables as numpy arrays."""
-
-    name: str
-    device: str
-    launch: Callable[[np.ndarray, np.ndarray, tuple[int, int, int], np.ndarray], None]
-
-
-def cpu_kernel(isa: int, threads: int) -> Kernel:
-    def launch(rows, grads, codes, scalars):
-        cpu.step(
-            rows.ctypes.data, grads.ctypes.data, len(rows), *codes,
-            scalars.ctypes.data, len(scalars), threads, isa,
-        )  # fmt: skip
-
-    return Kernel(f"cpu, {cpu.instruction_sets[isa]}, {threads} threads", "cpu", launch)
-
-
-def triton_kernel() -> Kernel:
-    device = "cpu" if triton_.INTERPRETED else "cuda"
-
-    def launch(rows, grads, codes, scalars):
-        blocks, run, work = upload.plan(rows[:, NUMEL], triton_.triton_kernel.CHUNK)
-        tables = (torch.from_numpy(t).to(device) for t in (rows, grads, work, scalars))
-        triton_.launch_(*tables, None, run, blocks, codes)
-
-    return Kernel("triton", device, launch)
-
-
-def cuda_kernel() -> Kernel:
-    def launch(rows, grads, codes, scalars):
-        module = backends.cuda._cuda
-        blocks, run, work = upload.plan(rows[:, NUMEL], module.chunk(*codes))
-        tables = [torch.from_numpy(t).cuda() for t in (rows, grads, work, scalars)]
-        segments, grads, work, scalars_ = (t.data_ptr() for t in tables)
-        module.step(segments, grads, 0, work, run, blocks, *codes, 0, 0, scalars_, 0, 0, 0)
-        torch.cuda.synchronize()
-
-    return Kernel("cuda", "cuda", launch)
-
-
-def cpu_kernels() -> list[Kernel]:
-    isas = range(len(cpu.instruction_sets))
-    return [cpu_kernel(isa, threads) for isa in isas for threads in (1, 2, 3)]
-
-
-MAKE = {"cpu": cpu_kernels, "triton": lambda: [triton_kernel()], "cuda": lambda: [cuda_kernel()]}
-CUDA, TRITON = (pytest.param(name, marks=GPU, id=f"{name} on a GPU") for name in ("cuda", "triton"))
 pytestmark = [
     # The kernels are told their threads; torch would wake its own for each small comparison.
     pytest.mark.usefixtures("one_thread"),
     # Of inf - inf and the like, where Triton is interpreted.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
-
-
-def make_kernels(name: str) -> list[Kernel]:
-    if reason := radam_kernels.available_backends()[name]:
-        pytest.skip(reason)
-    return MAKE[name]()
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -136,53 +67,6 @@ def kernels(request) -> list[Kernel]:
 
 
 Streams = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class Arena:
-    """Segments in one block of memory, each stream between guard bytes.
-
-    Args:
-        segments: (param, grad, exp_avg, exp_avg_sq) of each, one-dimensional on the CPU.
-        device: where the block is.
-        offsets: for each segment, how many elements each stream starts past a multiple of 64 bytes.
-    """
-
-    def __init__(self, segments: Sequence[Streams], device: str, offsets=None) -> None:
-        self.places, end = [], 64
-        for i, streams in enumerate(segments):
-            for stream, offset in zip(streams, offsets[i] if offsets else (0,) * 4, strict=True):
-                begin = end + offset * stream.element_size()
-                self.places.append((begin, begin + stream.nbytes, stream.dtype))
-                end = -(-(begin + stream.nbytes) // 64) * 64 + 64
-        memory = np.full(end, SENTINEL, np.uint8)
-        self.guards = np.ones(end, bool)
-        for (begin, stop, _), stream in zip(self.places, sum(segments, ()), strict=True):
-            memory[begin:stop] = stream.view(torch.uint8).numpy()
-            self.guards[begin:stop] = False
-        self.memory = torch.empty(end, dtype=torch.uint8, device=device)
-        self.memory.copy_(torch.from_numpy(memory))
-        assert self.memory.data_ptr() % 64 == 0
-
-    def tables(self, scalars: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of FIELDS, each segment with its row of scalars, and the column of gradients."""
-        base = self.memory.data_ptr()
-        rows, grads = [], []
-        for i, row in enumerate(scalars):
-            places = self.places[4 * i : 4 * i + 4]
-            begin, stop, dtype = places[0]
-            numel = (stop - begin) // dtype.itemsize
-            param, grad, exp_avg, exp_avg_sq = (base + begin for begin, _, _ in places)
-            rows.append([param, exp_avg, exp_avg_sq, numel, row])
-            grads.append(grad)
-        return np.array(rows, dtype=np.int64), np.array(grads, dtype=np.int64)
-
-    def read(self) -> list[Streams]:
-        memory = self.memory.cpu()
-        assert (memory.numpy()[self.guards] == SENTINEL).all(), (
-            "a byte outside the segments was written"
-        )
-        streams = [memory[begin:stop].view(dtype) for begin, stop, dtype in self.places]
-        return [tuple(streams[i : i + 4]) for i in range(0, len(streams), 4)]
 
 
 def stepped_by_reference(segments, scalars, which) -> list[Streams]:
@@ -304,7 +188,7 @@ n, threads = 100_003, 7
 p, g, m, v = [np.full(n, x, np.float32) for x in (0, 1, 0, 0)]
 row = np.array([[*(x.ctypes.data for x in (p, m, v)), n, 0]])
 grad = np.array([g.ctypes.data])
-scalars = np.array([[1, 0, 1, 0.25, 0.5, 0.5, 0, 1, 2]], float)
+scalars = np.array([[1, 0, 1, 0.25, 0.5, 0.5, 0, 1, 2, 0, 0]], float)
 for _ in range(2):
     cpu.step(row.ctypes.data, grad.ctypes.data, 1, 0, 0, 0, scalars.ctypes.data, 1, threads)
 assert (m == 0.4375).all() and (v == 0.75).all() and (p == -0.6875).all(), (p, m, v)
@@ -576,6 +460,7 @@ class Table:
     arena: Arena
     rows: np.ndarray
     grads: np.ndarray
+    low_memory: np.ndarray
 
     def step(self, *, count=2, codes=(0, 0, 0), threads=1, isa=0) -> None:
         scalars = np.array([RECTIFIED])
@@ -627,7 +512,7 @@ def test_the_kernel_refuses_null_tables(succeeds):
     script = """
 import numpy as np
 from radam_kernels.modules import cpu
-row, grad, scalars = np.zeros((1, 5), np.int64), np.zeros(1, np.int64), np.zeros((1, 9))
+row, grad, scalars = np.zeros((1, 5), np.int64), np.zeros(1, np.int64), np.zeros((1, 11))
 good = [x.ctypes.data for x in (row, grad, scalars)]
 for i in range(3):
     segments, grads, at = (0 if j == i else address for j, address in enumerate(good))
@@ -640,9 +525,13 @@ for i in range(3):
     succeeds(script)
 
 
-@pytest.mark.parametrize("codes", [(4, 0, 0), (0, -1, 0), (0, 0, 99), (3, 0, 0), (0, 3, 3)])
+UNKNOWN = [(8, 0, 0), (0, -1, 0), (0, 0, 99)]
+UNSUPPORTED = [(3, 0, 0), (0, 3, 3), (0, 7, 0), (7, 0, 7), (1, 1, 4)]
+
+
+@pytest.mark.parametrize("codes", UNKNOWN + UNSUPPORTED)
 def test_the_kernel_refuses_dtypes_it_does_not_know(table, codes):
-    with pytest.raises(ValueError, match=r"dtype code|float64 goes with float64 only"):
+    with pytest.raises(ValueError, match=r"dtype code|dtypes that do not go together"):
         table.step(codes=codes)
 
 

@@ -18,6 +18,7 @@ from bench.paper.experiments import EXPERIMENTS
 from bench.paper.harness import report, runner
 from bench.paper.harness.code_digest import code_digest
 from bench.paper.harness.experiment import Experiment, Run, Verdict
+from bench.paper.harness.provenance import PAPER
 
 TOY = """
 import os, signal, time
@@ -166,9 +167,9 @@ def test_the_command_lists_the_experiments_and_refuses_invalid_arguments(capsys)
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_page_shows_the_published_result(name):
-    page = report.PAGE.read_text()
-    shown = report.insert(page, name, report.page_part(EXPERIMENTS[name]))
+    page = PAPER.page.read_text()
+    shown = report.insert(page, name, report.page_part(EXPERIMENTS[name], PAPER))
     assert shown == page, "not what the JSON says: python -m bench.paper NAME --publish"
-    assert all((report.RESULTS / f"{name}.{suffix}").exists() for suffix in ("csv", "png"))
-    result = json.loads((report.RESULTS / f"{name}.json").read_text())
+    assert all((PAPER.results / f"{name}.{suffix}").exists() for suffix in ("csv", "png"))
+    result = json.loads((PAPER.results / f"{name}.json").read_text())
     assert result["provenance"]["mode"] == "full"

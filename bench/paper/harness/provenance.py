@@ -2,15 +2,22 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from ...results import RESULTS as ALL_RESULTS
-from ...results import facts
+from ...results import RESULTS, facts
 from ...results import insert as insert
 
-RESULTS = ALL_RESULTS / "paper"
-PAGE = Path(__file__).parents[1] / "README.md"
+
+class Site(NamedTuple):
+    """Where results are published: a folder, and a page with markers for each experiment."""
+
+    results: Path
+    page: Path
+
+
+PAPER = Site(RESULTS / "paper", Path(__file__).parents[1] / "README.md")
 
 
 def run_provenance() -> dict[str, str]:

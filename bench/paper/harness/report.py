@@ -12,7 +12,7 @@ from matplotlib import rc_context
 
 from . import plots
 from .experiment import Experiment, Verdict
-from .provenance import PAGE, RESULTS, insert
+from .provenance import Site, insert
 from .runner import Kept, read_kept
 
 WORDS = {True: "supported", False: "not supported", None: "cannot tell"}
@@ -63,31 +63,31 @@ def markdown(table: pd.DataFrame) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def publish(experiment: Experiment, out: Path) -> None:
+def publish(experiment: Experiment, out: Path, site: Site) -> None:
     """Copies an experiment's full results from `out` to the published ones."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    site.results.mkdir(parents=True, exist_ok=True)
     for suffix in ("csv", "png", "json"):
-        shutil.copy(out / f"{experiment.name}.{suffix}", RESULTS)
+        shutil.copy(out / f"{experiment.name}.{suffix}", site.results)
 
 
-def update_page(experiments: Iterable[Experiment]) -> None:
+def update_page(experiments: Iterable[Experiment], site: Site) -> None:
     """Writes the published results of all experiments that have some to the page."""
-    text = PAGE.read_text()
+    text = site.page.read_text()
     for experiment in experiments:
-        if (RESULTS / f"{experiment.name}.json").exists():
-            text = insert(text, experiment.name, page_part(experiment))
-    PAGE.write_text(text)
+        if (site.results / f"{experiment.name}.json").exists():
+            text = insert(text, experiment.name, page_part(experiment, site))
+    site.page.write_text(text)
 
 
-def page_part(experiment: Experiment) -> str:
+def page_part(experiment: Experiment, site: Site) -> str:
     """What the page shows of an experiment: claim, published verdicts, figure and table."""
-    result = json.loads((RESULTS / f"{experiment.name}.json").read_text())
+    result = json.loads((site.results / f"{experiment.name}.json").read_text())
     verdicts = [Verdict(**verdict) for verdict in result["verdicts"]]
     parts = [
         f"**Claim.** {experiment.claim}",
         f"**Our result** ({result['provenance']['runs']} runs, full mode):",
         "\n".join(f"- **{WORDS[supported]}**: {words}" for supported, words in verdicts),
-        f"![{experiment.title}](../results/paper/{experiment.name}.png)",
+        f"![{experiment.title}](../results/{site.results.name}/{experiment.name}.png)",
     ]
     if "table" in result:
         parts.append("\n".join(result["table"]))

@@ -97,13 +97,11 @@ class EmulatedBlock {
     running_ = this;
     body_ = &body;
     if (fibers_.size() < threads) fibers_.resize(threads);
-    for (Fiber& fiber : fibers_) {
-      fiber.done = false;
-      fiber.meetings = 0;
-    }
+    for (Fiber& fiber : fibers_) fiber.done = false;
     threads_ = threads;
+    meetings_.assign(1 + (threads + 31) / 32, {});
     resume(0, true);
-    if (fibers_[0].done) {  // no thread of such a block may wait
+    if (fibers_[0].done) {  // no other thread of such a block may wait
       for (unsigned i = 1; i < threads; ++i) {
         threadIdx = dim3(i, 0, 0);
         current_ = nullptr;
@@ -123,23 +121,13 @@ class EmulatedBlock {
     }
   }
 
-  // Waits until those of 32 neighbouring threads that `mask` has are here, too; or if it is 0, all
-  // threads of the block.
-  static void meet(unsigned mask) { running_->meet_(mask); }
+  // Waits until all threads of the block are here.
+  static void wait() { running_->meet(0, ~0u, running_->threads_); }
 
-  // What another thread of the warp has as `value`, which both exchange at once.
+  // What lane `from` of the warp has as `value`, which the lanes in `mask` exchange.
   template <typename T>
-  static T exchange(unsigned mask, T value, unsigned lane) {
-    static_assert(sizeof(T) <= sizeof(Fiber::values[0]), "a number of a register or two");
-    if (lane >= 32 || !(mask >> lane & 1)) emulated_abort("a shuffle from a lane without a part");
-    EmulatedBlock& block = *running_;
-    const unsigned warp = threadIdx.x / 32 * 32;
-    // The next exchange takes the other place: not all may have read this one by then.
-    const unsigned place = (block.fibers_[threadIdx.x].meetings + 1) % 2;
-    memcpy(block.fibers_[threadIdx.x].values[place], &value, sizeof(T));
-    block.meet_(mask);
-    memcpy(&value, block.fibers_[warp + lane].values[place], sizeof(T));
-    return value;
+  static T exchange(unsigned mask, T value, unsigned from) {
+    return running_->exchange_(mask, value, from);
   }
 
  private:
@@ -148,26 +136,41 @@ class EmulatedBlock {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool done;
-    unsigned meetings;  // so far
-    unsigned mask;      // of the last
-    char values[2][8];
+    uint64_t values[2];  // for this exchange, and for the next, as not all have read this one yet
+  };
+  // Of all threads, and of each warp: how many have come, and how often all have.
+  struct Meeting {
+    unsigned mask, came, number;
   };
 
-  void meet_(unsigned mask) {
+  void meet(unsigned group, unsigned mask, unsigned members) {
     if (!current_) emulated_abort("a barrier or a shuffle that not all of its threads reach");
-    const unsigned me = threadIdx.x, first = mask ? me / 32 * 32 : 0;
-    const unsigned end = mask && first + 32 < threads_ ? first + 32 : threads_;
-    const unsigned meeting = ++fibers_[me].meetings;
-    fibers_[me].mask = mask;
+    Fiber& me = *current_;
+    Meeting& meeting = meetings_[group];
+    if (meeting.came == 0) meeting.mask = mask;
+    if (meeting.mask != mask) emulated_abort("a shuffle whose lanes disagree about its mask");
+    const unsigned number = meeting.number;
     moved_ = true;
-    if (mask && !(mask >> me % 32 & 1)) emulated_abort("a shuffle of a lane without a part");
-    for (unsigned i = first; i < end; ++i) {
-      if (mask && !(mask >> i % 32 & 1)) continue;
-      while (fibers_[i].meetings < meeting) swapcontext(&fibers_[me].context, &scheduler_);
-      if (fibers_[i].meetings == meeting && fibers_[i].mask != mask) {
-        emulated_abort("threads that meet in different places");
-      }
+    if (++meeting.came == members) {
+      meeting.came = 0;
+      ++meeting.number;
     }
+    while (meeting.number == number) swapcontext(&me.context, &scheduler_);
+  }
+
+  template <typename T>
+  T exchange_(unsigned mask, T value, unsigned from) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a number in one register or two");
+    const unsigned me = threadIdx.x, warp = me / 32, lanes = threads_ - warp * 32;
+    if (lanes < 32) mask &= (1u << lanes) - 1;
+    if (!(mask >> me % 32 & 1) || from >= 32 || !(mask >> from & 1)) {
+      emulated_abort("a shuffle with a lane that its mask lacks");
+    }
+    const unsigned place = meetings_[1 + warp].number % 2;
+    memcpy(&fibers_[me].values[place], &value, sizeof(T));
+    meet(1 + warp, mask, static_cast<unsigned>(__builtin_popcount(mask)));
+    memcpy(&value, &fibers_[warp * 32 + from].values[place], sizeof(T));
+    return value;
   }
 
   void resume(unsigned thread, bool start) {
@@ -186,8 +189,7 @@ class EmulatedBlock {
 
   static void begin() {
     (*running_->body_)();
-    running_->current_->done = true;
-    running_->moved_ = true;
+    running_->current_->done = running_->moved_ = true;
   }
 
   inline static EmulatedBlock* running_ = nullptr;
@@ -195,11 +197,12 @@ class EmulatedBlock {
   const std::function<void()>* body_ = nullptr;
   std::vector<Fiber> fibers_;
   unsigned threads_ = 0;
-  bool moved_ = false;  // whether a thread came to a barrier or its end since the last turn
+  std::vector<Meeting> meetings_;
+  bool moved_ = false;  // whether a thread came to a meeting or its end in this turn
   Fiber* current_ = nullptr;
 };
 
-inline void __syncthreads() { EmulatedBlock::meet(0); }
+inline void __syncthreads() { EmulatedBlock::wait(); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {

@@ -74,7 +74,8 @@ def make_plan(tensors, steps, groups, of_group, scaling=UNSCALED):
     """A plan of one step of segments, group after group.
 
     Args:
-        tensors: param, grad, exp_avg and exp_avg_sq of each segment, of any supported dtypes.
+        tensors: param, grad, exp_avg and exp_avg_sq of each segment, of any supported dtypes; for a
+            format also the remainder and both exponents, or None.
         steps: of each segment, the count of this step, or a tensor that counts where capturable.
         groups: hyperparameters.
         of_group: of each segment.
@@ -87,9 +88,11 @@ def make_plan(tensors, steps, groups, of_group, scaling=UNSCALED):
             owner.grad = torch.empty(0)  # torch allows only gradients of the parameter's dtype
             capturable = isinstance(steps[i], Tensor)
             count = steps[i] if capturable else torch.tensor(steps[i] - 1.0)
-            stepped[id(owner)] = (owner, *tensors[i], count)
-            dtype = tensors[i][2].dtype
-            dtype = None if dtype == torch.float64 else dtype  # that of float64 parameters anyway
+            param, grad, exp_avg, exp_avg_sq, *more = tensors[i]
+            more = more or [None] * 3
+            stepped[id(owner)] = (owner, param, grad, exp_avg, exp_avg_sq, count, *more)
+            # That of float64 parameters follows from them.
+            dtype = {torch.float64: None, torch.uint8: "block8"}.get(exp_avg.dtype, exp_avg.dtype)
             group = {**group, "capturable": capturable, "state_dtype": dtype}
         listed.append({**group, "params": owners})
     plan = cpu.Plan()

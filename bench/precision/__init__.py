@@ -1,0 +1,1 @@
+"""What the formats for low memory cost in precision."""
