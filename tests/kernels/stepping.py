@@ -72,7 +72,8 @@ def triton_kernel() -> Kernel:
     def launch(rows, grads, low_memory, codes, scalars):
         blocks, run, work = upload.plan(rows[:, NUMEL], triton_.triton_kernel.CHUNK)
         tables = (torch.from_numpy(t).to(device) for t in (rows, grads, work, scalars))
-        triton_.launch_(*tables, None, run, blocks, codes)
+        extra = torch.from_numpy(low_memory.view(np.int64)).to(device) if len(low_memory) else None
+        triton_.launch_(*tables, None, run, blocks, codes, extra)
 
     return Kernel("triton", device, launch)
 

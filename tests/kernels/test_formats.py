@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radam_kernels import formats
-from radam_kernels.backends import reference
+from radam_kernels.backends import reference, triton_
 from radam_kernels.formats import BLOCK, Key, LowMemory
 from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.schedule import Action, StepScalars
@@ -20,6 +20,7 @@ from tests.kernels.stepping import (
     RECTIFIED,
     SCALARS,
     SKIP,
+    TRITON,
     Arena,
     Codes,
     Kernel,
@@ -40,6 +41,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(params=["cpu"])
 def kernels(request) -> list[Kernel]:
     """The kernels of each backend."""
+    return make_kernels(request.param)
+
+
+@pytest.fixture(params=["triton", TRITON])
+def triton(request) -> list[Kernel]:
+    """Triton's kernel, interpreted or on a GPU."""
     return make_kernels(request.param)
 
 
@@ -217,6 +224,30 @@ def check(
 def test_every_size_form_and_action_in_one_table(kernels, codes):
     segments = [ordinary(n, codes, i) for i, n in enumerate(SIZES) for _ in SCALARS]
     check(kernels, segments, SCALARS, codes)
+
+
+# Interpreted, Triton takes some 10 ms a program.
+@by_few_codes
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_triton_in_every_form_and_action(triton, codes):
+    segments = [ordinary(SIZES[i % len(SIZES)], codes, i) for i in range(len(SCALARS))]
+    segments += [any_bits(5000, codes, i, small=i > 0) for i in range(3)]
+    check(triton, segments, SCALARS, codes, [*range(len(SCALARS)), 0, 1, 4])
+
+
+@by_few_codes
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_triton_where_streams_and_indices_start_anywhere(triton, codes):
+    chunk = triton_.triton_kernel.CHUNK
+    firsts = (3, 2**32 - chunk, 2**32 - chunk + 1, 2**32 - 300, 2**33 - 77, 2**40 + 3)
+    segments = [
+        segment._replace(extra=segment.extra._replace(first_index=first))
+        for first in firsts
+        for segment in [ordinary(chunk + 300, codes)]
+    ]
+    streams = len(segments[0].tensors())
+    offsets = [(0,) * streams] * 3 + [(0,) * i + (1,) + (0,) * (streams - i - 1) for i in (0, 3, 4)]
+    check(triton, segments, [RECTIFIED], codes, offsets=offsets)
 
 
 @by_codes

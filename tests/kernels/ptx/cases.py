@@ -203,9 +203,11 @@ def _bits(
     """Elements as bits: any bits at all if `wild`, or else ordinary numbers and a few special."""
     item = dtype.itemsize
     uint = UINTS[item]
-    if name in EXPONENTS and not wild:
-        # Such that the numbers are neither tiny nor huge; with a few blocks that are NaN.
-        bits = rng.integers(100, 140, size).astype(uint)
+    if name in EXPONENTS:
+        # No kernel writes a lower one, and none need read it. Ordinary ones make numbers that are
+        # neither tiny nor huge, with a few blocks that are NaN.
+        least = {"exp_avg_exponent": 16, "exp_avg_sq_exponent": 32}[name]
+        bits = rng.integers(*((least, 256) if wild else (100, 140)), size).astype(uint)
         bits[rng.random(size) < 0.02] = 255
         return bits
     if wild or not dtype.is_floating_point:

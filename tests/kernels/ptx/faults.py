@@ -96,7 +96,7 @@ FAULTS = (
     ),
     Planted(
         "a lane of another block takes part", "cuda", BLOCK8,
-        r"(mov\.u32\s+%r\d+), 4;(\s+shfl)", r"\1, 8;\2",
+        r"(shfl\.sync\.bfly\.b32\s+[^,]+, [^,]+), %r\d+,", r"\1, 8,",
     ),
     Planted(
         "exp_avg_sq has 8 random bits", "triton", BLOCK8,
@@ -104,7 +104,7 @@ FAULTS = (
     ),
     Planted(
         "exp_avg_sq becomes 0", "cuda", BLOCK8,
-        r"selp\.u32(\s+%r\d+), 1, 0,", r"selp.u32\1, 0, 0,",
+        r"selp\.b32(\s+%r\d+), 0, 1048576,", r"selp.b32\1, 0, 0,",
     ),
     Planted(
         "a remainder has no sign", "triton", BLOCK8, r"cvt\.s32\.s8", "cvt.u32.u8"
