@@ -28,6 +28,7 @@ _MASK = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _DROPPED = 20  # mantissa bits that a code of block8 lacks
 _SPANS = {"exp_avg": 15, "exp_avg_sq": 31}  # exponents of a block8 code, less one
+LEAST_EXPONENT = {moment: span + 1 for moment, span in _SPANS.items()}  # of a block
 
 
 class Key(NamedTuple):
@@ -180,7 +181,7 @@ def encode_block8(x: Tensor, moment: str, words: Tensor) -> tuple[Tensor, Tensor
     bits = bits_of(x)
     magnitude = bits & 0x7FFFFFFF
     padded = torch.nn.functional.pad(magnitude, (0, -len(x) % BLOCK)).view(-1, BLOCK)
-    exponents = (padded.amax(1) + ((1 << _DROPPED) - 1) >> 23).clamp(span + 1, 255)
+    exponents = (padded.amax(1) + ((1 << _DROPPED) - 1) >> 23).clamp(LEAST_EXPONENT[moment], 255)
     each = exponents.repeat_interleave(BLOCK)[: len(x)]
     base = torch.where(each == 255, 512, each - span) << 3
     top = (magnitude + (RANDOM_MOMENT[moment](words) << 4) >> _DROPPED) - base

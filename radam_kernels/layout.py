@@ -152,8 +152,10 @@ def new_tensors(
     )
     blocked = [i for i in everyone if layouts[i].block8]
     rows = [torch.empty(formats.blocks(templates[i].numel()), device="meta") for i in blocked]
-    for key in EXPONENTS.values():
+    for moment, key in EXPONENTS.items():
         add(key, blocked, rows, [_BLOCK8] * len(blocked))
+        for i in blocked:
+            made[i][key].fill_(formats.LEAST_EXPONENT[moment])
     return made
 
 

@@ -14,8 +14,12 @@ from unittest.mock import patch
 
 Codes = tuple[int, ...]  # dtypes of param, grad and moments, as in radam_kernels.modules
 
-# float32, float64, and 16-bit types as parameter, with gradient, and throughout.
-SETS: tuple[Codes, ...] = ((0, 0, 0), (3, 3, 3), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 2))
+# float32, float64, and 16-bit types as parameter, with gradient, and throughout; then with formats
+# for low memory: 32-bit masters and 16-bit moments, 24 and 8 bits, no master.
+SETS: tuple[Codes, ...] = (
+    *((0, 0, 0), (3, 3, 3), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 2)),
+    *((6, 1, 4), (5, 1, 7), (4, 1, 4)),
+)
 NORM_SETS: tuple[Codes, ...] = ((0,), (1,), (3,))  # dtypes of gradients whose norm is taken
 TARGETS = ("sm_90", "sm_100", "gfx942")
 
@@ -62,6 +66,7 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
     from triton.compiler import ASTSource
 
     from radam_kernels.backends import triton_kernel
+    from radam_kernels.modules import DTYPES
 
     pointers = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
     tables = [torch.zeros(width, dtype=torch.int64) for width in (5, 1, 1, 9)]
@@ -82,12 +87,13 @@ def _compile_all(folder: Path) -> Iterator[Compiled]:
             if len(codes) == 1:
                 triton_kernel.launch_power_sum(*tables[:2], 0, 1, *codes, 2.0)
             else:
-                triton_kernel.launch_(*tables, None, 0, 1, codes)
+                low_memory = tables[0] if max(codes) >= len(DTYPES) else None
+                triton_kernel.launch_(*tables, None, 0, 1, codes, low_memory)
         name = names[1] if len(codes) == 1 else names[0]
         kernel, recorder = getattr(triton_kernel, name), recorders[name]
         signature, constants = {}, {}
         for i, (parameter, arg) in enumerate(zip(kernel.params, recorder.args, strict=True)):
-            if parameter.is_constexpr or arg is None:  # None: a kernel without a factor
+            if parameter.is_constexpr or arg is None:  # a kernel without it
                 signature[parameter.name], constants[(i,)] = "constexpr", arg
             elif torch.is_tensor(arg):
                 signature[parameter.name] = pointers[arg.dtype]

@@ -12,6 +12,7 @@ import radam_kernels
 from radam_kernels import backends, formats, schedule
 from radam_kernels.backends import triton_, upload
 from radam_kernels.modules import cpu
+from radam_kernels.scaling import address
 from radam_kernels.schedule import Action
 from tests.helpers import GPU, USUAL
 
@@ -83,8 +84,11 @@ def cuda_kernel() -> Kernel:
         module = backends.cuda._cuda
         blocks, run, work = upload.plan(rows[:, NUMEL], module.chunk(*codes))
         tables = [torch.from_numpy(t).cuda() for t in (rows, grads, work, scalars)]
+        extra = torch.from_numpy(low_memory.view(np.int64)).cuda() if len(low_memory) else None
         segments, grads, work, scalars_ = (t.data_ptr() for t in tables)
-        module.step(segments, grads, 0, work, run, blocks, *codes, 0, 0, scalars_, 0, 0, 0)
+        module.step(
+            segments, grads, address(extra), work, run, blocks, *codes, 0, 0, scalars_, 0, 0, 0
+        )
         torch.cuda.synchronize()
 
     return Kernel("cuda", "cuda", launch)

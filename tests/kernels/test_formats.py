@@ -15,6 +15,7 @@ from radam_kernels.modules import DTYPES, cpu
 from radam_kernels.schedule import Action, StepScalars
 from tests.helpers import FORMATS, LOW_MEMORY_SETS, dtypes_id, same_bits
 from tests.kernels.stepping import (
+    CUDA,
     HOLD,
     MOMENTUM,
     RECTIFIED,
@@ -38,7 +39,7 @@ NO_CHANGE = StepScalars(1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, float(Action.REC
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=["cpu"])
+@pytest.fixture(params=["cpu", CUDA])
 def kernels(request) -> list[Kernel]:
     """The kernels of each backend."""
     return make_kernels(request.param)
