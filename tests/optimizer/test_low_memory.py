@@ -329,6 +329,25 @@ def test_steps_in_backward_draw_the_same_bits(options):
     assert_same_training(train(False), train(True))
 
 
+def test_a_group_added_between_a_backward_and_its_step_draws_too():
+    """As it would have if it had been there from the beginning."""
+
+    def train(late: bool) -> RAdam:
+        first, second = (Parameter(randn(300, seed=i).to(BF16)) for i in range(2))
+        optimizer = RAdam([first], stochastic_rounding=True)
+        optimizer.step_in_backward()
+        if late:
+            first.sum().backward()
+        optimizer.add_param_group({"params": [second]})
+        if not late:
+            first.sum().backward()
+        second.sum().backward()
+        optimizer.step()
+        return optimizer
+
+    assert_same_training(train(False), train(True))
+
+
 def test_a_seed_gives_other_bits():
     def train(seed: int) -> Tensor:
         p = Parameter(torch.ones(4096, dtype=BF16))
