@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.optim import RAdam as TorchRAdam
 
@@ -161,13 +162,27 @@ def test_a_model_that_becomes_float32_keeps_its_masters(bits):
     model.float()
     with torch.no_grad():
         model.weight[0, 0] = torch.pi  # changed since: keeps its value
+    before_the_step = list(optimizer.master_params())
+    exported = optimizer.master_state_dict(model)
     optimizer.param_groups[0]["lr"] = 0.0
     take_steps(optimizer, 1)
     assert model.weight[0, 0] == torch.tensor(torch.pi)
     masters[0][0, 0] = torch.pi
-    for p, master in zip(model.parameters(), masters, strict=True):
+    for p, master, before in zip(model.parameters(), masters, before_the_step, strict=True):
         assert same_bits(p.detach(), master)
+        assert same_bits(p.detach(), before)
         assert "param_remainder" not in state_of(optimizer, p)
+    assert same_bits(exported["weight"], masters[0])
+
+
+def test_a_remainder_that_was_loaded_to_the_cpu_completes_a_weight_on_a_gpu():
+    with FakeTensorMode():
+        p = Parameter(torch.zeros(30, dtype=BF16, device="cuda"))
+        optimizer = RAdam([p], master_weights=32)
+        optimizer.state[p]["param_remainder"] = torch.zeros(30, dtype=torch.int16)
+        [master] = optimizer.master_params()
+        assert master.dtype == torch.float32
+        assert master.device == p.device
 
 
 def test_float32_parameters_have_no_remainder_and_float16_ones_are_refused():
