@@ -175,6 +175,18 @@ def test_a_model_that_becomes_float32_keeps_its_masters(bits):
     assert same_bits(exported["weight"], masters[0])
 
 
+def test_masters_loaded_into_a_model_that_became_float32_are_exact():
+    model = nn.Linear(40, 30).bfloat16()
+    optimizer = RAdam(model.parameters(), lr=0.01, master_weights=32)
+    take_steps(optimizer, 5)
+    model.float()
+    ones = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    optimizer.load_master_state_dict(model, ones)
+    optimizer.param_groups[0]["lr"] = 0.0
+    take_steps(optimizer, 1)
+    assert all((p == 1).all() for p in model.parameters())
+
+
 def test_a_remainder_that_was_loaded_to_the_cpu_completes_a_weight_on_a_gpu():
     with FakeTensorMode():
         p = Parameter(torch.zeros(30, dtype=BF16, device="cuda"))
