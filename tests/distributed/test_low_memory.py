@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -229,6 +230,23 @@ def test_the_first_index_of_a_shard(mesh_of, rank):
     assert number == 0
     if both.to_local().numel():
         assert first == both.to_local().flatten()[0]
+
+
+@pytest.mark.parametrize("options", [SR16, BLOCK8], ids=str)
+def test_a_step_of_fake_shards_makes_the_state_of_a_real_one(mesh_of, options):
+    mesh = mesh_of(4, rank=3)
+
+    def sizes() -> dict[str, tuple]:
+        whole = torch.zeros(37, 9, dtype=BF16)
+        p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        p.grad = torch.zeros_like(p)
+        optimizer = RAdam([p], **options)
+        optimizer.step()
+        return {key: (value.dtype, local(value).shape) for key, value in optimizer.state[p].items()}
+
+    with FakeTensorMode():
+        fake = sizes()
+    assert fake == sizes()
 
 
 @pytest.mark.distributed(2)
