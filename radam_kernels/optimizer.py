@@ -378,23 +378,24 @@ class RAdam(Optimizer):
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             return prepare_load(self, state_dict, self._flatten)
 
+        had = [{*group} for group in self.param_groups]
         # The last hook, so that it sees what the others return.
         hook = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._warn_of_options_that_ranks_may_lack()
+        self._warn_of_options_that_ranks_may_lack(had)
 
-    def _warn_of_options_that_ranks_may_lack(self) -> None:
+    def _warn_of_options_that_ranks_may_lack(self, had: list[set[str]]) -> None:
         """torch's broadcast_from_rank0 gives other ranks only the keys that they have."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         loaded = {
             name: group[name]
-            for group in self.param_groups
+            for group, before in zip(self.param_groups, had, strict=True)
             for name in OPTIONAL
-            if name in group and name not in self.defaults
+            if name in group and name not in before
         }
         if loaded and torch.distributed.get_world_size() > 1:
             warnings.warn(

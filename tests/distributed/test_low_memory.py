@@ -194,6 +194,17 @@ def test_a_file_without_masters_needs_a_partial_load(world, tmp_path):
     assert all(local(own["exp_avg"]).dtype == torch.uint8 for own in loaded.state.values())
 
 
+@pytest.mark.filterwarnings("error:radam_kernels.RAdam")
+def test_a_load_does_not_warn_of_formats_that_groups_have(mesh_of):
+    """They never come from a checkpoint."""
+    mesh_of(2, rank=0)
+    params = [nn.Parameter(torch.ones(4, dtype=BF16)) for _ in range(2)]
+    groups = [{"params": params[:1], **BLOCK8}, {"params": params[1:]}]
+    optimizer = RAdam(groups)
+    optimizer.load_state_dict(RAdam([{"params": [p]} for p in params]).state_dict())
+    assert optimizer.param_groups[0]["state_dtype"] == "block8"
+
+
 @pytest.mark.distributed(4)
 def test_other_placements_draw_alike_on_replicas_only(world):
     """Of a weight that is sharded by columns, the elements are counted in the shard."""
