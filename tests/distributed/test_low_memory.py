@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from radam_kernels import RAdam, layout
@@ -102,6 +102,26 @@ def test_zero_saves_plain_tensors_and_goes_on_with_what_it_loads():
     stepped = [own for own in loaded.optim.state.values() if own]
     assert stepped
     assert all(own["exp_avg"].dtype == torch.uint8 for own in stepped)
+
+
+@pytest.mark.distributed(2)
+def test_fsdp1_loads_masters_of_its_own_ranks_only():
+    """Its `optim_state_dict_to_load` refuses integers."""
+    model, optimizer = train(FSDP1(), RAdam, Exact(dtype=BF16, options=BLOCK8))
+    loaded = RAdam(model.parameters(), **BLOCK8)
+    whole = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    with pytest.raises(ValueError, match="integer"):
+        FullyShardedDataParallel.optim_state_dict_to_load(model, loaded, whole)
+    for own in whole["state"].values():
+        del own["param_remainder"]
+    parts = FullyShardedDataParallel.optim_state_dict_to_load(model, loaded, whole)
+    for state_dict in (parts, optimizer.state_dict()):
+        loaded.load_state_dict(state_dict)
+        for mine, theirs in zip(optimizer.state.values(), loaded.state.values(), strict=True):
+            for key in layout.MOMENTS:
+                assert same_bits(layout.decoded(mine, key), layout.decoded(theirs, key))
+    for mine, theirs in zip(optimizer.master_params(), loaded.master_params(), strict=True):
+        assert same_bits(mine, theirs)
 
 
 def sharded_model(seed: int, rows: int = 37) -> nn.Module:
