@@ -1,5 +1,6 @@
 """RAdam, a drop-in replacement for torch.optim.RAdam."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
@@ -21,6 +22,8 @@ from .stages import listen
 from .state import Loaded, prepare_load
 from .step import take_step
 from .watch import Watch
+
+_SAVING = threading.RLock()  # torch iterates over the hooks that state_dict() changes
 
 
 class RAdam(Optimizer):
@@ -429,12 +432,13 @@ class RAdam(Optimizer):
             states = {key: portable(state) for key, state in state_dict["state"].items()}
             return {**state_dict, "state": states}
 
-        # The first hook, so that the others see what is saved.
-        hook = self.register_state_dict_post_hook(prepare, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        with _SAVING:
+            # The first hook, so that the others see what is saved.
+            hook = self.register_state_dict_post_hook(prepare, prepend=True)
+            try:
+                return super().state_dict()
+            finally:
+                hook.remove()
 
     def master_params(self) -> Iterator[Tensor]:
         """A copy of each parameter in float32 (float64 and complex ones in their dtype), in order.

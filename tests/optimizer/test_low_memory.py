@@ -3,6 +3,8 @@
 import copy
 import io
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -528,6 +530,21 @@ def test_a_checkpoint_has_plain_tensors_and_changes_nothing(options):
         assert before.keys() == now.keys()
         for key, value in before.items():
             assert torch.equal(value, now[key])
+
+
+def test_threads_save_at_once():
+    optimizer = RAdam([Parameter(randn(300, seed=i).to(BF16)) for i in range(20)], **BLOCK8)
+    take_steps(optimizer, 1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            saved_at_once = [threads.submit(optimizer.state_dict) for _ in range(200)]
+    finally:
+        sys.setswitchinterval(interval)
+    for checkpoint in saved_at_once:
+        for own in checkpoint.result()["state"].values():
+            assert own["exp_avg"].dtype == BF16
 
 
 @every_option
