@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .formats import blocks
 from .layout import EXPONENTS, MOMENTS, REMAINDER, Layout, layout_of
+from .sharding import local
 from .state import as_step, is_new, step_device
 
 
@@ -71,6 +72,7 @@ def _new_tensors(param: Tensor, layout: Layout) -> dict[str, Tensor]:
     if layout.remainder is not None:
         made[REMAINDER] = torch.zeros_like(param, dtype=layout.remainder)
     if layout.block8:
-        rows = blocks(param.numel())
-        made |= {key: param.new_zeros(rows, dtype=layout.moments) for key in EXPONENTS.values()}
+        part = local(param)
+        rows = blocks(part.numel())
+        made |= {key: part.new_zeros(rows, dtype=layout.moments) for key in EXPONENTS.values()}
     return made

@@ -236,10 +236,11 @@ def portable(state: Any) -> Any:
 
 @torch.no_grad()
 def master_weight(param: Tensor, remainder: Any) -> Tensor:
-    """A copy of a weight, in float32 at least, with its remainder."""
+    """A copy of a weight, in float32 at least, with its remainder, on any device."""
     weight = local(param.detach())
-    if is_remainder(remainder) and weight.dtype == torch.bfloat16:
-        value = formats.join_weight(weight, local(remainder))
+    if is_remainder(remainder) and weight.dtype in (torch.bfloat16, torch.float32):
+        join = folded if weight.dtype == torch.float32 else formats.join_weight
+        value = join(weight, local(remainder).to(weight.device))
     else:
         value = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     return wrap_local(value, param.detach())

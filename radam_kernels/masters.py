@@ -37,10 +37,13 @@ def import_masters(
         for group in optimizer.param_groups
         for param in group["params"]
     }
-    weights, remainders = dict(state_dict), []
+    weights, remainders, stale = dict(state_dict), [], []
     for name, param in model.named_parameters(remove_duplicate=False):
         layout = layouts.get(id(param))
-        if layout is None or layout.remainder is None or name not in state_dict:
+        if layout is None or name not in state_dict:
+            continue
+        if layout.remainder is None:
+            stale.append(param)  # float32 since: the next step would add what it has
             continue
         value = state_dict[name]
         if value.shape != param.shape:
@@ -54,6 +57,8 @@ def import_masters(
         weights[name] = wrap_local(weight, param)
         remainders.append((param, rest))
     model.load_state_dict(weights, strict=strict)
+    for param in stale:
+        optimizer.state.get(param, {}).pop(REMAINDER, None)
     for param, rest in remainders:
         own = optimizer.state[param]
         old = own.get(REMAINDER)

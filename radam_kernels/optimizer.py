@@ -1,5 +1,6 @@
 """RAdam, a drop-in replacement for torch.optim.RAdam."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
@@ -21,6 +22,8 @@ from .stages import listen
 from .state import Loaded, prepare_load
 from .step import take_step
 from .watch import Watch
+
+_SAVING = threading.RLock()  # torch iterates over the hooks that state_dict() changes
 
 
 class RAdam(Optimizer):
@@ -378,23 +381,24 @@ class RAdam(Optimizer):
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             return prepare_load(self, state_dict, self._flatten)
 
+        had = [{*group} for group in self.param_groups]
         # The last hook, so that it sees what the others return.
         hook = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._warn_of_options_that_ranks_may_lack()
+        self._warn_of_options_that_ranks_may_lack(had)
 
-    def _warn_of_options_that_ranks_may_lack(self) -> None:
+    def _warn_of_options_that_ranks_may_lack(self, had: list[set[str]]) -> None:
         """torch's broadcast_from_rank0 gives other ranks only the keys that they have."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         loaded = {
             name: group[name]
-            for group in self.param_groups
+            for group, before in zip(self.param_groups, had, strict=True)
             for name in OPTIONAL
-            if name in group and name not in self.defaults
+            if name in group and name not in before
         }
         if loaded and torch.distributed.get_world_size() > 1:
             warnings.warn(
@@ -428,12 +432,13 @@ class RAdam(Optimizer):
             states = {key: portable(state) for key, state in state_dict["state"].items()}
             return {**state_dict, "state": states}
 
-        # The first hook, so that the others see what is saved.
-        hook = self.register_state_dict_post_hook(prepare, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        with _SAVING:
+            # The first hook, so that the others see what is saved.
+            hook = self.register_state_dict_post_hook(prepare, prepend=True)
+            try:
+                return super().state_dict()
+            finally:
+                hook.remove()
 
     def master_params(self) -> Iterator[Tensor]:
         """A copy of each parameter in float32 (float64 and complex ones in their dtype), in order.

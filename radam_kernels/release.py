@@ -84,6 +84,7 @@ class StepInBackward:
         for key in self._members.keys() - current:  # taken out of the optimizer
             if (hook := self._members.pop(key).hook) is not None:
                 hook.remove()
+        self._ordinals = None
         others = [member.param for member in self._members.values()]
         _check([member.param for member in added], others, optimizer._name)
         for member in added:

@@ -233,7 +233,7 @@ def _stage(
     if copied:
         param = _copy(param, name, try_back=new)
     if remainder is not None and param.dtype == torch.float32:
-        param, copied = folded(param, local(remainder)), True
+        param, copied = folded(param, local(remainder).to(param.device)), True
     return Staged(param, _match_gradient(grad, param, *formats_of(owner, group)), copied)
 
 

@@ -1,7 +1,7 @@
 // The formats for low memory: weights of 24 or 32 bits in a bfloat16 and a remainder, bfloat16 with
 // stochastic rounding, and 8-bit floats in blocks that share an exponent. They are codecs around
 // radam_update(), in integer operations only. radam_kernels/formats.py is the same in torch and
-// explains them; cpu/lanes.h has vectors of them.
+// explains them; cpu/formats_lanes.h has vectors of them.
 #pragma once
 
 #include <cstdint>

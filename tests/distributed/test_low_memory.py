@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from radam_kernels import RAdam, layout
@@ -103,6 +104,26 @@ def test_zero_saves_plain_tensors_and_goes_on_with_what_it_loads():
     assert all(own["exp_avg"].dtype == torch.uint8 for own in stepped)
 
 
+@pytest.mark.distributed(2)
+def test_fsdp1_loads_masters_of_its_own_ranks_only():
+    """Its `optim_state_dict_to_load` refuses integers."""
+    model, optimizer = train(FSDP1(), RAdam, Exact(dtype=BF16, options=BLOCK8))
+    loaded = RAdam(model.parameters(), **BLOCK8)
+    whole = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    with pytest.raises(ValueError, match="integer"):
+        FullyShardedDataParallel.optim_state_dict_to_load(model, loaded, whole)
+    for own in whole["state"].values():
+        del own["param_remainder"]
+    parts = FullyShardedDataParallel.optim_state_dict_to_load(model, loaded, whole)
+    for state_dict in (parts, optimizer.state_dict()):
+        loaded.load_state_dict(state_dict)
+        for mine, theirs in zip(optimizer.state.values(), loaded.state.values(), strict=True):
+            for key in layout.MOMENTS:
+                assert same_bits(layout.decoded(mine, key), layout.decoded(theirs, key))
+    for mine, theirs in zip(optimizer.master_params(), loaded.master_params(), strict=True):
+        assert same_bits(mine, theirs)
+
+
 def sharded_model(seed: int, rows: int = 37) -> nn.Module:
     """Its shards begin at any element."""
     torch.manual_seed(seed)
@@ -193,6 +214,17 @@ def test_a_file_without_masters_needs_a_partial_load(world, tmp_path):
     assert all(local(own["exp_avg"]).dtype == torch.uint8 for own in loaded.state.values())
 
 
+@pytest.mark.filterwarnings("error:radam_kernels.RAdam")
+def test_a_load_does_not_warn_of_formats_that_groups_have(mesh_of):
+    """They never come from a checkpoint."""
+    mesh_of(2, rank=0)
+    params = [nn.Parameter(torch.ones(4, dtype=BF16)) for _ in range(2)]
+    groups = [{"params": params[:1], **BLOCK8}, {"params": params[1:]}]
+    optimizer = RAdam(groups)
+    optimizer.load_state_dict(RAdam([{"params": [p]} for p in params]).state_dict())
+    assert optimizer.param_groups[0]["state_dtype"] == "block8"
+
+
 @pytest.mark.distributed(4)
 def test_other_placements_draw_alike_on_replicas_only(world):
     """Of a weight that is sharded by columns, the elements are counted in the shard."""
@@ -229,6 +261,23 @@ def test_the_first_index_of_a_shard(mesh_of, rank):
     assert number == 0
     if both.to_local().numel():
         assert first == both.to_local().flatten()[0]
+
+
+@pytest.mark.parametrize("options", [SR16, BLOCK8], ids=str)
+def test_a_step_of_fake_shards_makes_the_state_of_a_real_one(mesh_of, options):
+    mesh = mesh_of(4, rank=3)
+
+    def sizes() -> dict[str, tuple]:
+        whole = torch.zeros(37, 9, dtype=BF16)
+        p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        p.grad = torch.zeros_like(p)
+        optimizer = RAdam([p], **options)
+        optimizer.step()
+        return {key: (value.dtype, local(value).shape) for key, value in optimizer.state[p].items()}
+
+    with FakeTensorMode():
+        fake = sizes()
+    assert fake == sizes()
 
 
 @pytest.mark.distributed(2)

@@ -3,10 +3,13 @@
 import copy
 import io
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.optim import RAdam as TorchRAdam
 
@@ -161,13 +164,39 @@ def test_a_model_that_becomes_float32_keeps_its_masters(bits):
     model.float()
     with torch.no_grad():
         model.weight[0, 0] = torch.pi  # changed since: keeps its value
+    before_the_step = list(optimizer.master_params())
+    exported = optimizer.master_state_dict(model)
     optimizer.param_groups[0]["lr"] = 0.0
     take_steps(optimizer, 1)
     assert model.weight[0, 0] == torch.tensor(torch.pi)
     masters[0][0, 0] = torch.pi
-    for p, master in zip(model.parameters(), masters, strict=True):
+    for p, master, before in zip(model.parameters(), masters, before_the_step, strict=True):
         assert same_bits(p.detach(), master)
+        assert same_bits(p.detach(), before)
         assert "param_remainder" not in state_of(optimizer, p)
+    assert same_bits(exported["weight"], masters[0])
+
+
+def test_masters_loaded_into_a_model_that_became_float32_are_exact():
+    model = nn.Linear(40, 30).bfloat16()
+    optimizer = RAdam(model.parameters(), lr=0.01, master_weights=32)
+    take_steps(optimizer, 5)
+    model.float()
+    ones = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    optimizer.load_master_state_dict(model, ones)
+    optimizer.param_groups[0]["lr"] = 0.0
+    take_steps(optimizer, 1)
+    assert all((p == 1).all() for p in model.parameters())
+
+
+def test_a_remainder_that_was_loaded_to_the_cpu_completes_a_weight_on_a_gpu():
+    with FakeTensorMode():
+        p = Parameter(torch.zeros(30, dtype=BF16, device="cuda"))
+        optimizer = RAdam([p], master_weights=32)
+        optimizer.state[p]["param_remainder"] = torch.zeros(30, dtype=torch.int16)
+        [master] = optimizer.master_params()
+        assert master.dtype == torch.float32
+        assert master.device == p.device
 
 
 def test_float32_parameters_have_no_remainder_and_float16_ones_are_refused():
@@ -329,6 +358,25 @@ def test_steps_in_backward_draw_the_same_bits(options):
     assert_same_training(train(False), train(True))
 
 
+def test_a_group_added_between_a_backward_and_its_step_draws_too():
+    """As it would have if it had been there from the beginning."""
+
+    def train(late: bool) -> RAdam:
+        first, second = (Parameter(randn(300, seed=i).to(BF16)) for i in range(2))
+        optimizer = RAdam([first], stochastic_rounding=True)
+        optimizer.step_in_backward()
+        if late:
+            first.sum().backward()
+        optimizer.add_param_group({"params": [second]})
+        if not late:
+            first.sum().backward()
+        second.sum().backward()
+        optimizer.step()
+        return optimizer
+
+    assert_same_training(train(False), train(True))
+
+
 def test_a_seed_gives_other_bits():
     def train(seed: int) -> Tensor:
         p = Parameter(torch.ones(4096, dtype=BF16))
@@ -482,6 +530,21 @@ def test_a_checkpoint_has_plain_tensors_and_changes_nothing(options):
         assert before.keys() == now.keys()
         for key, value in before.items():
             assert torch.equal(value, now[key])
+
+
+def test_threads_save_at_once():
+    optimizer = RAdam([Parameter(randn(300, seed=i).to(BF16)) for i in range(20)], **BLOCK8)
+    take_steps(optimizer, 1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            saved_at_once = [threads.submit(optimizer.state_dict) for _ in range(200)]
+    finally:
+        sys.setswitchinterval(interval)
+    for checkpoint in saved_at_once:
+        for own in checkpoint.result()["state"].values():
+            assert own["exp_avg"].dtype == BF16
 
 
 @every_option
