@@ -103,6 +103,8 @@ def random_weight8(words: Tensor) -> Tensor:
     return words & 0xFF
 
 
+NEAREST_WORD = 0x80008000  # a word of which both moments take half: ties away from zero
+
 RANDOM_MOMENT = {"exp_avg": random_exp_avg, "exp_avg_sq": random_exp_avg_sq}
 
 
@@ -160,8 +162,10 @@ def convert_remainder(remainder: Tensor, dtype: torch.dtype) -> Tensor:
     """Between int16 and int8, which loses the lower half."""
     if remainder.dtype == dtype:
         return remainder
-    wide = remainder.to(torch.int16)
-    return (wide << 8) if dtype == torch.int16 else (wide >> 8).to(dtype)
+    wide = remainder.to(torch.int16)  # from int32, too, where a state dict has it
+    if dtype == torch.int8:
+        return (wide >> 8).to(dtype)
+    return wide << 8 if remainder.dtype == torch.int8 else wide
 
 
 def blocks(numel: int) -> int:

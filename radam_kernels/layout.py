@@ -9,7 +9,7 @@ from torch import Tensor
 from . import formats
 from .flat import is_dense, zeros_like
 from .modules import DTYPES, cpu
-from .sharding import is_sharded, local, same_placement, shard_of, wrap_local
+from .sharding import is_sharded, local, same_placement, wrap_local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REMAINDER = "param_remainder"
@@ -23,7 +23,7 @@ COMPLEX = {
 }
 REAL = {c: r for r, c in COMPLEX.items()}
 
-_CHUNK = 1 << 20  # elements that are encoded at a time, a multiple of a block: bounds temporaries
+_CHUNK = 1 << 16  # elements that are encoded at a time, a multiple of a block: fit into caches
 _BLOCK8 = torch.uint8
 
 
@@ -112,7 +112,15 @@ def is_block8(state: dict[str, Any], key: str) -> bool:
 
 
 def is_remainder(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in formats.REMAINDERS.values()
+    """Whether it is a remainder, of either width, or one of int16 in a state dict, as int32."""
+    return isinstance(value, Tensor) and value.dtype in (*formats.REMAINDERS.values(), torch.int32)
+
+
+def collective(remainder: Tensor) -> Tensor:
+    """A remainder in a dtype that collectives can send: neither gloo nor NCCL knows int16."""
+    if is_sharded(remainder) and remainder.dtype == torch.int16:
+        return wrap_local(local(remainder).to(torch.int32), remainder)
+    return remainder
 
 
 def new_tensors(
@@ -160,21 +168,19 @@ def new_tensors(
 
 
 @torch.no_grad()
-def fill(new: dict[str, Tensor], old: dict[str, Tensor], owner: Tensor, seed: int) -> None:
+def fill(new: dict[str, Tensor], old: dict[str, Tensor]) -> None:
     """Copies the values of a state into new tensors, in their formats.
 
     Args:
         old: moments and remainder of any format, placed as the parameter is; those that are
             missing are zeros.
-        seed: for the random bits that floats are encoded with. Values that were block8 come back
-            as they were with any bits.
     """
     for key in MOMENTS:
         if key not in old:
             continue
         values, target = local(decoded(old, key)), local(new[key])
         if new[key].dtype == _BLOCK8:
-            _encode_(target, new[EXPONENTS[key]], values, key, owner, seed)
+            _encode_(target, new[EXPONENTS[key]], values, key)
         else:
             target.copy_(values)
     if REMAINDER in new and REMAINDER in old:
@@ -182,18 +188,14 @@ def fill(new: dict[str, Tensor], old: dict[str, Tensor], owner: Tensor, seed: in
         target.copy_(formats.convert_remainder(local(old[REMAINDER]), target.dtype))
 
 
-def _encode_(
-    codes: Tensor, exponents: Tensor, values: Tensor, key: str, owner: Tensor, seed: int
-) -> None:
+def _encode_(codes: Tensor, exponents: Tensor, values: Tensor, key: str) -> None:
+    """Rounds to nearest: once does no harm. Values that were block8 come back as they were."""
     if not laid_out_like(values, codes):
         values = torch.empty_like(codes, dtype=values.dtype).copy_(values)
-    first, shard = shard_of(owner) if is_sharded(owner) else (0, 0)
-    step = formats.step_key(seed, 0)  # no step has this number
-    parameter = formats.parameter_key(0, shard)
+    words = torch.full((), formats.NEAREST_WORD, device=codes.device)
     flat, source = formats.in_memory_order(codes), formats.in_memory_order(values)
     for at in range(0, len(flat), _CHUNK):
         some = source[at : at + _CHUNK].float()
-        words = formats.random_words(step, parameter, first + at, len(some), some.device)
         block = at // formats.BLOCK
         formats.encode_moment_(
             flat[at : at + _CHUNK],
@@ -231,7 +233,10 @@ def portable(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
     plain = {key: value for key, value in state.items() if key not in EXPONENTS.values()}
-    return plain | {key: decoded(state, key) for key in MOMENTS if key in state}
+    plain |= {key: decoded(state, key) for key in MOMENTS if key in state}
+    if is_remainder(state.get(REMAINDER)):
+        plain[REMAINDER] = collective(state[REMAINDER])
+    return plain
 
 
 @torch.no_grad()

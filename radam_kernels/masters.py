@@ -37,7 +37,9 @@ def import_masters(
         for group in optimizer.param_groups
         for param in group["params"]
     }
-    weights, remainders, stale = dict(state_dict), [], []
+    weights = dict(state_dict)
+    remainders: list[tuple[Tensor, Tensor]] = []
+    stale: list[Tensor] = []
     for name, param in model.named_parameters(remove_duplicate=False):
         layout = layouts.get(id(param))
         if layout is None or name not in state_dict:
@@ -56,7 +58,15 @@ def import_masters(
         weight, rest = formats.split_weight(value, half if layout.remainder == torch.int8 else None)
         weights[name] = wrap_local(weight, param)
         remainders.append((param, rest))
-    model.load_state_dict(weights, strict=strict)
+    try:
+        model.load_state_dict(weights, strict=strict)
+    finally:  # torch loads what there is, and then raises for missing keys
+        _set_remainders(optimizer, remainders, stale)
+
+
+def _set_remainders(
+    optimizer: "RAdam", remainders: list[tuple[Tensor, Tensor]], stale: list[Tensor]
+) -> None:
     for param in stale:
         optimizer.state.get(param, {}).pop(REMAINDER, None)
     for param, rest in remainders:

@@ -141,6 +141,7 @@ def repair(
         if not fitting:
             fresh.append((owner, layout))
         counted = old is not None and fitting and is_step(old["step"], step_device(owner, group))
+        counted = counted and (layout.remainder is not None or REMAINDER not in tensors)
         if not counted and is_capturing(local(owner).device):
             raise RuntimeError(
                 f"{name_of(owner)} has no state that fits it, and state that is made while a CUDA "
@@ -150,7 +151,7 @@ def repair(
     for (group, owner, _, _), old, stored, item in zip(pending, olds, placed, staged, strict=True):
         layout = layout_of(owner, group)
         if owner in made:
-            fill(made[owner], stored, owner, int(group.get("seed", 0)))
+            fill(made[owner], stored)
         unused = {REMAINDER} if layout.remainder is None else set()
         unused |= set() if layout.block8 else {*EXPONENTS.values()}
         new = {"step": as_step((old or {}).get("step", 0), step_device(owner, group))}

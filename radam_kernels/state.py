@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .flat import is_dense
+from .formats import convert_remainder
 from .hyperparameters import FORMATS
 from .layout import (
     EXPONENTS,
     EXTRAS,
     MOMENTS,
     REMAINDER,
+    collective,
     decoded,
     fill,
     fits,
@@ -149,6 +151,7 @@ def placed_tensors(state: dict[str, Any] | None, owner: Tensor, name: object) ->
                 continue
             tensor = decoded(state, key)
         if not same_placement(tensor, owner):
+            tensor = collective(tensor) if key == REMAINDER else tensor
             tensor = redistributed(tensor, owner, f"{key} of {name}")
         placed[key] = tensor
     return placed
@@ -216,13 +219,16 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
         for k, tensor in placed.items():
             state[k] = tensor if k in EXPONENTS.values() else wrap_local(local(tensor), owner)
         layout = layout_of(owner, options)
+        if layout.remainder is not None and REMAINDER in state:
+            plain = convert_remainder(local(state[REMAINDER]), layout.remainder)
+            state[REMAINDER] = wrap_local(plain, owner)
         # The step encodes floats that belong in block8, wherever they come from.
         waits = layout.block8 and not all(is_block8(state, k) for k in MOMENTS)
         if not is_new(state) and not waits and (flatten or not fits(state, owner, layout)):
             converted.append((owner, layout, state))
     made = new_tensors([c[0] for c in converted], [c[1] for c in converted], flatten=flatten)
     for (owner, _, state), tensors in zip(converted, made, strict=True):
-        fill(tensors, state, owner, 0)
+        fill(tensors, state)
         for k in EXTRAS:
             if k != REMAINDER or owner.dtype == torch.bfloat16:
                 state.pop(k, None)

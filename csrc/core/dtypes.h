@@ -97,9 +97,8 @@ constexpr bool is_low_memory(const DTypeSet& d) { return is_format(d.param) || i
 constexpr DType weight_dtype(DType param) { return is_format(param) ? kBFloat16 : param; }
 
 // float64 mixes with float64 only. float32, bfloat16 and float16 mix freely and compute in float.
-// The formats for low memory go with each other where nothing that is narrow is rounded to nearest
-// beside something that is rounded stochastically, and with gradients of float32 or of the weight's
-// dtype.
+// The formats for low memory are combined as the options of a group combine them, and go with
+// gradients of float32 or of the weight's dtype.
 constexpr bool supported(const DTypeSet& d) {
   if (is_format(d.grad) || d.param == kBlock8 || has_remainder(d.state)) return false;
   if (!is_low_memory(d)) {

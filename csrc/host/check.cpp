@@ -147,7 +147,8 @@ Plan::Reason Plan::check_low_memory() const {
   for (int i = kExpAvgExponent; i < kStreams && dtypes_.state == kBlock8; ++i) {
     const TensorInfo& exponents = infos_[i];
     if (!row_[i].get() || exponents.integer != 8 || !(exponents.device == param.device) ||
-        exponents.numel != (param.numel + kBlock - 1) / kBlock || !is_dense(exponents)) {
+        exponents.numel != (param.numel + kBlock - 1) / kBlock || exponents.ndim != 1 ||
+        !is_dense(exponents)) {
       return {" is not there, or does not fit param", kStreamNames[i]};
     }
   }

@@ -1,5 +1,6 @@
 """Master weights, stochastic rounding and 8-bit moments on several ranks."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,6 +194,27 @@ def test_saved_on_two_ranks_and_loaded_on_one_two_and_three(on_ranks, tmp_path, 
     on_ranks(2, save, **common)
     for world in (1, 2, 3):
         on_ranks(world, load, exact=options is SR16 or world == 2, **common)
+
+
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("broadcast", [False, True], ids=["", "broadcast_from_rank0"])
+@pytest.mark.parametrize("options", [SR16, BLOCK8], ids=str)
+def test_full_state_dicts(world, options, broadcast):
+    """Which are gathered: gloo and NCCL can't send an int16."""
+    model, other = sharded_model(0), sharded_model(1)
+    optimizer = RAdam(model.parameters(), lr=0.01, **options)
+    loaded = RAdam(other.parameters(), lr=0.01, **options)
+    for number in range(7):
+        step(model, optimizer, number)
+    state = copy.deepcopy(get_state(model, optimizer, full_state_dict=True))
+    if broadcast and dist.get_rank():
+        state = {"model": {}, "optimizer": {}}
+    set_state(other, loaded, state, full_state_dict=True, broadcast_from_rank0=broadcast)
+    for number in (7, 8):
+        step(model, optimizer, number)
+        step(other, loaded, number)
+    for got, want in zip(whole_state(loaded), whole_state(optimizer), strict=True):
+        assert same_bits(got, want)
 
 
 @pytest.mark.distributed(2)

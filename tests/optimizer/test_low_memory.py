@@ -410,6 +410,16 @@ def test_small_updates_are_right_on_average():
     assert p.float().mean().item() == pytest.approx(1 - 64 * 2**-10, abs=5e-4)
 
 
+@every_option
+def test_capturable_steps_draw_the_same_bits(options):
+    def train(capturable: bool) -> RAdam:
+        optimizer = RAdam(narrow_parameters(), lr=0.01, capturable=capturable, seed=7, **options)
+        take_steps(optimizer, 8)
+        return optimizer
+
+    assert_same_training(train(False), train(True))
+
+
 def test_a_step_that_a_scaler_skips_repeats_its_bits():
     def train(skips: set[int]) -> RAdam:
         optimizer = RAdam(narrow_parameters(), lr=0.01, capturable=True, **SR16)
