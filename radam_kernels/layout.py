@@ -44,7 +44,7 @@ def formats_of(param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
         cpu.dtype_code(REAL.get(param.dtype, param.dtype)),
         param.is_complex(),
         cpu.format_code(group.get("state_dtype")),
-        group.get("master_weights") or 0,
+        int(group.get("master_weights") or 0),
         bool(group.get("stochastic_rounding")),
     )
 
@@ -233,11 +233,16 @@ def portable(state: Any) -> Any:
 
 
 @torch.no_grad()
-def master_weight(param: Tensor, remainder: Any) -> Tensor:
-    """A copy of a weight, in float32 at least, with its remainder."""
+def master_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
+    """A copy of a weight, in float32 at least, with its remainder.
+
+    A weight that has become float32 has the remainder that the next step adds.
+    """
     weight = local(param.detach())
-    if is_remainder(remainder) and weight.dtype == torch.bfloat16:
+    if remainder is not None and weight.dtype == torch.bfloat16:
         value = formats.join_weight(weight, local(remainder))
+    elif remainder is not None and weight.dtype == torch.float32:
+        value = folded(weight, local(remainder))
     else:
         value = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     return wrap_local(value, param.detach())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import formats
 from .layout import REMAINDER, layout_of, master_weight
 from .sharding import local, redistributed, wrap_local
+from .state import remainder_of
 
 if TYPE_CHECKING:
     from .optimizer import RAdam
@@ -21,8 +22,8 @@ def export_masters(optimizer: "RAdam", model: nn.Module) -> dict[str, Any]:
     for name, param in model.named_parameters(remove_duplicate=False):
         if id(param) in trained and name in exported:
             if id(param) not in made:
-                own = optimizer.state.get(param) or {}
-                made[id(param)] = master_weight(param, own.get(REMAINDER))
+                remainder = remainder_of(optimizer.state.get(param), param, name)
+                made[id(param)] = master_weight(param, remainder)
             exported[name] = made[id(param)]
     return exported
 

@@ -173,7 +173,7 @@ class StepInBackward:
         """The parameter's place among all, for its random bits; 0 if its group draws none."""
         if not draws(group):
             return 0
-        if self._ordinals is None:
+        if self._ordinals is None or id(member.param) not in self._ordinals:  # or added since
             params = (p for group in optimizer.param_groups for p in group["params"])
             self._ordinals = {id(param): i for i, param in enumerate(params)}
         return self._ordinals[id(member.param)]

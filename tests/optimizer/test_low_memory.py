@@ -170,6 +170,43 @@ def test_a_model_that_becomes_float32_keeps_its_masters(bits):
         assert "param_remainder" not in state_of(optimizer, p)
 
 
+@pytest.mark.parametrize("bits", [24, 32])
+def test_masters_of_a_model_that_has_just_become_float32_are_those_of_its_next_step(bits):
+    model = nn.Linear(40, 30).bfloat16()
+    optimizer = RAdam(model.parameters(), lr=0.01, master_weights=bits)
+    take_steps(optimizer, 5)
+    masters = list(optimizer.master_params())
+    model.float()
+    exported = optimizer.master_state_dict(model)
+    for before, now, value in zip(
+        masters, optimizer.master_params(), exported.values(), strict=True
+    ):
+        assert same_bits(before, now)
+        assert same_bits(before, value)
+
+
+def test_masters_of_a_remainder_that_does_not_fit_are_refused():
+    model = nn.Linear(30, 1, bias=False).bfloat16()
+    optimizer = RAdam(model.parameters(), master_weights=32)
+    take_steps(optimizer, 2)
+    freed = state_of(optimizer, model.weight)["param_remainder"].clone()
+    freed.untyped_storage().resize_(0)
+    kinds = {"expected shape": torch.ones(1, dtype=torch.int16), "its storage has 0 bytes": freed}
+    for message, remainder in kinds.items():
+        state_of(optimizer, model.weight)["param_remainder"] = remainder
+        with pytest.raises(ValueError, match=f"param_remainder of param 0 .*{message}"):
+            list(optimizer.master_params())
+        with pytest.raises(ValueError, match=f"param_remainder of weight: .*{message}"):
+            optimizer.master_state_dict(model)
+
+
+def test_bits_may_be_any_number():
+    p = Parameter(randn(30).to(BF16))
+    optimizer = RAdam([p], master_weights=24.0)
+    take_steps(optimizer, 2)
+    assert state_of(optimizer, p)["param_remainder"].dtype == torch.int8
+
+
 def test_float32_parameters_have_no_remainder_and_float16_ones_are_refused():
     p = Parameter(randn(8))
     optimizer = RAdam([p], master_weights=32)
@@ -324,6 +361,21 @@ def test_steps_in_backward_draw_the_same_bits(options):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        return optimizer
+
+    assert_same_training(train(False), train(True))
+
+
+def test_a_group_added_in_the_middle_of_a_step_in_backward_draws_its_bits():
+    def train(in_backward: bool) -> RAdam:
+        first, second = (Parameter(randn(300, seed=i).to(BF16)) for i in range(2))
+        optimizer = RAdam([first], stochastic_rounding=True)
+        if in_backward:
+            optimizer.step_in_backward()
+        first.sum().backward()
+        optimizer.add_param_group({"params": [second]})
+        second.sum().backward()
+        optimizer.step()
         return optimizer
 
     assert_same_training(train(False), train(True))
@@ -587,6 +639,16 @@ def test_codes_without_exponents_are_refused():
     assert torch.equal(p, before)
     state_of(optimizer, p)["exp_avg_exponent"] = exponents
     optimizer.step()
+
+
+def test_exponents_whose_memory_was_freed_are_refused_when_the_format_changes():
+    p = Parameter(randn(300).to(BF16))
+    optimizer = RAdam([p], **BLOCK8)
+    take_steps(optimizer, 2)
+    state_of(optimizer, p)["exp_avg_exponent"].untyped_storage().resize_(0)
+    optimizer.param_groups[0]["state_dtype"] = None
+    with pytest.raises(ValueError, match=r"exp_avg_exponent of param 0 .*its storage has 0 bytes"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("key", ["param_remainder", "exp_avg_exponent"])
