@@ -44,7 +44,7 @@ def formats_of(param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
         cpu.dtype_code(REAL.get(param.dtype, param.dtype)),
         param.is_complex(),
         cpu.format_code(group.get("state_dtype")),
-        group.get("master_weights") or 0,
+        int(group.get("master_weights") or 0),
         bool(group.get("stochastic_rounding")),
     )
 
@@ -240,10 +240,13 @@ def portable(state: Any) -> Any:
 
 
 @torch.no_grad()
-def master_weight(param: Tensor, remainder: Any) -> Tensor:
-    """A copy of a weight, in float32 at least, with its remainder, on any device."""
+def master_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
+    """A copy of a weight, in float32 at least, with its remainder, on any device.
+
+    A weight that has become float32 has the remainder that the next step adds.
+    """
     weight = local(param.detach())
-    if is_remainder(remainder) and weight.dtype in (torch.bfloat16, torch.float32):
+    if remainder is not None and weight.dtype in (torch.bfloat16, torch.float32):
         join = folded if weight.dtype == torch.float32 else formats.join_weight
         value = join(weight, local(remainder).to(weight.device))
     else:

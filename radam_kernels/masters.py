@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import formats
 from .layout import REMAINDER, layout_of, master_weight
 from .sharding import local, redistributed, wrap_local
+from .state import remainder_of
 
 if TYPE_CHECKING:
     from .optimizer import RAdam
@@ -21,8 +22,8 @@ def export_masters(optimizer: "RAdam", model: nn.Module) -> dict[str, Any]:
     for name, param in model.named_parameters(remove_duplicate=False):
         if id(param) in trained and name in exported:
             if id(param) not in made:
-                own = optimizer.state.get(param) or {}
-                made[id(param)] = master_weight(param, own.get(REMAINDER))
+                remainder = remainder_of(optimizer.state.get(param), param, name)
+                made[id(param)] = master_weight(param, remainder)
             exported[name] = made[id(param)]
     return exported
 
@@ -48,10 +49,9 @@ def import_masters(
             stale.append(param)  # float32 since: the next step would add what it has
             continue
         value = state_dict[name]
-        if value.shape != param.shape:
-            raise ValueError(
-                f"{name}: expected shape {tuple(param.shape)}, got {tuple(value.shape)}"
-            )
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected shape {tuple(param.shape)}, got {got}")
         value = local(redistributed(value, param, name)).to(local(param).device, torch.float32)
         # To nearest, where a step would round stochastically.
         half = torch.full_like(value, 0x80, dtype=torch.int64)

@@ -13,13 +13,13 @@ from .backends import BackendChoice, check_name
 from .clipping import Clipping
 from .flat import flatten_, trained_params
 from .hyperparameters import DEFAULTS, OPTIONAL, check, compact, complete, refuse_float16
-from .layout import REMAINDER, master_weight, portable
+from .layout import master_weight, portable
 from .masters import export_masters, import_masters
 from .modules import cpu
 from .release import StepInBackward
 from .schedule import Form
 from .stages import listen
-from .state import Loaded, prepare_load
+from .state import Loaded, prepare_load, remainder_of
 from .step import take_step
 from .watch import Watch
 
@@ -446,9 +446,11 @@ class RAdam(Optimizer):
         With `master_weights` that is the weight which is trained, of which the bfloat16 parameter
         shows the upper half. DTensors for DTensors.
         """
-        for group in self.param_groups:
-            for param in group["params"]:
-                yield master_weight(param, (self.state.get(param) or {}).get(REMAINDER))
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                name = f"param {i} of group {g}"
+                remainder = remainder_of(self.state.get(param), param, name)
+                yield master_weight(param, remainder)
 
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """The model's state dict with its parameters in float32, as `master_params` gives them.

@@ -108,6 +108,8 @@ def check_state(state: Any, param: Tensor, name: object) -> None:
                 "state to start from zero"
             )
         check_storage(state[key], name, f"{key} of ")
+        if key != REMAINDER and is_block8(state, key):
+            check_storage(state[EXPONENTS[key]], name, f"{EXPONENTS[key]} of ")
         if same_placement(state[key], param):
             check_local_shape(state[key], param, f"{key} of ", name)
 
@@ -155,6 +157,17 @@ def placed_tensors(state: dict[str, Any] | None, owner: Tensor, name: object) ->
             tensor = redistributed(tensor, owner, f"{key} of {name}")
         placed[key] = tensor
     return placed
+
+
+def remainder_of(state: Any, param: Tensor, name: object) -> Tensor | None:
+    """The remainder in a parameter's state; ValueError if it can't belong to the parameter."""
+    remainder = state.get(REMAINDER) if isinstance(state, dict) else None
+    if not is_remainder(remainder):
+        return None
+    if problem := _shape_problem(remainder, param):
+        raise ValueError(f"{REMAINDER} of {name}: {problem}; delete it to go on without")
+    check_storage(remainder, name, f"{REMAINDER} of ")
+    return remainder
 
 
 def check_storage(tensor: Tensor, name: object, of: str = "") -> None:

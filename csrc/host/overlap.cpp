@@ -90,7 +90,7 @@ std::optional<Overlap> OverlapCheck::find(const std::deque<Bucket>& buckets) {
       const char* begin = static_cast<const char*>(grad);
       const char* end = begin + s.numel * kDTypeSizes[bucket.dtypes.grad];
       // A gradient may alias its own parameter: every element is read before it is written.
-      const bool own = grad == s.param && bucket.dtypes.grad == bucket.dtypes.param;
+      const bool own = grad == s.param && bucket.dtypes.grad == weight_dtype(bucket.dtypes.param);
       if (s.numel != 0 && !own) {
         const auto fits = [&](size_t after) {
           return (after == 0 || written_[after - 1].end <= begin) &&

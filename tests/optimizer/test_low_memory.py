@@ -199,6 +199,28 @@ def test_a_remainder_that_was_loaded_to_the_cpu_completes_a_weight_on_a_gpu():
         assert master.device == p.device
 
 
+def test_masters_of_a_remainder_that_does_not_fit_are_refused():
+    model = nn.Linear(30, 1, bias=False).bfloat16()
+    optimizer = RAdam(model.parameters(), master_weights=32)
+    take_steps(optimizer, 2)
+    freed = state_of(optimizer, model.weight)["param_remainder"].clone()
+    freed.untyped_storage().resize_(0)
+    kinds = {"expected shape": torch.ones(1, dtype=torch.int16), "its storage has 0 bytes": freed}
+    for message, remainder in kinds.items():
+        state_of(optimizer, model.weight)["param_remainder"] = remainder
+        with pytest.raises(ValueError, match=f"param_remainder of param 0 .*{message}"):
+            list(optimizer.master_params())
+        with pytest.raises(ValueError, match=f"param_remainder of weight: .*{message}"):
+            optimizer.master_state_dict(model)
+
+
+def test_bits_may_be_any_number():
+    p = Parameter(randn(30).to(BF16))
+    optimizer = RAdam([p], master_weights=24.0)
+    take_steps(optimizer, 2)
+    assert state_of(optimizer, p)["param_remainder"].dtype == torch.int8
+
+
 def test_float32_parameters_have_no_remainder_and_float16_ones_are_refused():
     p = Parameter(randn(8))
     optimizer = RAdam([p], master_weights=32)
@@ -662,6 +684,16 @@ def test_codes_without_exponents_are_refused():
     optimizer.step()
 
 
+def test_exponents_whose_memory_was_freed_are_refused_when_the_format_changes():
+    p = Parameter(randn(300).to(BF16))
+    optimizer = RAdam([p], **BLOCK8)
+    take_steps(optimizer, 2)
+    state_of(optimizer, p)["exp_avg_exponent"].untyped_storage().resize_(0)
+    optimizer.param_groups[0]["state_dtype"] = None
+    with pytest.raises(ValueError, match=r"exp_avg_exponent of param 0 .*its storage has 0 bytes"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("key", ["param_remainder", "exp_avg_exponent"])
 def test_shared_memory_is_refused(key):
     params = [Parameter(randn(300, seed=i).to(BF16)) for i in range(2)]
@@ -672,6 +704,22 @@ def test_shared_memory_is_refused(key):
     with pytest.raises(ValueError, match=f"{key} of param 0 .*shares memory with {key} of"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+@every_option
+def test_a_gradient_may_be_its_own_parameter(options):
+    """As for plain dtypes: every element is read before it is written."""
+
+    def train(copied: bool) -> RAdam:
+        params = [p for p in narrow_parameters() if p.is_contiguous()]
+        optimizer = RAdam(params, lr=0.01, **options)
+        for _ in range(3):
+            for p in params:
+                p.grad = p.detach().clone() if copied else p.detach()
+            optimizer.step()
+        return optimizer
+
+    assert_same_training(train(True), train(False))
 
 
 def test_a_remainder_of_another_shape_is_refused():
