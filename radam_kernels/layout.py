@@ -1,7 +1,7 @@
 """The tensors of a parameter's state in each format: which there are, new ones, and conversions."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def is_block8(state: dict[str, Any], key: str) -> bool:
     )
 
 
-def is_remainder(value: Any) -> bool:
+def is_remainder(value: Any) -> TypeGuard[Tensor]:
     """Whether it is a remainder, of either width, or one of int16 in a state dict, as int32."""
     return isinstance(value, Tensor) and value.dtype in (*formats.REMAINDERS.values(), torch.int32)
 
