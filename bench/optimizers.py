@@ -36,7 +36,7 @@ TIERS: dict[str, tuple[int, dict[str, Any]]] = {
     for weights, remainder, master in (
         ("32", 2, {"master_weights": 32}),
         ("24", 1, {"master_weights": 24}),
-        ("SR", 0, {}),
+        ("SR", 0, {"stochastic_rounding": True}),
     )
 }
 NARROW = ("half", "tier", "float32")  # forms that are for 16-bit parameters only

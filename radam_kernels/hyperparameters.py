@@ -125,7 +125,8 @@ def refuse_float16(param: Tensor, group: dict[str, Any], name_of: Callable[[Tens
         if param.dtype == torch.float16 and group.get(option):
             raise ValueError(
                 f"{name_of(param)}: {option}={group[option]} is for bfloat16 parameters, got "
-                "float16; cast it, or put it in a group without"
+                "float16; cast it to bfloat16, or put it in a group with "
+                f"{option}={OPTIONAL[option]}"
             )
 
 

@@ -1,5 +1,6 @@
 """Exchanges master weights with float32 state dicts of the model."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 def export_masters(optimizer: "RAdam", model: nn.Module) -> dict[str, Any]:
     """The model's state dict, the optimizer's parameters in float32."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _refuse_strangers(trained, model)
     exported = model.state_dict()
     made: dict[int, Tensor] = {}  # tied parameters once
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -38,6 +40,7 @@ def import_masters(
         for group in optimizer.param_groups
         for param in group["params"]
     }
+    _refuse_strangers(layouts.keys(), model)
     weights = dict(state_dict)
     remainders: list[tuple[Tensor, Tensor]] = []
     stale: list[Tensor] = []
@@ -62,6 +65,14 @@ def import_masters(
         model.load_state_dict(weights, strict=strict)
     finally:  # torch loads what there is, and then raises for missing keys
         _set_remainders(optimizer, remainders, stale)
+
+
+def _refuse_strangers(trained: Collection[int], model: nn.Module) -> None:
+    if not any(id(param) in trained for param in model.parameters()):
+        raise ValueError(
+            "the model has no parameter of this optimizer: give the model whose parameters the "
+            "optimizer was constructed with"
+        )
 
 
 def _set_remainders(

@@ -69,9 +69,10 @@ class RAdam(Optimizer):
             `initial_lr` is the group's key of that name, which schedulers share: the lr at
             construction unless the group has one. OneCycleLR sets it to max_lr / div_factor.
         master_weights: 32 keeps, for each bfloat16 parameter, the int16 that completes it to a
-            float32 weight (`param_remainder` in its state): training equals that of float32
-            parameters bit for bit. 24 keeps an int8, rounded stochastically. No effect on other
-            parameters, but float16 ones are refused. See `master_params`, `master_state_dict`.
+            float32 weight (`param_remainder` in its state): with the same gradients, steps are
+            those of float32 parameters bit for bit. 24 keeps an int8, rounded stochastically. No
+            effect on other parameters, but float16 ones are refused. See `master_params` and
+            `master_state_dict`.
         stochastic_rounding: round bfloat16 moments, and bfloat16 parameters without master weights,
             up or down at random, so that they are right on average and small updates are not lost.
             float16 is refused.
@@ -457,6 +458,9 @@ class RAdam(Optimizer):
 
         Args:
             model: has parameters of this optimizer. Others stay as they are.
+
+        Raises:
+            ValueError: a model without a parameter of this optimizer.
         """
         return export_masters(self, model)
 
@@ -471,7 +475,8 @@ class RAdam(Optimizer):
             strict: as for `torch.nn.Module.load_state_dict`.
 
         Raises:
-            ValueError: a tensor of another shape than its parameter. Nothing is changed.
+            ValueError: a tensor of another shape than its parameter, or a model without a parameter
+                of this optimizer. Nothing is changed.
             RuntimeError: missing or unexpected keys, as `torch.nn.Module.load_state_dict`.
         """
         import_masters(self, model, state_dict, strict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum
 from math import expm1, inf, log, sqrt
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .formats import step_key
@@ -119,7 +120,7 @@ def check_rho_threshold(rho_threshold: float, form: Form) -> None:
 
 def check_seed(seed: float) -> None:
     """Raises ValueError for a seed that is no whole number in [0, 2**32)."""
-    if not (0 <= seed < 2**32 and seed == int(seed)):
+    if not isinstance(seed, Real) or not (0 <= seed < 2**32 and seed == int(seed)):
         raise ValueError(f"seed: expected a whole number in [0, 2**32), got {seed!r}")
 
 

@@ -187,6 +187,7 @@ def _kernels(module: str, name: str, dtype: torch.dtype, **of: object) -> Make:
 
 _SR16 = dict(state_dtype=torch.bfloat16, stochastic_rounding=True)
 _B8 = dict(state_dtype="block8")
+_SR_B8 = dict(_B8, stochastic_rounding=True)
 _E = emulations
 _EXPONENTS = 2 / 128  # bytes of block8's, for each element
 FORMATS = [
@@ -198,7 +199,7 @@ FORMATS = [
     Format("SR, bf16 SR", OURS, 6, _ours(**_SR16), "32, bf16 SR"),
     Format("32, block8", OURS, 6 + _EXPONENTS, _ours(master_weights=32, **_B8)),
     Format("24, block8", OURS, 5 + _EXPONENTS, _ours(master_weights=24, **_B8), "32, block8"),
-    Format("SR, block8", OURS, 4 + _EXPONENTS, _ours(**_B8), "32, block8"),
+    Format("SR, block8", OURS, 4 + _EXPONENTS, _ours(**_SR_B8), "32, block8"),
     Format(NEAREST, OURS, 8, _ours(master_weights=32, state_dtype=torch.bfloat16)),
     Format("bf16, float32 moments", TODAY, 10, _ours(), EXACT),
     Format(TORCH, TODAY, 6, _Torch),

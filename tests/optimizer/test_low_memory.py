@@ -248,6 +248,7 @@ def test_float32_parameters_have_no_remainder_and_float16_ones_are_refused():
         (dict(seed=-1), r"seed: expected a whole number in \[0, 2\*\*32\), got -1"),
         (dict(seed=2**32), "seed: expected"),
         (dict(seed=1.5), "seed: expected"),
+        (dict(seed=float("nan")), "seed: expected"),
         (dict(state_dtype="block4"), "Invalid state_dtype: block4"),
         (dict(state_dtype="float16", stochastic_rounding=True), "can't be combined"),
         (dict(state_dtype=torch.float16, master_weights=32), "can't be combined"),
@@ -297,6 +298,15 @@ def test_masters_go_to_a_float32_model_and_back(bits, stepped):
         else:
             assert ((master - p).abs() <= 2**-16 * p.abs()).all()
     take_steps(optimizer, 1)
+
+
+def test_masters_of_another_model_are_refused():
+    model, other = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).bfloat16()
+    optimizer = RAdam(model.parameters(), master_weights=32)
+    with pytest.raises(ValueError, match="no parameter of this optimizer"):
+        optimizer.master_state_dict(other)
+    with pytest.raises(ValueError, match="no parameter of this optimizer"):
+        optimizer.load_master_state_dict(other, model.state_dict())
 
 
 def test_a_float32_state_dict_that_does_not_fit_changes_nothing():
