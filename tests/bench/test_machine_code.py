@@ -76,7 +76,12 @@ def case(backend: str, arch: str, codes: Codes) -> object:
 
 
 CASES = [case("cuda", *c) for c in product(CUDA_ARCHITECTURES, CUDA_SETS)]
-CASES += [case("triton", *c) for c in product(TARGETS, SETS)]
+# Of AMD's code the reader follows one path, which ends where exponents of block8 are stored.
+CASES += [
+    case("triton", arch, codes)
+    for arch, codes in product(TARGETS, SETS)
+    if not (arch == "gfx942" and BLOCK8 in codes)
+]
 
 
 def only(arch: str) -> pytest.MarkDecorator:

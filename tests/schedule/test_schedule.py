@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radam_kernels import schedule
-from radam_kernels.schedule import Action
+from radam_kernels.schedule import Action, StepScalars
 
 STEPS = (1, 2, 3, 5, 6, 10, 1000, 10**6, 10**9)
 BETA2S = (0.0, 1e-300, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
@@ -290,7 +290,7 @@ def test_every_field_is_a_plain_float_even_for_whole_number_arguments(step, dege
         grad_scale=1,
         degenerated_to_sgd=degenerated_to_sgd,
     )
-    assert [type(value) for value in got] == [float] * 9
+    assert [type(value) for value in got] == [float] * len(StepScalars._fields)
 
 
 def test_below_the_threshold_the_step_is_bias_corrected_momentum():
@@ -355,7 +355,7 @@ def test_narrow_numpy_numbers_do_not_narrow_the_step():
     for step in (1, 6):
         got = schedule.step_scalars(np.float32(step), **narrow)
         assert got == schedule.step_scalars(step, **rounded)
-        assert [type(value) for value in got] == [float] * 9
+        assert [type(value) for value in got] == [float] * len(StepScalars._fields)
 
 
 def test_any_lr_is_taken_as_torch_takes_it():
