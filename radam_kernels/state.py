@@ -227,9 +227,9 @@ def prepare_load(optimizer: Optimizer, state_dict: dict[str, Any], flatten: bool
             step = as_step(state["step"], step_device(owner, options))
             state["step"] = step.clone() if step is state["step"] else step
         placed = placed_tensors(state, owner, f"param {key}")
-        for k in (*MOMENTS, *EXTRAS):
+        for k in {*EXTRAS} - placed.keys():
             state.pop(k, None)
-        for k, tensor in placed.items():
+        for k, tensor in placed.items():  # keys stay where they are among a wrapper's
             state[k] = tensor if k in EXPONENTS.values() else wrap_local(local(tensor), owner)
         layout = layout_of(owner, options)
         if layout.remainder is not None and REMAINDER in state:

@@ -6,7 +6,7 @@ WRONG_STEP = {
         "const int64_t begin = chunk * kElements",
         "const int32_t begin = static_cast<int32_t>(chunk * kElements)",
     ),
-    "a wrong alignment branch": ("return all % 16 == 0;", "return all % 8 == 0;"),
+    "a wrong alignment branch": ("return all % 16 == 0 &&", "return all % 8 == 0 &&"),
     "a segment one too long": (
         "left < kElements ? left : kElements",
         "left < kElements ? left + 1 : kElements",
