@@ -77,7 +77,7 @@ SMALLER = (
     "visit_dtypes(step.dtypes, [&]",
     """\
 const auto visit_some = [](const DTypeSet& dtypes, const auto& visit) {
-    const Element<kBFloat16> grad;
+    const Element<kFloat32> grad;
     const Element<kBFloat16Stochastic> rounded;
     if (dtypes.param == kMaster24) {
       visit(Element<kMaster24>(), grad, Element<kBlock8>());
