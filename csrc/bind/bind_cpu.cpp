@@ -94,10 +94,10 @@ py::list low_memory(const Bucket& bucket) {
   const auto tensor = [](const Ref& ref) { return ref.get() ? object(ref) : py::none(); };
   py::list rows;
   for (size_t i = 0; i < bucket.low_memory.size(); ++i) {
-    const Tensors& t = bucket.tensors[i];
+    const auto& [remainder, exp_avg_exponent, exp_avg_sq_exponent] = bucket.low_memory_tensors[i];
     const LowMemory& row = bucket.low_memory[i];
-    rows.append(py::make_tuple(tensor(t[kRemainder]), tensor(t[kExpAvgExponent]),
-                               tensor(t[kExpAvgSqExponent]), row.first_index, row.key));
+    rows.append(py::make_tuple(tensor(remainder), tensor(exp_avg_exponent),
+                               tensor(exp_avg_sq_exponent), row.first_index, row.key));
   }
   return rows;
 }

@@ -18,15 +18,17 @@ enum Stream {
   kExpAvg,
   kExpAvgSq,
   kStep,
-  kRemainder,
+  kPlainStreams,  // the number of those above
+  kRemainder = kPlainStreams,
   kExpAvgExponent,
   kExpAvgSqExponent,
   kStreams
 };
 
-// References that keep the memory of a segment alive until release(). The step is empty if the
-// caller counts the steps, and each of the last three if the format has none.
-using Tensors = std::array<Ref, kStreams>;
+// References that keep the memory of a segment alive until release(): the step is empty if the
+// caller counts the steps, and each of LowMemoryTensors if the format has none.
+using Tensors = std::array<Ref, kPlainStreams>;
+using LowMemoryTensors = std::array<Ref, kStreams - kPlainStreams>;
 
 // A step count that occurs in a group. Each distinct one has one row of StepScalars.
 struct Count {
@@ -46,12 +48,13 @@ struct Bucket {
   const bool capturable;  // whether the step counts are stored and advanced on the device
   std::vector<Segment> segments;
 
-  // One entry for each segment (low_memory: if the formats are for low memory):
+  // One entry for each segment (low_memory and its tensors: if the formats are for low memory):
   std::vector<const void*> grads;
   std::vector<int64_t> owners;  // indices in Plan::owners()
   std::vector<Tensors> tensors;
   std::vector<Counter> counters;  // with a null address if the caller counts the steps
   std::vector<LowMemory> low_memory;
+  std::vector<LowMemoryTensors> low_memory_tensors;
 
   // The rows that Segment::scalars indexes. The host makes one for each count. If capturable, the
   // device makes one for each segment, and they are here only if that device is the CPU.
@@ -80,6 +83,7 @@ struct Bucket {
     tensors.clear();
     counters.clear();
     low_memory.clear();
+    low_memory_tensors.clear();
     counts.clear();
     scalars.clear();
     hyperparameters.clear();

@@ -14,12 +14,6 @@ constexpr const char* kStreamNames[] = {"param",
                                         "exp_avg_exponent",
                                         "exp_avg_sq_exponent"};
 
-// Whether a tensor has a remainder or a moment for each element of `param`, in its layout.
-bool matches(const TensorInfo& info, const TensorInfo& param) {
-  return info.device == param.device && !info.complex && same_shape(info, param) &&
-         same_layout(info, param);
-}
-
 }  // namespace
 
 // Adds row_ to its bucket, or returns why it can't be stepped.
@@ -31,14 +25,14 @@ Plan::Reason Plan::add_row(const Ref& owner, int64_t group, Entry& entry) {
   if (const Reason reason = check(options, entry)) return reason;
   if (!options.caller_counts) {
     if (const Reason reason = check_step(options, entry.seen[kStep])) return reason;
-    if (is_low_memory(dtypes_)) locate_shard(owner.get(), entry);
+    if (is_low_memory(dtypes_)) locate_shard(owner.get(), *entry.low_memory);
   }
   append(owner, group, entry);
   return {};
 }
 
 // Sets which elements of the whole parameter `owner` has; asks Python where its spec is new.
-void Plan::locate_shard(PyObject* owner, Entry& entry) const {
+void Plan::locate_shard(PyObject* owner, LowMemoryEntry& entry) {
   if (!is_dtensor(owner)) {
     entry.spec = Ref();
     entry.first_index = entry.shard = 0;
@@ -77,8 +71,8 @@ Plan::Reason Plan::use_local_tensors() {
 // Describes the tensors of row_ in infos_, sets their dtypes_, and returns why they can't be
 // stepped together.
 Plan::Reason Plan::check(const Group& group, Entry& entry) {
-  for (int i = 0; i < kStreams; ++i) {
-    if (i != kStep && row_[i].get() && !describe(row_[i].get(), infos_[i])) {
+  for (int i = 0; i < kStep; ++i) {
+    if (!describe(row_[i].get(), infos_[i])) {
       return {" has no memory that a kernel can use", kStreamNames[i]};
     }
   }
@@ -119,40 +113,50 @@ Plan::Reason Plan::check(const Group& group, Entry& entry) {
   for (int i = 1; i < kStep; ++i) {
     if (!same_layout(param, infos_[i])) return {"param, grad and moments differ in strides"};
   }
-  if (const Reason reason = check_low_memory()) return reason;
+  for (int i = 0; i < kStep; ++i) {
+    if (const Reason reason = check_memory(i, entry.seen[i])) return reason;
+  }
+  if (!is_low_memory(dtypes_) && !row_[kRemainder].get()) return {};
+  return check_low_memory(entry);
+}
+
+// Checks what the format has in addition to the four tensors of a plain dtype.
+Plan::Reason Plan::check_low_memory(Entry& entry) {
+  if (row_[kRemainder].get() && !has_remainder(dtypes_.param)) {
+    return {" is of no use without master_weights and a bfloat16 param", kStreamNames[kRemainder]};
+  }
   if (dtypes_.state != kBlock8) {
     row_[kExpAvgExponent] = Ref();
     row_[kExpAvgSqExponent] = Ref();
   }
-  for (int i = 0; i < kStreams; ++i) {
-    if (i == kStep || !row_[i].get()) continue;
-    if (const Reason reason = check_memory(i, entry.seen[i])) return reason;
+  if (!entry.low_memory) entry.low_memory = std::make_unique<LowMemoryEntry>();
+  for (int i = kPlainStreams; i < kStreams; ++i) {
+    const bool needed = i == kRemainder ? has_remainder(dtypes_.param) : dtypes_.state == kBlock8;
+    if (!needed) continue;
+    TensorInfo& info = infos_[i];
+    if (!row_[i].get() || !describe(row_[i].get(), info)) {
+      return {" is not there, or has no memory that a kernel can use", kStreamNames[i]};
+    }
+    const bool fits = i == kRemainder ? is_remainder(info) : is_exponents(info);
+    if (!fits) return {" does not fit param and the format", kStreamNames[i]};
+    Seen& seen = entry.low_memory->seen[i - kPlainStreams];
+    if (const Reason reason = check_memory(i, seen)) return reason;
   }
   return {};
 }
 
-// Checks what the format has in addition to the four tensors of a plain dtype.
-Plan::Reason Plan::check_low_memory() const {
+// Whether a tensor has a remainder for each element of the parameter, in its layout.
+bool Plan::is_remainder(const TensorInfo& info) const {
   const TensorInfo& param = infos_[kParam];
-  if (row_[kRemainder].get() && !has_remainder(dtypes_.param)) {
-    return {" is of no use without master_weights and a bfloat16 param", kStreamNames[kRemainder]};
-  }
-  if (has_remainder(dtypes_.param)) {
-    const TensorInfo& remainder = infos_[kRemainder];
-    if (!row_[kRemainder].get() || !matches(remainder, param) ||
-        remainder.integer != (dtypes_.param == kMaster24 ? -8 : -16)) {
-      return {" is not there, or does not fit param and master_weights", kStreamNames[kRemainder]};
-    }
-  }
-  for (int i = kExpAvgExponent; i < kStreams && dtypes_.state == kBlock8; ++i) {
-    const TensorInfo& exponents = infos_[i];
-    if (!row_[i].get() || exponents.integer != 8 || !(exponents.device == param.device) ||
-        exponents.numel != (param.numel + kBlock - 1) / kBlock || exponents.ndim != 1 ||
-        !is_dense(exponents)) {
-      return {" is not there, or does not fit param", kStreamNames[i]};
-    }
-  }
-  return {};
+  return info.integer == (dtypes_.param == kMaster24 ? -8 : -16) && info.device == param.device &&
+         same_shape(info, param) && same_layout(info, param);
+}
+
+// Whether a tensor has an exponent for each block of the parameter.
+bool Plan::is_exponents(const TensorInfo& info) const {
+  const TensorInfo& param = infos_[kParam];
+  return info.integer == 8 && info.device == param.device && info.ndim == 1 &&
+         info.numel == (param.numel + kBlock - 1) / kBlock && is_dense(info);
 }
 
 // Checks what describe() does not report. This takes longer than describe(), so the result is

@@ -1,6 +1,7 @@
 // The buckets of a plan, and the step.
 #include "host/plan.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cpu/step_cpu.h"
@@ -35,10 +36,14 @@ void Plan::append(const Ref& owner, int64_t group, const Entry& entry) {
       return row_[stream].get() ? infos_[stream].data : nullptr;
     };
     bucket.low_memory.push_back({data(kRemainder), data(kExpAvgExponent), data(kExpAvgSqExponent),
-                                 entry.first_index, parameter_key(entry.ordinal, entry.shard)});
+                                 entry.low_memory->first_index,
+                                 parameter_key(entry.ordinal, entry.low_memory->shard)});
+    LowMemoryTensors& tensors = bucket.low_memory_tensors.emplace_back();
+    std::move(row_.begin() + kPlainStreams, row_.end(), tensors.begin());
   }
   bucket.owners.push_back(static_cast<int64_t>(owners_.size()));
-  bucket.tensors.push_back(std::move(row_));
+  Tensors& tensors = bucket.tensors.emplace_back();
+  std::move(row_.begin(), row_.begin() + kPlainStreams, tensors.begin());
   bucket.counters.push_back(counter);
   owners_.push_back(Ref::borrow(owner.get()));
 }

@@ -1,7 +1,9 @@
 // The plan of one step: the walk over an optimizer's parameters, and the buckets that it fills.
 #pragma once
 
+#include <array>
 #include <deque>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -86,14 +88,18 @@ class Plan {
     const void* impl = nullptr;  // the sizes in torch's C++ object
     const char* data = nullptr;
   };
-  struct Entry {
-    size_t item = 0;  // index of its state in items_
-    Seen seen[kStreams];
-    uint32_t ordinal = 0;  // the parameter's place among all of the optimizer
+  struct LowMemoryEntry {
+    Seen seen[kStreams - kPlainStreams];
     // Of a DTensor: its spec, and which elements of the whole parameter it has.
     Ref spec = {};
     uint64_t first_index = 0;
     uint32_t shard = 0;
+  };
+  struct Entry {
+    size_t item = 0;  // index of its state in items_
+    Seen seen[kPlainStreams];
+    uint32_t ordinal = 0;  // the parameter's place among all of the optimizer
+    std::unique_ptr<LowMemoryEntry> low_memory = {};  // once there was a use for it
   };
   struct Group {
     Ref options;
@@ -126,8 +132,10 @@ class Plan {
   Reason add_row(const Ref& owner, int64_t group, Entry& entry);
   Reason use_local_tensors();
   Reason check(const Group& group, Entry& entry);
-  Reason check_low_memory() const;
-  void locate_shard(PyObject* owner, Entry& entry) const;
+  Reason check_low_memory(Entry& entry);
+  bool is_remainder(const TensorInfo& info) const;
+  bool is_exponents(const TensorInfo& info) const;
+  static void locate_shard(PyObject* owner, LowMemoryEntry& entry);
   Reason check_memory(int stream, Seen& seen) const;
   Reason check_step(const Group& group, Seen& seen);
   void append(const Ref& owner, int64_t group, const Entry& entry);
@@ -138,7 +146,7 @@ class Plan {
   void read_device_groups(Bucket& bucket, PyObject* scaling);
 
   // The row that is being checked. Owned, because describing a tensor can release the GIL.
-  Tensors row_;
+  std::array<Ref, kStreams> row_;
   TensorInfo infos_[kStreams];
   DTypeSet dtypes_{};
   std::vector<Entry> entries_;  // one for each parameter, in order

@@ -232,10 +232,12 @@ bool Plan::find_row(PyObject* state) {
     row_[kExpAvg] = item(state, RADAM_STR(exp_avg));
     row_[kExpAvgSq] = item(state, RADAM_STR(exp_avg_sq));
   }
-  const bool more = PyDict_GET_SIZE(state) > 3;
-  row_[kRemainder] = more ? item(state, RADAM_STR(param_remainder)) : Ref();
-  row_[kExpAvgExponent] = more ? item(state, RADAM_STR(exp_avg_exponent)) : Ref();
-  row_[kExpAvgSqExponent] = more ? item(state, RADAM_STR(exp_avg_sq_exponent)) : Ref();
+  for (int i = kPlainStreams; i < kStreams; ++i) row_[i] = Ref();
+  if (PyDict_GET_SIZE(state) > 3) {
+    row_[kRemainder] = item(state, RADAM_STR(param_remainder));
+    row_[kExpAvgExponent] = item(state, RADAM_STR(exp_avg_exponent));
+    row_[kExpAvgSqExponent] = item(state, RADAM_STR(exp_avg_sq_exponent));
+  }
   return row_[kStep].get() && row_[kExpAvg].get() && row_[kExpAvgSq].get();
 }
 
@@ -289,14 +291,16 @@ void Plan::prefetch(size_t position) const {
 }
 
 void Plan::prefetch_tensors(const Entry& entry) {
-  for (const Seen& seen : entry.seen) {
-    if (!seen.object) continue;
+  const auto prefetch = [](const Seen& seen) {
     __builtin_prefetch(seen.object);
     __builtin_prefetch(seen.impl);
     __builtin_prefetch(static_cast<const char*>(seen.impl) - 64);
     __builtin_prefetch(static_cast<const char*>(seen.impl) + 64);
     __builtin_prefetch(seen.data);
-  }
+  };
+  for (const Seen& seen : entry.seen) prefetch(seen);
+  if (!entry.low_memory) return;
+  for (const Seen& seen : entry.low_memory->seen) prefetch(seen);
 }
 
 }  // namespace radam
