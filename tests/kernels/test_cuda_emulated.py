@@ -622,7 +622,8 @@ def faulty(tmp_path_factory, compiled) -> dict[str, str]:
     """The module of each fault, and of none."""
 
     def make(stem: str, changes: list[tuple[str, str]], folder: Path) -> str:
-        names = [f"cuda/{stem}.cu", "cuda/launch.h", "cuda/step_kernel.h", "core/formats.h"]
+        headers = ("cuda/launch.h", "cuda/step_kernel.h", "cuda/formats_cuda.h", "core/formats.h")
+        names = [f"cuda/{stem}.cu", *headers]
         files = {name: (CSRC / name).read_text() for name in names}
         for old, new in changes:
             count = sum(text.count(old) for text in files.values())
