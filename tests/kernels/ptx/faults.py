@@ -10,20 +10,22 @@ STOCHASTIC, BLOCK8, MASTER24 = (4, 1, 4), (5, 1, 7), (5, 0, 0)
 
 @dataclass(frozen=True)
 class Planted:
-    """One changed place in the PTX of one kernel: of a step, or of a norm."""
+    """A changed place in the PTX of one kernel, of a step or of a norm; or all that match."""
 
     name: str
     backend: str
     codes: tuple[int, ...]
     pattern: str
     replacement: str
-    nth: int = 0  # which of the places that match
+    nth: int | None = 0  # which of the places that match; None for all
     norm_type: float | None = None
 
     def edit(self, ptx: str) -> str:
         places = list(re.finditer(self.pattern, ptx))
         if not places:
             raise ValueError(f"{self.name}: the PTX has no {self.pattern!r}; mend faults.py")
+        if self.nth is None:
+            return re.sub(self.pattern, self.replacement, ptx)
         at = places[self.nth]
         return ptx[: at.start()] + at.expand(self.replacement) + ptx[at.end() :]
 
@@ -100,7 +102,7 @@ FAULTS = (
     ),
     Planted(
         "exp_avg_sq has 8 random bits", "triton", BLOCK8,
-        r"(and\.b32\s+%r\d+, %r\d+), 1048560;", r"\1, 1044480;",
+        r"(and\.b32\s+%r\d+, %r\d+), 1048560;", r"\1, 1044480;", None,
     ),
     Planted(
         "exp_avg_sq becomes 0", "cuda", BLOCK8,
