@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import formats
 from .flat import is_dense, zeros_like
-from .modules import DTYPES, cpu
+from .modules import FORMAT_NAMES, cpu
 from .sharding import is_sharded, local, same_placement, wrap_local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,12 +51,11 @@ def formats_of(param: Tensor, group: dict[str, Any]) -> tuple[int, int]:
 
 def layout_of(param: Tensor, group: dict[str, Any]) -> Layout:
     """The layout of a parameter's state under the options of its group."""
-    weight, moments = formats_of(param, group)
-    names = {len(DTYPES) + i: name for i, name in enumerate(cpu.formats)}
-    remainder = {"master24": torch.int8, "master32": torch.int16}.get(names.get(weight, ""))
-    if names.get(moments) == "block8":
+    weight, moments = (FORMAT_NAMES[code] for code in formats_of(param, group))
+    remainder = {"master24": torch.int8, "master32": torch.int16}.get(weight)
+    if moments == "block8":
         return Layout(_BLOCK8, remainder)
-    dtype = torch.bfloat16 if moments in names else DTYPES[moments]
+    dtype = torch.bfloat16 if moments == "bfloat16_stochastic" else getattr(torch, moments)
     return Layout(COMPLEX[dtype] if param.is_complex() else dtype, remainder)
 
 

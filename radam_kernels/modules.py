@@ -51,3 +51,6 @@ else:
 
 # The dtypes of the kernels, in the order of their codes.
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in cpu.dtypes)
+
+# The names of dtypes and of the formats for low memory, in the order of their codes.
+FORMAT_NAMES: tuple[str, ...] = (*cpu.dtypes, *cpu.formats)

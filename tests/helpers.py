@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim import RAdam as TorchRAdam
 
 from radam_kernels import RAdam
-from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.modules import DTYPES, FORMAT_NAMES, cpu
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("step", *MOMENTS)
@@ -20,11 +20,10 @@ USUAL = dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 DTYPE_SETS = [
     codes for codes in itertools.product(range(len(DTYPES)), repeat=3) if cpu.supported(*codes)
 ]
-FORMATS = (*cpu.dtypes, *cpu.formats)
 # Likewise, of every set with a format for low memory.
 LOW_MEMORY_SETS = [
     codes
-    for codes in itertools.product(range(len(FORMATS)), repeat=3)
+    for codes in itertools.product(range(len(FORMAT_NAMES)), repeat=3)
     if cpu.supported(*codes) and codes not in DTYPE_SETS
 ]
 SIZES = (0, 1, 3, 4, 5, 255, 256, 257, 5000)
@@ -43,7 +42,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 
 def dtypes_id(codes: tuple[int, ...]) -> str:
     """The name of a dtype set, for the id of a test."""
-    return "-".join(FORMATS[code] for code in codes)
+    return "-".join(FORMAT_NAMES[code] for code in codes)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

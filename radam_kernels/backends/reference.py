@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..modules import cpu
+from ..modules import FORMAT_NAMES, cpu
 from ..schedule import Action, StepScalars, group_scalars
-
-_FORMATS = (*cpu.dtypes, *cpu.formats)
 
 
 def why_not(device_type: str) -> str | None:
@@ -34,7 +32,7 @@ def run(bucket: cpu.Bucket) -> None:
             param, grad, exp_avg, exp_avg_sq = map(formats.in_memory_order, tensors)
             low_memory_update_(param, grad, exp_avg, exp_avg_sq, extra, rows[row], bucket.dtypes)
         return
-    compute = torch.float64 if _FORMATS[bucket.dtypes[0]] == "float64" else torch.float32
+    compute = torch.float64 if FORMAT_NAMES[bucket.dtypes[0]] == "float64" else torch.float32
     for tensors, row in tables:
         param, grad, exp_avg, exp_avg_sq = map(real, tensors)
         radam_update_(param, grad, exp_avg, exp_avg_sq, rows[row], compute)
@@ -107,7 +105,7 @@ def low_memory_update_(
     """As radam_update_, for one-dimensional tensors in the formats that `codes` name."""
     if scalars.action == Action.SKIP:
         return
-    format, state_format = _FORMATS[codes[0]], _FORMATS[codes[2]]
+    format, state_format = FORMAT_NAMES[codes[0]], FORMAT_NAMES[codes[2]]
     key = formats.Key(int(scalars.key_low), int(scalars.key_high))
     words = formats.random_words(key, extra.key, extra.first_index, param.numel(), param.device)
     moments = {

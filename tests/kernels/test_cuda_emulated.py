@@ -28,12 +28,11 @@ from torch import Tensor
 from radam_kernels import RAdam, formats
 from radam_kernels.backends.reference import low_memory_update_
 from radam_kernels.launch import launch
-from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.modules import DTYPES, FORMAT_NAMES, cpu
 from radam_kernels.scaling import Scaling
 from radam_kernels.schedule import Action, StepScalars
 from tests.helpers import (
     DTYPE_SETS,
-    FORMATS,
     LOW_MEMORY_SETS,
     SIZES,
     dtypes_id,
@@ -451,7 +450,7 @@ def low_memory_streams(size: int, codes, generator: torch.Generator, wild: bool)
     streams: list[Tensor | None] = [numbers(param), numbers(grad)]
     exponents: list[Tensor | None] = [None, None]
     for i, least in enumerate((16, 32)):
-        if FORMATS[codes[2]] == "block8":
+        if FORMAT_NAMES[codes[2]] == "block8":
             streams.append(integers(0, 256, torch.uint8))
             end = 256 if wild else 140
             many = formats.blocks(size)
@@ -461,7 +460,7 @@ def low_memory_streams(size: int, codes, generator: torch.Generator, wild: bool)
         else:
             moment = numbers(state)
             streams.append(moment.abs() if i and not wild else moment)
-    dtype = {"master24": torch.int8, "master32": torch.int16}.get(FORMATS[codes[0]])
+    dtype = {"master24": torch.int8, "master32": torch.int16}.get(FORMAT_NAMES[codes[0]])
     streams.append(integers(-(2**15), 2**15, dtype) if dtype else None)
     return [*streams, *exponents]
 

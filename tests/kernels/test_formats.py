@@ -11,9 +11,9 @@ from torch import Tensor
 from radam_kernels import formats
 from radam_kernels.backends import reference, triton_
 from radam_kernels.formats import BLOCK, Key, LowMemory
-from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.modules import DTYPES, FORMAT_NAMES, cpu
 from radam_kernels.schedule import Action, StepScalars
-from tests.helpers import FORMATS, LOW_MEMORY_SETS, dtypes_id, same_bits
+from tests.helpers import LOW_MEMORY_SETS, dtypes_id, same_bits
 from tests.kernels.stepping import (
     CUDA,
     HOLD,
@@ -56,7 +56,7 @@ by_moment = pytest.mark.parametrize("moment", MOMENTS)
 
 
 def code_of(*names: str) -> Codes:
-    param, grad, state = (FORMATS.index(name) for name in names)
+    param, grad, state = (FORMAT_NAMES.index(name) for name in names)
     return param, grad, state
 
 
@@ -97,7 +97,7 @@ def encoded(
     codes: Codes, p: Tensor, g: Tensor, m: Tensor, v: Tensor, first_index: int = 0, key: int = 0
 ) -> Segment:
     """float32 values in the formats of a set."""
-    format, _, state = (FORMATS[code] for code in codes)
+    format, _, state = (FORMAT_NAMES[code] for code in codes)
     n = len(p)
     words = formats.random_words(Key(1, 2), 3, 0, n, p.device)
     param, remainder = p.new_empty(n, dtype=storage(format)), None
@@ -149,7 +149,7 @@ def any_bits(n: int, codes: Codes, seed: int = 0, small: bool = False) -> Segmen
     def bits(dtype: torch.dtype, n: int = n) -> Tensor:
         return torch.from_numpy(random.integers(0, 256, n * dtype.itemsize, np.uint8)).view(dtype)
 
-    format, _, state = (FORMATS[code] for code in codes)
+    format, _, state = (FORMAT_NAMES[code] for code in codes)
     p, g = bits(storage(format)), bits(DTYPES[codes[1]])
     if small:
         for x in (p, g):
@@ -171,7 +171,7 @@ def stepped_by_reference(segment: Segment, row: StepScalars, codes: Codes) -> Se
 
 def assert_equal(got: Tensors, want: Segment, codes: Codes, where: str) -> None:
     """To the bit. Of a block of block8 that is NaN, only that it is."""
-    state = FORMATS[codes[2]]
+    state = FORMAT_NAMES[codes[2]]
     for name, a, b in zip(NAMES, got, want.tensors(), strict=True):
         if b is None:
             continue
@@ -180,7 +180,7 @@ def assert_equal(got: Tensors, want: Segment, codes: Codes, where: str) -> None:
             nan = exponents.repeat_interleave(BLOCK)[: len(b)] == 255
             a, b = a.masked_fill(nan, 0), b.masked_fill(nan, 0)
         # Formats write one NaN; dtypes may keep its payload.
-        format = FORMATS[codes[0] if name == "param" else codes[2]]
+        format = FORMAT_NAMES[codes[0] if name == "param" else codes[2]]
         integers = not b.is_floating_point() or format in cpu.formats
         same = torch.equal(*(x.view(torch.uint8) for x in (a, b))) if integers else same_bits(a, b)
         if not same:
@@ -266,7 +266,7 @@ def test_negative_second_moments(kernels, codes):
     """Which bfloat16 can hold; their root is NaN, and so is the weight."""
     p, g, m, v = (torch.linspace(-1, 1, 300) for _ in range(4))
     [stepped] = check(kernels, [encoded(codes, p, g, m, v)], [RECTIFIED], codes)
-    if FORMATS[codes[2]] != "block8":
+    if FORMAT_NAMES[codes[2]] != "block8":
         assert decoded(stepped)[0].isnan().any()
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from radam_kernels import formats, schedule
 from radam_kernels.backends import reference
-from radam_kernels.modules import DTYPES, cpu
+from radam_kernels.modules import DTYPES, FORMAT_NAMES, cpu
 from radam_kernels.schedule import Action, StepScalars
-from tests.helpers import FORMATS, LOW_MEMORY_SETS
+from tests.helpers import LOW_MEMORY_SETS
 
 from .compilers import Codes
 
@@ -63,7 +63,7 @@ class Case:
 
 def dtypes_of(codes: Codes) -> dict[str, torch.dtype]:
     """The dtypes of the tensors that a segment consists of."""
-    param, grad, state = (FORMATS[code] for code in codes)
+    param, grad, state = (FORMAT_NAMES[code] for code in codes)
     moment = torch.uint8 if state == "block8" else _tensor_dtype(state)
     four = _tensor_dtype(param), _tensor_dtype(grad), moment, moment
     found = dict(zip(STREAMS, four, strict=True))

@@ -12,16 +12,17 @@ from unittest.mock import patch
 
 import torch
 
-from tests.helpers import FORMATS, LOW_MEMORY_SETS
+from radam_kernels.modules import FORMAT_NAMES
+from tests.helpers import LOW_MEMORY_SETS
 from tests.kernels.norms import NORMS
 
 from .program import Program, parse
 
 ROOT = Path(__file__).parents[3]
-Codes = tuple[int, int, int]  # of param, grad and moments: indices of helpers.FORMATS
+Codes = tuple[int, int, int]  # of param, grad and moments: indices of helpers.FORMAT_NAMES
 
-_TYPES = {f"radam::{name}": code for code, name in enumerate(FORMATS)}
-_TYPES |= {"float": FORMATS.index("float32"), "double": FORMATS.index("float64")}
+_TYPES = {f"radam::{name}": code for code, name in enumerate(FORMAT_NAMES)}
+_TYPES |= {"float": FORMAT_NAMES.index("float32"), "double": FORMAT_NAMES.index("float64")}
 
 
 class Compiled(NamedTuple):

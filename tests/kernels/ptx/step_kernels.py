@@ -10,8 +10,9 @@ import numpy as np
 
 from radam_kernels import schedule
 from radam_kernels.backends import upload
+from radam_kernels.modules import FORMAT_NAMES
 from radam_kernels.schedule import Action
-from tests.helpers import FORMATS, LOW_MEMORY_SETS
+from tests.helpers import LOW_MEMORY_SETS
 
 from .arithmetic import Fault
 from .cases import (
@@ -50,7 +51,7 @@ class StepKernel:
         self.triton, self.factor = backend == "triton", factor
         self.low_memory, self.dtypes = codes in LOW_MEMORY_SETS, dtypes_of(codes)
         self.items = {name: dtype.itemsize for name, dtype in self.dtypes.items()}
-        param, _, state = (FORMATS[code] for code in codes)
+        param, _, state = (FORMAT_NAMES[code] for code in codes)
         # Triton's kernels look at the upper half of the index whether they need it or not.
         self.random = self.triton or param != "master32" or state.endswith(("stochastic", "block8"))
         # How many elements a block steps, and a thread by one load of each stream; and of how many
@@ -246,7 +247,7 @@ class StepKernel:
 def cuda_sizes(codes: Codes, items: dict[str, int]) -> tuple[int, int, int]:
     """Elements of a chunk, of a vector, and of a unit of vectors, as in csrc/cuda/step_kernel.h."""
     threads, vectors, warp = 256, 4, 32
-    param, _, state = (FORMATS[code] for code in codes)
+    param, _, state = (FORMAT_NAMES[code] for code in codes)
     widest = max(items[name] for name in STREAMS)
     if state == "block8":
         return threads * 16, 16, warp * 16
