@@ -42,7 +42,7 @@ def zeros_like(
 
 @torch.no_grad()
 def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
-    """Moves parameters into one flat buffer for each dtype and device; returns the buffers.
+    """Moves parameters into one flat buffer for each dtype and device.
 
     Each parameter stays the same object, with the same values, shape and strides, but its memory
     becomes a part of the buffer, aligned to 256 bytes, in the given order. A parameter given more
@@ -56,6 +56,9 @@ def flatten_(params: Iterable[Tensor]) -> list[Tensor]:
 
     Args:
         params: dense tensors of any dtype and device.
+
+    Returns:
+        The buffers, each of one dimension, in the order of the first parameter of each.
 
     Raises:
         ValueError: a parameter is not dense, is sharded or wraps other tensors, or is a part of a

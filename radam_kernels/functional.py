@@ -39,16 +39,18 @@ def radam_(
     Under torch.compile and torch.export it is one operator, `radam_kernels::radam_`. A compiled
     function takes other values of `step`, `lr` and `grad_scale` without compiling again.
 
+    Arguments that are not listed are as for `RAdam`; `beta1` and `beta2` are its `betas`.
+
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: a tensor each, or sequences of the same length. The
-            four tensors of one index have the same shape, device and dense memory layout (any
-            permutation of contiguous). float32, bfloat16 and float16 mix freely and compute in
-            float32; float64 mixes with float64 only; complex tensors are stepped as pairs of
-            reals. Gradients are only read.
+        params: a tensor or a sequence of tensors. The four tensors of one index have the same
+            shape, device and dense memory layout (any permutation of contiguous). float32,
+            bfloat16 and float16 mix freely and compute in float32; float64 mixes with float64 only;
+            complex tensors are stepped as pairs of reals.
+        grads: as many gradients, which are only read.
+        exp_avgs: as many running averages of the gradient.
+        exp_avg_sqs: as many running averages of the gradient's square.
         step: the number of this step, from 1. The caller counts; torch's functional form advances
             tensors instead.
-        lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, rho_threshold,
-            degenerated_to_sgd, rectification: as for `RAdam`.
         grad_scale: multiplies the gradients first, for example 1 / loss scale. A tensor of one
             element is read on its device: nothing waits for a GPU.
         backend: "auto" or a name from `available_backends()`.

@@ -29,8 +29,7 @@ _SAVING = threading.RLock()  # torch iterates over the hooks that state_dict() c
 class RAdam(Optimizer):
     r"""Rectified Adam in one pass over memory; same arguments, state and results as torch's.
 
-    Arguments of `torch.optim.RAdam` have the same meaning here. `foreach` is accepted and has no
-    effect: all tensors of one device and dtype set are stepped in one launch anyway.
+    Arguments of `torch.optim.RAdam` have the same meaning here.
 
     Args:
         params: parameters, named parameters or dicts that define groups. float32, float64,
@@ -39,6 +38,10 @@ class RAdam(Optimizer):
         betas: coefficients of the running averages of the gradient and of its square.
         eps: added to the square root of `exp_avg_sq`, before bias correction as in torch.
         weight_decay: L2 penalty, or decay of the parameter itself if `decoupled_weight_decay`.
+        decoupled_weight_decay: multiply parameters by `1 - weight_decay * lr` instead of adding
+            `weight_decay` times the parameter to the gradient.
+        foreach: accepted, and without effect: all tensors of one device and dtype set are stepped
+            in one launch anyway.
         maximize: maximize the objective instead.
         capturable: store and advance the step counts on the parameters' device, so that the host
             never synchronizes with the GPU: for CUDA graphs, and for `torch.amp.GradScaler`
@@ -76,14 +79,14 @@ class RAdam(Optimizer):
         stochastic_rounding: round bfloat16 moments, and bfloat16 parameters without master weights,
             up or down at random, so that they are right on average and small updates are not lost.
             float16 is refused.
-        seed: of the random bits, a whole number in [0, 2**32). They are a hash of it and of the
+        seed: of the random bits, a whole number in `[0, 2**32)`. They are a hash of it and of the
             step, the parameter's place in `param_groups` and the element: the same on every
             backend, on all replicas, after a resume, and for parameters that are sharded by
             FSDP2, HSDP or Shard(0). With other shards (FSDP1, ZeRO, other placements) elements are
-            counted in the shard. Where a float32 step count stops, at 2**24, so do the bits.
+            counted in the shard. Where a float32 step count stops, at `2**24`, so do the bits.
 
     The state of a parameter is the same as in torch: `step` (in the default dtype; a float32 count
-    stops at 2**24, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`; and
+    stops at `2**24`, as in torch; on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`; and
     `param_remainder` with `master_weights`. "block8" adds `exp_avg_exponent` and
     `exp_avg_sq_exponent`, which `state_dict()` leaves out: it has the moments as bfloat16 tensors,
     without loss. Checkpoints can be exchanged with `torch.optim.RAdam`. Changes between steps
@@ -331,8 +334,7 @@ class RAdam(Optimizer):
         So not all gradients are in memory at once. Go on calling `step()` after each backward, and
         `zero_grad()` if you like: `step()` steps parameters that still have a gradient (unfrozen
         since, or without their hook), and ends the step. State, checkpoints and results are those
-        of ordinary steps. `remove()` of the handle that is returned ends it. A copied or unpickled
-        optimizer goes on with its own parameters.
+        of ordinary steps. A copied or unpickled optimizer goes on with its own parameters.
 
         Each backward steps with what it has, so there is no gradient accumulation, no closure and
         no clipping or unscaling of all gradients: `max_grad_norm` of a Trainer, a GradScaler and
@@ -344,6 +346,9 @@ class RAdam(Optimizer):
 
         If backward fails midway, some parameters have been stepped. To go on, call `zero_grad()`
         and `step()`, which ends that step; another backward first raises.
+
+        Returns:
+            A handle, whose `remove()` ends it: gradients are kept for `step()` again.
 
         Raises:
             RuntimeError: it is on already, or for another optimizer of the same parameters;

@@ -46,8 +46,11 @@ class StepScalars(NamedTuple):
 def rho_inf(beta2: float) -> float:
     """Length of the approximated moving average for step -> infinity: `2 / (1 - beta2) - 1`, >= 1.
 
-    Raises ValueError for beta2 outside [0, 1). Source: Liu et al., "On the Variance of the Adaptive
-    Learning Rate and Beyond", ICLR 2020, Algorithm 2; torch/optim/radam.py.
+    Source: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", ICLR 2020,
+    Algorithm 2; torch/optim/radam.py.
+
+    Raises:
+        ValueError: beta2 outside [0, 1).
     """
     _check_beta("beta2", beta2)
     return _rho_inf(beta2)
@@ -57,9 +60,11 @@ def rho(step: float, beta2: float) -> float:
     """Length of the approximated moving average: `rho_inf - 2 t beta2^t / (1 - beta2^t)`, >= 1.
 
     `step` (t) counts from 1. Computed without the cancellation in this textbook formula, which
-    loses five digits at beta2 = .999999. Raises ValueError for a step that is not a whole number
-    >= 1 and for beta2 outside [0, 1). Source: Liu et al., ICLR 2020, Algorithm 2;
+    loses five digits at beta2 = .999999. Source: Liu et al., ICLR 2020, Algorithm 2;
     torch/optim/radam.py.
+
+    Raises:
+        ValueError: a step that is not a whole number >= 1, or beta2 outside [0, 1).
     """
     _check_beta("beta2", beta2)
     return _rho(_whole(step), beta2)
@@ -132,8 +137,10 @@ def rectification(
     `sqrt(Var(rho_inf) / Var(rho_t))`; with form "first_order" that is torch's
     `sqrt((rho_t-4)(rho_t-2) rho_inf / ((rho_inf-4)(rho_inf-2) rho_t))`. The default threshold, 5.0,
     is torch's; Algorithm 2 of the paper has 4.0; the authors' code rectifies at exactly 5.0, too.
-    Raises ValueError as `rho` and `check_rho_threshold` do. Source: Liu et al., ICLR 2020,
-    Algorithm 2 and Theorem 1; torch/optim/radam.py.
+    Source: Liu et al., ICLR 2020, Algorithm 2 and Theorem 1; torch/optim/radam.py.
+
+    Raises:
+        ValueError: as `rho`; an unknown form, or a threshold at which its variance is infinite.
     """
     _check_beta("beta2", beta2)
     check_rho_threshold(rho_threshold, form)
