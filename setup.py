@@ -1,8 +1,11 @@
 """Hands the build of the compiled modules to CMakeLists.txt."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,7 +52,17 @@ class CMakeBuild(build_ext):
         self.copy_file(str(module), str(target))
 
 
+def folders() -> dict[str, dict[str, str]]:
+    """Where to write what a build leaves: beside the sources, unless they are read-only."""
+    if os.access(ROOT, os.W_OK):
+        return {}
+    scratch = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return {"build": {"build_base": scratch}, "egg_info": {"egg_base": scratch}}
+
+
 setup(
+    options=folders(),
     # Declared, because an editable install holds only what it was told of.
     ext_modules=[Extension(f"radam_kernels.{name}", sources=[]) for name in ("_cpu", "_cuda")],
     cmdclass={"build_ext": CMakeBuild},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import available_backends
 from .backends import BackendName, resolve, why_not
-from .backends.cuda import NOT_BUILT
+from .backends.cuda import NOT_BUILT, dotted, old_driver
 from .backends.devices import DEVICE_TYPES, is_available
 from .functional import radam_
 from .modules import cpu, load_optional
@@ -68,14 +68,11 @@ def _facts() -> dict[str, str]:
     }
     if cuda:
         runtime, driver = cuda.runtime_version(), cuda.driver_version()
-        facts["cuda"] = f"_cuda for {cuda.architectures}, runtime {_dotted(runtime)}, " + (
-            f"driver for {_dotted(driver)}" if driver else "no driver"
+        facts["cuda"] = f"_cuda for {cuda.architectures}, runtime {dotted(runtime)}, " + (
+            f"driver for {dotted(driver)}" if driver else "no driver"
         )
-        if driver and driver // 1000 < runtime // 1000:
-            facts["cuda"] += (
-                "; the driver is older than the toolkit: update it, or build with CUDA "
-                f"{_dotted(driver)}"
-            )
+        if reason := old_driver(cuda):
+            facts["cuda"] += f"; {reason}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts[f"gpu {i}"] = torch.cuda.get_device_name(i)
@@ -140,7 +137,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _dotted(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"

@@ -35,9 +35,30 @@ def why_not(device_type: str) -> str | None:
         return f"not built: {NOT_BUILT[cpu.cuda_built]}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device (torch.cuda.is_available() is False)"
+    if reason := old_driver(_cuda):
+        return reason
     if reason := _cuda.why_not(torch.cuda.current_device()):
         return f"{reason} (built for {_cuda.architectures}; RADAM_CUDA_ARCHS chooses)"
     return None
+
+
+def old_driver(module: ModuleType) -> str | None:
+    """Why the driver can't run what `module` was built with; None if it can, or if there is none.
+
+    A driver runs what any toolkit of its own major version built, or of an older one.
+    """
+    runtime, driver = module.runtime_version(), module.driver_version()
+    if not driver or driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"the driver is for CUDA {dotted(driver)} and _cuda was built with CUDA {dotted(runtime)}: "
+        f"update the driver, or build radam_kernels with CUDA {driver // 1000}"
+    )
+
+
+def dotted(version: int) -> str:
+    """CUDA's number of a version, as people write it: 12.9 for 12090."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def run(bucket: cpu.Bucket) -> None:

@@ -1,20 +1,25 @@
 """Which backend is chosen: the named one, or with "auto" the fastest that works."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import radam_kernels
 from radam_kernels import backends
-from radam_kernels.backends import reference
+from radam_kernels.backends import cuda, reference, triton_
 from tests.helpers import USUAL
 
 
 @pytest.fixture
 def empty_cache():
-    """Clears the cache of resolved backends, before and after."""
-    backends.resolve.cache_clear()
+    """Clears the caches of what works and of resolved backends, before and after."""
+    caches = (backends.resolve, backends.why_not)  # before tests replace them
+    for function in caches:
+        function.cache_clear()
     yield
-    backends.resolve.cache_clear()
+    for function in caches:
+        function.cache_clear()
 
 
 def test_every_backend_works_or_says_why_not():
@@ -66,6 +71,29 @@ def test_a_named_backend_never_gives_way_to_another(monkeypatch, empty_cache):
     )
     with pytest.raises(RuntimeError, match=r"'cpu' can't step .*it is broken.*'reference'"):
         backends.resolve("cpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("driver", "taken"),
+    [(12080, triton_), (13000, cuda), (14010, cuda)],
+    ids=["12.8", "13.0", "14.1"],
+)
+def test_auto_takes_triton_where_the_driver_is_too_old(monkeypatch, empty_cache, driver, taken):
+    built = SimpleNamespace(
+        runtime_version=lambda: 13000, driver_version=lambda: driver, why_not=lambda device: ""
+    )
+    monkeypatch.setattr(cuda, "_cuda", built)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_, "why_not", lambda device_type: None)
+    assert backends.resolve("auto", "cuda") is taken
+    why = backends.why_not("cuda", "cuda")
+    if taken is triton_:
+        assert "driver is for CUDA 12.8 and _cuda was built with CUDA 13.0" in why
+        assert "build radam_kernels with CUDA 12" in why
+    else:
+        assert why is None
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu"])
