@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.conftest import Processes
+from tests.distributed.ranks import SKIPPED
 
 TIMEOUT_S = 60
 _MODULES = (
@@ -57,6 +58,8 @@ def on_ranks(rank_processes: Processes) -> Callable[..., None]:
             timeout=TIMEOUT_S + 10,
         )
         assert code == 0, f"exit code {code}\n{output[-12000:]}"
+        if output.startswith(SKIPPED):
+            pytest.skip(output.removeprefix(SKIPPED).strip())
 
     return on_ranks
 

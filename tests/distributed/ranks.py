@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from tests.fork_server import run_in_fork
 
+SKIPPED = "skipped:"
 GRACE_S = 3  # for ranks whose peer has failed: they may fail for a reason of their own
 
 
@@ -21,6 +23,7 @@ def run(module: str, name: str, arguments: dict[str, Any], world: int, timeout: 
     """Calls `module.name(**arguments)` on `world` ranks, forks of this process.
 
     Raises SystemExit, after printing the output of the failed ranks, unless all return in time.
+    Prints SKIPPED and the reason if the function skips its test.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, f"output{rank}") for rank in range(world)]
@@ -30,6 +33,8 @@ def run(module: str, name: str, arguments: dict[str, Any], world: int, timeout: 
             with outputs[rank].open("w") as output:
                 ranks[run_in_fork(partial(_run_rank, *arguments_of_rank), output)] = rank
         failures = _wait(ranks, timeout)
+        if (skipped := Path(folder, "skipped")).exists() and not failures:
+            print(SKIPPED, skipped.read_text())
         for rank, failure in failures.items():  # the first to fail first
             print(f"rank {rank} of {world}: {failure}\n{outputs[rank].read_text()[-3000:]}")
     if failures:
@@ -42,7 +47,10 @@ def _run_rank(
     patience = datetime.timedelta(seconds=30)
     store = dist.FileStore(str(file), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
-    getattr(importlib.import_module(module), name)(**arguments)
+    try:
+        getattr(importlib.import_module(module), name)(**arguments)
+    except pytest.skip.Exception as skipped:
+        file.with_name("skipped").write_text(str(skipped))
     dist.barrier()  # none leaves while another still needs it
 
 

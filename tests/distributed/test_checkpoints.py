@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
 from radam_kernels import RAdam
+from tests.distributed.training import fully_shard
 from tests.helpers import TorchRAdam, randn
 
 CLASSES = {"ours": RAdam, "torch's": TorchRAdam}
@@ -310,7 +310,7 @@ def test_a_resume_needs_no_second_copy_of_the_moments(world, tmp_path, by):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     before = peak_bytes()
     if by == "load_state_dict":
-        optimizer.load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=False))
+        optimizer.load_state_dict(torch.load(tmp_path / "checkpoint"))
         gradients = 0
     else:
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Parameter
 
 from radam_kernels import RAdam
+from tests.distributed.training import fully_shard
 from tests.helpers import randn
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
 
 # On 2 and 4 ranks: equal shards; uneven ones; ranks with nothing.
 SHAPES = [(8, 3), (5, 2), (1, 3), (3,)]
@@ -137,8 +137,8 @@ def test_so_does_hybrid_sharded_training():
 def train(mesh: DeviceMesh) -> None:
     sharded, plain = Tower().double(), Tower().double()
     for layer in sharded.layers:
-        fsdp.fully_shard(layer, mesh=mesh)
-    fsdp.fully_shard(sharded, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
     optimizers = [RAdam(model.parameters(), lr=0.1) for model in (sharded, plain)]
     for step in range(8):
         rows = randn(8, 6, dtype=torch.float64, seed=step)
@@ -158,7 +158,7 @@ def train(mesh: DeviceMesh) -> None:
 @pytest.mark.distributed(2)
 def test_accumulation_after_the_clip_is_refused():
     model = Tower()
-    fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = RAdam(model.parameters(), lr=0.1)
     model(torch.ones(2, 6)).sum().backward()
     optimizer.clip_grad_norm_(0.01)
@@ -170,7 +170,7 @@ def test_accumulation_after_the_clip_is_refused():
 @pytest.mark.distributed(2)
 def test_flat_parameters_of_fsdp1_are_refused():
     for use_orig_params in (False, True):
-        model = fsdp.FullyShardedDataParallel(
+        model = FullyShardedDataParallel(
             Tower(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
         )
         optimizer = RAdam(model.parameters())

@@ -12,18 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from radam_kernels import train
+from tests.distributed.training import FULLY_SHARDS_ON_CPU
 
 pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install 'radam_kernels[demo]'")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available())
-        or not hasattr(torch.cpu.current_stream(), "record_event"),
+        not (dist.is_available() and dist.is_gloo_available() and FULLY_SHARDS_ON_CPU),
         reason="fully_shard of this torch does not run on the CPU",
     ),
 ]

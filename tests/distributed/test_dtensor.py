@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from radam_kernels import RAdam
 from radam_kernels.modules import cpu
+from tests.distributed.training import fully_shard
 from tests.helpers import MOMENTS
 
 tensor = pytest.importorskip("torch.distributed.tensor")
@@ -194,12 +195,9 @@ def test_a_step_waits_for_gradients_that_a_collective_is_still_writing(mesh):
 
 def test_an_optimizer_made_before_fully_shard_warns_once(mesh, recwarn):
     """It holds the parameters that fully_shard has replaced."""
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
     model = torch.nn.Linear(3, 2)
     optimizer = RAdam(model.parameters())
-    fsdp.fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     right = RAdam(model.parameters())
     for p in model.parameters():
         p.grad = p.detach().clone()

@@ -8,15 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.distributed.training import Net, Training, Wrapper, assert_follows_torch
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "fully_shard"):
-    pytest.skip("this torch has no fully_shard", allow_module_level=True)
-if not hasattr(torch.cpu.current_stream(), "record_event"):
-    pytest.skip("fully_shard of this torch does not run on the CPU", allow_module_level=True)
+from tests.distributed.training import Net, Training, Wrapper, assert_follows_torch, fully_shard
 
 
 class FSDP2(Wrapper):
@@ -40,8 +35,8 @@ class FSDP2(Wrapper):
             self.arguments["ignored_params"] = {net.norm.weight}
             net.norm.weight.register_post_accumulate_grad_hook(self._average)
         for layer in (net.second, net.third) if self.nested else ():
-            fsdp.fully_shard(layer, **self.arguments)
-        return fsdp.fully_shard(net, **self.arguments)
+            fully_shard(layer, **self.arguments)
+        return fully_shard(net, **self.arguments)
 
     def _average(self, param: nn.Parameter) -> None:
         dist.all_reduce(param.grad)

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from radam_kernels import RAdam, layout
@@ -23,7 +23,7 @@ from tests.distributed.test_fsdp1 import FSDP1
 from tests.distributed.test_fsdp2 import FSDP2, HSDP
 from tests.distributed.test_tensor_parallel import TensorParallel
 from tests.distributed.test_zero import ZeRO
-from tests.distributed.training import Training, Wrapper, train
+from tests.distributed.training import Training, Wrapper, fully_shard, train
 from tests.helpers import params_of, randn, same_bits
 
 BF16 = torch.bfloat16

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from radam_kernels import RAdam
 from radam_kernels.sharding import local
-from tests.distributed.test_fsdp2 import BF16, FSDP2, HSDP, fsdp
+from tests.distributed.test_fsdp2 import BF16, FSDP2, HSDP
 from tests.distributed.training import (
     Net,
     Training,
@@ -51,7 +51,7 @@ TRAININGS = {
     "not nested, tied": ({"nested": False}, Training(tied=True)),
     "accumulation without sync": ({"reshard_after_forward": False}, Training(parts=2)),
     "frozen": ({}, Training(frozen=True)),
-    "CPU offload": ({"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=False)}, Training()),
+    "CPU offload": ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, Training()),
     "two groups, schedule": ({}, Training(two_groups=True, schedule=True)),
     "unused parameters": ({}, Training(unused=True)),
     "capturable": ({}, Training(ours={"capturable": True})),

@@ -10,11 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Parameter
 
 from radam_kernels import RAdam
-from tests.distributed.training import Net, Training, Wrapper, assert_follows_torch
+from tests.distributed.training import Net, Training, Wrapper, assert_follows_torch, fully_shard
 from tests.helpers import MOMENTS, STEPS, randn, same_bits
 
 parallel = pytest.importorskip("torch.distributed.tensor.parallel")
-fsdp = pytest.importorskip("torch.distributed.fsdp")
 tensor = pytest.importorskip("torch.distributed.tensor")
 
 
@@ -38,8 +37,8 @@ class TensorParallel(Wrapper):
         net = parallel.parallelize_module(net, self.mesh["model"], plan)
         if self.world > 1:
             for layer in (net.second, net.third):
-                fsdp.fully_shard(layer, mesh=self.mesh["data"])
-            fsdp.fully_shard(net, mesh=self.mesh["data"])
+                fully_shard(layer, mesh=self.mesh["data"])
+            fully_shard(net, mesh=self.mesh["data"])
         return net
 
     def make_infinite(self, model: nn.Module) -> None:

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.optim import Optimizer
 from torch.optim import RAdam as TorchRAdam
 
@@ -19,6 +21,17 @@ from tests.helpers import MOMENTS, STEPS, params_of, randn, same_bits
 
 ROWS = 8  # of a batch, for up to 4 ranks with 2 micro-batches each
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # for sums of float64 in another order
+
+
+# torch 2.6 does not run it there.
+FULLY_SHARDS_ON_CPU = hasattr(torch.cpu.current_stream(), "record_event")
+
+
+def fully_shard(module: nn.Module, **arguments: Any) -> nn.Module:
+    """torch's; skips the test, from a rank too, where it does not run on the CPU."""
+    if not FULLY_SHARDS_ON_CPU:
+        pytest.skip("fully_shard of this torch does not run on the CPU")
+    return fsdp.fully_shard(module, **arguments)
 
 
 class Net(nn.Module):
