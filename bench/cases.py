@@ -157,7 +157,11 @@ def all_cases() -> list[Case]:
         of_model("ViT-B/16", "float32", _FULL),
         of_model("BERT-base", "float32", _FULL),
         replace(offload, name=OFFLOAD),
-        replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16),
+        *(
+            [replace(offload, name=OFFLOAD_HALF, grad_dtype=torch.bfloat16)]
+            if hasattr(torch.Tensor, "grad_dtype")  # torch 2.10
+            else []
+        ),
         *(case for tensors in (30, 300, 1000) for case in _sharded(tensors)),
         clipped(one(26, "float32", _FULL), _QUICK | _GPU),
         *(clipped(case, _FULL | _GPU) for case in (thousand, gpt2)),

@@ -166,6 +166,15 @@ def cuobjdump() -> str | None:
 
 
 @lru_cache
+def release() -> int:
+    """The major version of cuobjdump, which reads no machine code of later ones."""
+    printed = subprocess.run(
+        [cuobjdump() or "cuobjdump", "--version"], capture_output=True, text=True
+    )
+    return int(re.findall(r"release (\d+)\.", printed.stdout)[0])
+
+
+@lru_cache
 def cuda_module() -> Path | None:
     module = modules.load_optional("_cuda")
     return Path(module.__file__) if module else None

@@ -31,13 +31,13 @@ else:
 def why_not(device_type: str) -> str | None:
     if _missing:
         return _missing
-    if INTERPRETED:
-        return None if device_type == "cpu" else "TRITON_INTERPRET=1: only CPU tensors are stepped"
     if not COMPILES_EXACTLY:
         return (
             f"Triton {triton.__version__} compiles division and square root so that subnormals are "
-            "flushed to zero; 3.6 and later do not"
+            "flushed to zero, and its interpreter is too old as well; 3.6 and later work"
         )
+    if INTERPRETED:
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1: only CPU tensors are stepped"
     if device_type == "cpu":
         return f"Triton steps GPU tensors only; {_INTERPRETER}"
     if not devices.is_available(device_type):

@@ -14,7 +14,7 @@ from bench.gpu import machine_code
 from bench.gpu.machine_code import GPUS, NAMES, SIZES, Kernel
 from bench.gpu.triton_compile import NORM_SETS, SETS, TARGETS, Codes, Compiled, compile_all
 from radam_kernels.backends import triton_
-from radam_kernels.modules import DTYPES
+from radam_kernels.modules import DTYPES, load
 from tests.helpers import DTYPE_SETS, LOW_MEMORY_SETS
 from tests.kernels.norms import NORMS
 
@@ -45,6 +45,9 @@ def _tools() -> None:
 def cuda_module() -> list[Kernel]:
     if not machine_code.cuda_module():
         pytest.skip("_cuda was not built")
+    toolkit = load("_cuda").runtime_version() // 1000
+    if machine_code.release() < toolkit:
+        pytest.skip(f"cuobjdump {machine_code.release()} can't read what CUDA {toolkit} built")
     file = machine_code.cuda_module()
     built = set(machine_code.cuda_architectures()) & set(CUDA_ARCHITECTURES)
     return [k for arch in built for k in machine_code.read_sass(file, arch, "cuda")]

@@ -16,7 +16,8 @@ tensor = pytest.importorskip("torch.distributed.tensor")
 
 
 def sharded(values: Tensor, mesh, placement=None) -> Tensor:
-    return tensor.distribute_tensor(values.clone(), mesh, [placement or tensor.Shard(0)])
+    """On a mesh of one process, whose part is the whole."""
+    return tensor.DTensor.from_local(values.clone(), mesh, [placement or tensor.Shard(0)])
 
 
 def frames(call) -> int:

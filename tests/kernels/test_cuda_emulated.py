@@ -45,6 +45,10 @@ from tests.kernels.cuda_emulation.worker import LowMemorySegment, make_plan
 FOLDER = Path(__file__).parent / "cuda_emulation"
 CSRC = Path(__file__).parents[2] / "csrc"
 CUDA = CSRC / "cuda"
+pytestmark = [
+    pytest.mark.skipif(not CUDA.is_dir(), reason="not run from a source tree"),
+    pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the kernels with"),
+]
 FORMS = (
     {},
     {"weight_decay": 0.1},
@@ -146,8 +150,6 @@ def link(objects: Iterable[Path], folder: Path) -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[str, Path]:
     """The object files, by the stems of their sources."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile the emulated kernels with")
     folder = tmp_path_factory.mktemp("emulation")
     with ThreadPoolExecutor(2) as pool:
         sources = [*sorted(CUDA.glob("*.cu")), FOLDER / "emulation.cpp"]

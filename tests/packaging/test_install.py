@@ -1,6 +1,7 @@
 """Imports of a package that is not built, or built from other sources; and what is packaged."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -119,3 +120,14 @@ def test_setup_declares_both_modules(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     names = [extension.name for extension in told["ext_modules"]]
     assert names == ["radam_kernels._cpu", "radam_kernels._cuda"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has several")
+def test_the_cpu_kernel_finds_the_instruction_sets_of_this_cpu():
+    """Some compilers' runtimes do not tell a program of them."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    has = set(found[1].split())
+    v3 = {"avx2", "bmi1", "bmi2", "fma"} <= has
+    v4 = v3 and {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"} <= has
+    levels = ["x86-64-v4"] * v4 + ["x86-64-v3"] * v3 + ["baseline"]
+    assert list(modules.cpu.instruction_sets) == levels
