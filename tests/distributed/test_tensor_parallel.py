@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Parameter
+from torch.torch_version import TorchVersion
 
 from radam_kernels import RAdam
 from tests.distributed.training import Net, Training, Wrapper, assert_follows_torch, fully_shard
@@ -57,7 +58,9 @@ TRAININGS = {
 @pytest.mark.distributed(2)
 @pytest.mark.parametrize("how", TRAININGS.values(), ids=TRAININGS)
 def test_trains_as_torch_does(how, world):
-    assert_follows_torch(TensorParallel(world), how)
+    # torch 2.6 clips gradients of tensor-parallel parameters by another norm.
+    alone = not how.clip or TorchVersion(torch.__version__) >= (2, 7)
+    assert_follows_torch(TensorParallel(world), how, alone=alone)
 
 
 @pytest.mark.distributed(4)

@@ -15,14 +15,14 @@ from radam_kernels import modules
 from radam_kernels.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "radam_kernels"
+PACKAGE = Path(modules.__file__).parent
 in_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not run from a source tree")
 
 
 def copy(to: Path, *, csrc: bool = True, compiled: bool = True) -> Path:
     """A copy of the package, as a clone or as an installed one."""
     ignored = shutil.ignore_patterns("__pycache__", *([] if compiled else ["*.so", "*.pyd"]))
-    shutil.copytree(SOURCES, to / "radam_kernels", ignore=ignored)
+    shutil.copytree(PACKAGE, to / "radam_kernels", ignore=ignored)
     if compiled:  # an editable install keeps its modules here; any other one, where it installed
         for name in ("_cpu", "_cuda"):
             if module := modules.load_optional(name):
@@ -103,7 +103,7 @@ def test_every_folder_of_the_package_is_packaged_and_no_other():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]
-    folders = {path.parent for path in SOURCES.rglob("*.py")}
+    folders = {path.parent for path in (ROOT / "radam_kernels").rglob("*.py")}
     assert sorted(packages) == sorted(
         str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders
     )
