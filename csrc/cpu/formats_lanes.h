@@ -209,7 +209,7 @@ RADAM_INLINE WordPair load_remainder8(const void* from) {
 
 template <Order kOrder>
 RADAM_INLINE WordPair load_remainder16(const void* from) {
-  const WordPair upper = read_upper_halves<kOrder>(from);
+  const WordPair upper = bits_of(load_bfloat16<kOrder>(from));
   return {(Words)((Ints)upper.a >> 16), (Words)((Ints)upper.b >> 16)};
 }
 

@@ -172,29 +172,28 @@ RADAM_INLINE Halves lower_halves(const WordPair& x) {
 #endif
 }
 
-// Loads 16-bit elements into the upper halves of words, over zeros.
-template <Order kOrder>
-RADAM_INLINE WordPair read_upper_halves(const void* from) {
-  if constexpr (kOrder == kZipped) {
-    const Words both = read<Words>(from);
-    return {both << 16, both & 0xffff0000u};
-  } else {
-#if defined(__aarch64__)
-    const uint16x8_t zeros = {}, both = read<uint16x8_t>(from);
-    return {(Words)vzip1q_u16(zeros, both), (Words)vzip2q_u16(zeros, both)};
-#elif RADAM_VECTOR_BYTES == 32
-    return {(Words)_mm256_cvtepu16_epi32(read<__m128i>(from, 0)) << 16,
-            (Words)_mm256_cvtepu16_epi32(read<__m128i>(from, 1)) << 16};
+// Loads 16-bit elements, each zero-extended to 32 bits.
+RADAM_INLINE Words read_extended(const void* from, int index) {
+#if RADAM_VECTOR_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32(read<__m128i>(from, index));
 #else
-    return {__builtin_convertvector(read<NarrowHalves>(from, 0), Words) << 16,
-            __builtin_convertvector(read<NarrowHalves>(from, 1), Words) << 16};
+  return __builtin_convertvector(read<NarrowHalves>(from, index), Words);
 #endif
-  }
 }
 
 template <Order kOrder>
 RADAM_INLINE Pair<float> load_bfloat16(const void* from) {
-  return floats_of(read_upper_halves<kOrder>(from));
+  if constexpr (kOrder == kZipped) {
+    const Words both = read<Words>(from);
+    return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+  } else {
+#if defined(__aarch64__)
+    const uint16x8_t zeros = {}, both = read<uint16x8_t>(from);
+    return {(Floats)vzip1q_u16(zeros, both), (Floats)vzip2q_u16(zeros, both)};
+#else
+    return {(Floats)(read_extended(from, 0) << 16), (Floats)(read_extended(from, 1) << 16)};
+#endif
+  }
 }
 
 // Whether a select for NaNs is needed. A branch that is never taken costs less than a select does

@@ -1,8 +1,7 @@
 """The CPU kernels, compiled for aarch64 and run by an emulator, give the bits of the reference.
 
-CMake compiles them with what CMakeLists.txt says. The driver, which is linked to their object files,
-steps copies of the memory that a test has made, so the tests are those of the kernels of this
-machine.
+CMake compiles them with what CMakeLists.txt says. aarch64/driver.cpp steps copies of what a test
+has in memory, so that the tests of this machine's kernels are those of the emulated ones.
 """
 
 import ctypes
@@ -11,103 +10,185 @@ import struct
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from radam_kernels import formats
 from radam_kernels.modules import DTYPES, FORMAT_NAMES
-from tests.helpers import LOW_MEMORY_SETS, dtypes_id
+from tests.helpers import same_bits
 from tests.kernels import norms, test_backends, test_formats
 from tests.kernels.stepping import FIELDS, NUMEL, Codes, Kernel
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
-EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
+# Programs, and the packages of Debian that have them.
+PROGRAMS = {
+    COMPILER: "g++-aarch64-linux-gnu",
+    "qemu-aarch64-static": "qemu-user-static",
+    "cmake": "cmake",
+    "ninja": "ninja-build",
+}
+INCLUDE = sysconfig.get_path("include")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-
-def compile_driver(source: Path, build: Path) -> Path:
-    """The driver, with the CPU kernels of a source tree."""
-    # CMake asks the Python of the target for its headers. That of this machine, which `env` starts,
-    # serves as well: no part of Python is compiled.
-    configure = [
-        "cmake", "-S", source, "-B", build, "-DRADAM_CUDA=OFF",
-        "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        f"-DCMAKE_CXX_COMPILER={COMPILER}", "-DCMAKE_CROSSCOMPILING_EMULATOR=env",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
-    ]  # fmt: skip
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", build, "--target", "step_cpu_baseline", "--parallel", "2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    sources = [ROOT / "tests/kernels/aarch64/driver.cpp", source / "csrc/cpu/launch_cpu.cpp"]
-    objects = (build / "CMakeFiles" / "step_cpu_baseline.dir").rglob("*.o")
-    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-static", "-I", source / "csrc"]
-    driver = build / "driver"
-    subprocess.run([COMPILER, *options, *sources, *objects, "-o", driver], check=True)
-    return driver
-
 
 Run = Callable[[bytes], bytes]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def build(tmp_path_factory) -> Path:
+    """The folder of a build for aarch64, where nothing is built yet."""
+    if missing := [package for name, package in PROGRAMS.items() if not shutil.which(name)]:
+        pytest.skip(f"needs {', '.join(missing)} (packages of Debian)")
+    folder = tmp_path_factory.mktemp("aarch64")
+    # CMake wants to run the Python of the target. `env` as its emulator runs this one, whose
+    # headers serve as well.
+    options = {
+        "RADAM_CUDA": "OFF",
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_CXX_COMPILER": COMPILER,
+        "CMAKE_COMPILE_WARNING_AS_ERROR": "ON",
+        "CMAKE_CROSSCOMPILING_EMULATOR": "env",
+        "Python_EXECUTABLE": sys.executable,
+        "Python_INCLUDE_DIR": INCLUDE,
+    }
+    command = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja"]
+    subprocess.run([*command, *(f"-D{k}={v}" for k, v in options.items())], check=True)
+    return folder
+
+
+def make(build: Path, target: str) -> None:
+    subprocess.run(["cmake", "--build", build, "--target", target, "--parallel", "2"], check=True)
+
+
+@pytest.fixture(scope="module")
+def run(build) -> Run:
     """Answers requests to the driver."""
-    emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
-    needed = {"g++-aarch64-linux-gnu": shutil.which(COMPILER), "qemu-user-static": emulator}
-    needed["cmake"] = shutil.which("cmake")
-    if missing := [package for package, found in needed.items() if found is None]:
-        pytest.skip(f"needs {' and '.join(missing)} (packages of Debian)")
-    driver = compile_driver(ROOT, tmp_path_factory.mktemp("aarch64"))
+    make(build, "step_cpu_baseline")
+    objects = (build / "CMakeFiles" / "step_cpu_baseline.dir").rglob("*.o")
+    sources = [ROOT / "tests/kernels/aarch64/driver.cpp", ROOT / "csrc/cpu/launch_cpu.cpp"]
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-static"]
+    driver = build / "driver"
+    command = [COMPILER, *options, "-I", ROOT / "csrc", *sources, *objects, "-o", driver]
+    subprocess.run(command, check=True)
 
     def run(requests: bytes) -> bytes:
-        return subprocess.run([emulator, driver], input=requests, check=True, capture_output=True).stdout
+        command = ["qemu-aarch64-static", driver]
+        return subprocess.run(command, input=requests, check=True, stdout=subprocess.PIPE).stdout
 
     return run
 
 
+def request(norm: int, codes: Codes, rows: Iterable[int], memory: np.ndarray) -> bytes:
+    """`struct Request` of the driver."""
+    threads, address = 3, memory.ctypes.data
+    return struct.pack("<10q", norm, *codes, *rows, threads, address, memory.nbytes)
+
+
 def memory_of(rows: np.ndarray, grads: np.ndarray, low_memory: np.ndarray, codes: Codes):
-    """The bytes from the first to the last that the tables point to."""
+    """The bytes from the first that the tables point to until the last."""
     param, grad, state = (FORMAT_NAMES[code] for code in codes)
-    width = {name: test_formats.storage(name).itemsize for name in (param, grad, state)}
     numel = rows[:, NUMEL]
-    moments = [rows[:, FIELDS.index(name)] for name in test_formats.MOMENTS]
-    streams = [(rows[:, FIELDS.index("param")], numel * width[param]), (grads, numel * width[grad])]
-    streams += [(moment, numel * width[state]) for moment in moments]
+    sizes = {name: numel * test_formats.storage(name).itemsize for name in (param, grad, state)}
+    streams = [(grads, sizes[grad])]
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        streams.append((rows[:, FIELDS.index(name)], sizes[param if name == "param" else state]))
     if len(low_memory):
-        bits = {"master24": 24, "master32": 32}.get(param)
-        remainder = formats.REMAINDERS[bits].itemsize if bits else 0
-        exponents = formats.blocks(numel) * (state == "block8")
-        sizes = (numel * remainder, exponents, exponents)
-        streams += zip(low_memory.astype(np.int64).T[:3], sizes, strict=True)
-    begin = min(int(at[size > 0].min()) for at, size in streams if (size > 0).any())
+        remainder, *exponents = low_memory.astype(np.int64).T[:3]
+        if param.startswith("master"):
+            dtype = formats.REMAINDERS[int(param.removeprefix("master"))]
+            streams.append((remainder, numel * dtype.itemsize))
+        if state == "block8":
+            streams += [(exponent, formats.blocks(numel)) for exponent in exponents]
+    begin = min(int(at[size > 0].min()) for at, size in streams)
     end = max(int((at + size).max()) for at, size in streams)
     return np.ctypeslib.as_array((ctypes.c_uint8 * (end - begin)).from_address(begin))
 
 
-# As `struct Request` of the driver.
-def request(norm: int, codes: Codes, tables: tuple[int, int, int], threads: int, memory) -> bytes:
-    address = memory.ctypes.data
-    return struct.pack("<10q", norm, *codes, *tables, threads, address, memory.nbytes)
+@pytest.fixture
+def kernels(run) -> list[Kernel]:
+    """The emulated kernel, to step what is in the memory of this process."""
 
-
-def aarch64_kernel(run: Run, threads: int) -> Kernel:
     def launch(rows, grads, low_memory, codes, scalars):
         memory = memory_of(rows, grads, low_memory, codes)
-        counts = len(scalars), len(rows), len(low_memory)
-        head = request(-1, codes, counts, threads, memory)
+        head = request(-1, codes, map(len, (scalars, rows, low_memory)), memory)
         tables = (scalars, rows, grads, low_memory, memory)
         answer = run(head + b"".join(table.tobytes() for table in tables))
         memory[:] = np.frombuffer(answer, np.uint8)
 
-    return Kernel(f"aarch64, {threads} threads", "cpu", launch)
+    return [Kernel("aarch64", "cpu", launch)]
 
 
-@pytest.fixture
-def kernels(run) -> list[Kernel]:
-    return [aarch64_kernel(run, threads) for threads in (1, 3)]
+def by_check(*checks: Callable[..., None]) -> pytest.MarkDecorator:
+    names = [check.__name__.removeprefix("test_") for check in checks]
+    return pytest.mark.parametrize("check", checks, ids=names)
+
+
+@by_check(
+    test_backends.test_every_size_form_and_action_in_one_table,
+    test_backends.test_any_bits,
+    test_backends.test_streams_start_anywhere,
+    test_backends.test_what_lies_halfway_is_rounded_to_even,
+    test_backends.test_nan_stays_nan_whatever_its_payload,
+)
+@test_backends.by_dtypes
+def test_dtypes(kernels, check, dtypes):
+    check(kernels, dtypes)
+
+
+@test_backends.by_one_dtype
+def test_every_combination_of_special_values(kernels, dtypes):
+    test_backends.test_every_combination_of_special_values(kernels, dtypes)
+
+
+@by_check(
+    test_backends.test_each_16_bit_value_is_read_exactly,
+    test_backends.test_each_16_bit_value_is_written_exactly,
+    test_backends.test_16_bit_results_round_to_nearest_even,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_elements(kernels, check, dtype):
+    check(kernels, dtype)
+
+
+@by_check(
+    test_formats.test_every_size_form_and_action_in_one_table,
+    test_formats.test_any_bits,
+    test_formats.test_streams_start_anywhere,
+    test_formats.test_negative_second_moments,
+    test_formats.test_indices_near_and_beyond_32_bits,
+)
+@test_formats.by_codes
+def test_formats_for_low_memory(kernels, check, codes):
+    check(kernels, codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms(run, dtype):
+    """They have the bits of this machine's."""
+    tensors = [tensor for _, case in norms.cases(dtype, 1024) for tensor in case]
+    tensors.append(torch.randn(2**17 + 3, generator=torch.Generator().manual_seed(7)).to(dtype))
+    codes = (0, DTYPES.index(dtype), 0)
+    requests, expected = [], []
+    for tensor in tensors:
+        bucket, memory = norms.Gradients([tensor]).bucket, tensor.view(torch.uint8).numpy()
+        for i, norm_type in enumerate(norms.NORMS):
+            requests += [request(i, codes, (0, 0, 0), memory), memory.tobytes()]
+            expected.append(bucket.power_sum(norm_type, threads=1))
+    got = torch.frombuffer(bytearray(run(b"".join(requests))), dtype=torch.float64)
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        tensor, norm_type = tensors[i // len(norms.NORMS)], norms.NORMS[i % len(norms.NORMS)]
+        same = same_bits(ours, torch.tensor(theirs, dtype=torch.float64))
+        assert same, f"norm {norm_type} of {tensor}: {ours.item()!r}, not {theirs!r}"
+
+
+def test_the_whole_module_compiles_without_a_warning(build):
+    command = [COMPILER, "-E", f"-I{INCLUDE}", "-include", "Python.h", "-x", "c++", "/dev/null"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("the headers of this Python are only for its own machine")
+    make(build, "_cpu")
