@@ -44,12 +44,12 @@ void run(const Request& request) {
   auto segments = read_rows<Segment>(request.segments);
   auto grads = read_rows<char*>(request.segments);
   auto low_memory = read_rows<LowMemory>(request.low_memory);
-  // Aligned as it was.
-  const size_t size = static_cast<size_t>(request.size), offset = request.address % 64;
-  const std::vector<char> original = read_rows<char>(request.size);
-  char* const block = static_cast<char*>(aligned_alloc(64, (offset + size + 63) / 64 * 64 + 64));
-  char* const memory = block + offset;
-  memcpy(memory, original.data(), size);
+  // As far from 64 bytes as there.
+  const size_t size = static_cast<size_t>(request.size);
+  std::vector<char> block(size + 64);
+  char* const memory =
+      block.data() + ((request.address - reinterpret_cast<intptr_t>(block.data())) & 63);
+  if (!read(memory, size)) exit(1);
 
   const InstructionSet& isa = instruction_sets().front();
   const int threads = static_cast<int>(request.threads);
@@ -76,7 +76,6 @@ void run(const Request& request) {
              scalars.data(), threads, isa);
     answer(memory, size);
   }
-  free(block);
 }
 
 }  // namespace
