@@ -12,14 +12,6 @@ using Ints = Vector<int32_t>::type;
 using HalfBytes = Vector<uint8_t, kVectorBytes / 2>::type;  // as many elements as Halves
 using QuarterBytes = Vector<int8_t, kVectorBytes / 4>::type;
 
-// Two vectors of words, in the order of a Pair<float>.
-struct WordPair {
-  Words a, b;
-};
-
-RADAM_INLINE WordPair bits_of(const Pair<float>& x) { return {(Words)x.a.v, (Words)x.b.v}; }
-RADAM_INLINE Pair<float> floats_of(const WordPair& x) { return {(Floats)x.a, (Floats)x.b}; }
-
 RADAM_INLINE Halves halves(uint32_t each) { return Halves{} + static_cast<uint16_t>(each); }
 
 RADAM_INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
@@ -27,38 +19,13 @@ RADAM_INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 RADAM_INLINE uint32_t largest(Ints x) {
 #if RADAM_VECTOR_BYTES == 64
   return static_cast<uint32_t>(_mm512_reduce_max_epi32((__m512i)x));
+#elif defined(__aarch64__)
+  return static_cast<uint32_t>(vmaxvq_s32((int32x4_t)x));
 #else
   int32_t most = x[0];
   for (int k = 1; k < kWidth<float>; ++k) most = x[k] > most ? x[k] : most;
   return static_cast<uint32_t>(most);
 #endif
-}
-
-// Halves of words, in the order of memory.
-template <Order kOrder>
-RADAM_INLINE Halves upper_halves(const WordPair& x) {
-  if constexpr (kOrder == kZipped) {
-    return zip(x.a >> 16, x.b);
-  } else {
-#if RADAM_VECTOR_BYTES == 32
-    const __m256i packed = _mm256_packus_epi32((__m256i)(x.a >> 16), (__m256i)(x.b >> 16));
-    return (Halves)_mm256_permute4x64_epi64(packed, 0xd8);
-#else
-    Halves halves;
-    write(__builtin_convertvector(x.a >> 16, NarrowHalves), &halves, 0);
-    write(__builtin_convertvector(x.b >> 16, NarrowHalves), &halves, 1);
-    return halves;
-#endif
-  }
-}
-
-template <Order kOrder>
-RADAM_INLINE Halves lower_halves(const WordPair& x) {
-  if constexpr (kOrder == kZipped) {
-    return zip(x.a, x.b << 16);
-  } else {
-    return upper_halves<kOrder>({x.a << 16, x.b << 16});
-  }
 }
 
 RADAM_INLINE WordPair unzip(Halves x) { return {(Words)x << 16, (Words)x & 0xffff0000u}; }
@@ -68,6 +35,8 @@ RADAM_INLINE Halves read_bytes(const void* from) {
   return (Halves)_mm512_cvtepu8_epi16(read<__m256i>(from));
 #elif RADAM_VECTOR_BYTES == 32
   return (Halves)_mm256_cvtepu8_epi16(read<__m128i>(from));
+#elif defined(__aarch64__)
+  return (Halves)vmovl_u8(read<uint8x8_t>(from));
 #else
   return __builtin_convertvector(read<HalfBytes>(from), Halves);
 #endif
@@ -91,6 +60,8 @@ RADAM_INLINE Halves subtract_saturated(Halves a, Halves b) {
   return (Halves)_mm512_subs_epu16((__m512i)a, (__m512i)b);
 #elif RADAM_VECTOR_BYTES == 32
   return (Halves)_mm256_subs_epu16((__m256i)a, (__m256i)b);
+#elif defined(__aarch64__)
+  return (Halves)vqsubq_u16((uint16x8_t)a, (uint16x8_t)b);
 #else
   return (a > b ? a : b) - b;
 #endif
@@ -107,6 +78,9 @@ RADAM_INLINE Pair<float> zipped(const Pair<float>& x) {
   const auto in_lanes = [](__m256 y) { return (Floats)_mm256_permute4x64_pd((__m256d)y, 0xd8); };
   const __m256 a = (__m256)x.a.v, b = (__m256)x.b.v;
   return {in_lanes(_mm256_shuffle_ps(a, b, 0x88)), in_lanes(_mm256_shuffle_ps(a, b, 0xdd))};
+#elif defined(__aarch64__)
+  const float32x4_t a = (float32x4_t)x.a.v, b = (float32x4_t)x.b.v;
+  return {(Floats)vuzp1q_f32(a, b), (Floats)vuzp2q_f32(a, b)};
 #else
   constexpr int kHalf = kWidth<float> / 2;
   Floats even = x.a.v, odd = x.b.v;
@@ -132,6 +106,9 @@ RADAM_INLINE Pair<float> in_order(const Pair<float>& x) {
   const __m256 high = _mm256_unpackhi_ps((__m256)x.a.v, (__m256)x.b.v);
   return {(Floats)_mm256_permute2f128_ps(low, high, 0x20),
           (Floats)_mm256_permute2f128_ps(low, high, 0x31)};
+#elif defined(__aarch64__)
+  const float32x4_t even = (float32x4_t)x.a.v, odd = (float32x4_t)x.b.v;
+  return {(Floats)vzip1q_f32(even, odd), (Floats)vzip2q_f32(even, odd)};
 #else
   constexpr int kHalf = kWidth<float> / 2;
   Floats a = x.a.v, b = x.b.v;
@@ -186,23 +163,6 @@ class RandomWords {
   Words next_{}, high_;
 };
 
-// Whether a select for NaNs is needed. A branch that is never taken costs less than a select does
-// before AVX-512.
-RADAM_INLINE bool may_have_nan(const Pair<float>& x) {
-#if RADAM_VECTOR_BYTES == 32
-  const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
-  return __builtin_expect(_mm256_movemask_ps(unordered), 0);
-#else
-  return static_cast<void>(x), true;
-#endif
-}
-
-// NaN with no payload that rounding could carry out of.
-RADAM_INLINE WordPair canonical(const Pair<float>& x) {
-  const auto one = [](Floats y) { return y == y ? (Words)y : 0x7fc00000u - Words{}; };
-  return may_have_nan(x) ? WordPair{one(x.a.v), one(x.b.v)} : bits_of(x);
-}
-
 template <DType kDType, Order kOrder>
 RADAM_INLINE Pair<float> load_plain(const void* from) {
   if constexpr (kDType == kBFloat16) {
@@ -217,7 +177,7 @@ template <DType kDType, Order kOrder>
 RADAM_INLINE void store_plain(const Pair<float>& x, void* to) {
   if constexpr (kDType == kBFloat16) {
     static_assert(kOrder == kZipped, "no set needs another order");
-    write(round_bfloat16(floats_of(canonical(x))), to);
+    write(round_bfloat16<kZipped>(canonical(x)), to);
   } else {
     store<kDType, kInOrder>(kOrder == kZipped ? in_order(x) : x, to);
   }
@@ -231,6 +191,10 @@ RADAM_INLINE WordPair load_remainder8(const void* from) {
     const WordPair upper = unzip(read_bytes(from) << 8);
     return {(Words)((Ints)upper.a >> 16), (Words)((Ints)upper.b >> 16)};
   } else {
+#if defined(__aarch64__)
+    const int16x8_t upper = (int16x8_t)(read_bytes(from) << 8);
+    return {(Words)vmovl_s16(vget_low_s16(upper)), (Words)vmovl_high_s16(upper)};
+#else
     const auto extended = [&](int index) {
 #if RADAM_VECTOR_BYTES == 32
       return (Words)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<int64_t>(from, index))) << 8;
@@ -239,6 +203,7 @@ RADAM_INLINE WordPair load_remainder8(const void* from) {
 #endif
     };
     return {extended(0), extended(1)};
+#endif
   }
 }
 

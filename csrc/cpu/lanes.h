@@ -10,6 +10,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "core/dtypes.h"
@@ -116,12 +118,57 @@ struct Pair {
 // if all streams are 16-bit.
 enum Order { kInOrder, kZipped };
 
+// Two vectors of words, in the order of a Pair<float>.
+struct WordPair {
+  Words a, b;
+};
+
+RADAM_INLINE WordPair bits_of(const Pair<float>& x) { return {(Words)x.a.v, (Words)x.b.v}; }
+RADAM_INLINE Pair<float> floats_of(const WordPair& x) { return {(Floats)x.a, (Floats)x.b}; }
+
 // Interleaves 16-bit halves: even positions from `even`, odd positions from `odd`.
 RADAM_INLINE Halves zip(Words even, Words odd) {
 #if RADAM_VECTOR_BYTES == 32
   return (Halves)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
 #else
   return (Halves)((even & 0xffffu) | (odd & 0xffff0000u));
+#endif
+}
+
+// The upper halves of words, in the order of memory.
+template <Order kOrder>
+RADAM_INLINE Halves upper_halves(const WordPair& x) {
+#if defined(__aarch64__)
+  const uint16x8_t a = (uint16x8_t)x.a, b = (uint16x8_t)x.b;
+  return (Halves)(kOrder == kZipped ? vtrn2q_u16(a, b) : vuzp2q_u16(a, b));
+#else
+  if constexpr (kOrder == kZipped) {
+    return zip(x.a >> 16, x.b);
+  } else {
+#if RADAM_VECTOR_BYTES == 32
+    const __m256i packed = _mm256_packus_epi32((__m256i)(x.a >> 16), (__m256i)(x.b >> 16));
+    return (Halves)_mm256_permute4x64_epi64(packed, 0xd8);
+#else
+    Halves halves;
+    write(__builtin_convertvector(x.a >> 16, NarrowHalves), &halves, 0);
+    write(__builtin_convertvector(x.b >> 16, NarrowHalves), &halves, 1);
+    return halves;
+#endif
+  }
+#endif
+}
+
+template <Order kOrder>
+RADAM_INLINE Halves lower_halves(const WordPair& x) {
+#if defined(__aarch64__)
+  const uint16x8_t a = (uint16x8_t)x.a, b = (uint16x8_t)x.b;
+  return (Halves)(kOrder == kZipped ? vtrn1q_u16(a, b) : vuzp1q_u16(a, b));
+#else
+  if constexpr (kOrder == kZipped) {
+    return zip(x.a, x.b << 16);
+  } else {
+    return upper_halves<kOrder>({x.a << 16, x.b << 16});
+  }
 #endif
 }
 
@@ -140,16 +187,39 @@ RADAM_INLINE Pair<float> load_bfloat16(const void* from) {
     const Words both = read<Words>(from);
     return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
   } else {
+#if defined(__aarch64__)
+    const uint16x8_t zeros = {}, both = read<uint16x8_t>(from);
+    return {(Floats)vzip1q_u16(zeros, both), (Floats)vzip2q_u16(zeros, both)};
+#else
     return {(Floats)(read_extended(from, 0) << 16), (Floats)(read_extended(from, 1) << 16)};
+#endif
   }
 }
 
-// Rounds both to nearest even and zips them: rounds ties up, then clears the last bit of ties. This
-// takes fewer operations than narrow() on each, but some NaNs overflow into numbers. Those whose
-// low 16 bits are 0 do not.
-RADAM_INLINE Halves round_bfloat16(const Pair<float>& x) {
-  const Words a = (Words)x.a.v + 0x8000u, b = (Words)x.b.v + 0x8000u;
-  const Halves rounded = zip(a >> 16, b), rest = zip(a, b << 16);
+// Whether a select for NaNs is needed. A branch that is never taken costs less than a select does
+// before AVX-512.
+RADAM_INLINE bool may_have_nan(const Pair<float>& x) {
+#if RADAM_VECTOR_BYTES == 32
+  const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
+  return __builtin_expect(_mm256_movemask_ps(unordered), 0);
+#else
+  return static_cast<void>(x), true;
+#endif
+}
+
+// NaN with no payload that rounding could carry out of.
+RADAM_INLINE WordPair canonical(const Pair<float>& x) {
+  const auto one = [](Floats y) { return y == y ? (Words)y : 0x7fc00000u - Words{}; };
+  return may_have_nan(x) ? WordPair{one(x.a.v), one(x.b.v)} : bits_of(x);
+}
+
+// Rounds both to nearest even: rounds ties up, then clears the last bit of ties. This takes fewer
+// operations than narrow() on each, but some NaNs overflow into numbers. Those whose low 16 bits
+// are 0 do not.
+template <Order kOrder>
+RADAM_INLINE Halves round_bfloat16(const WordPair& x) {
+  const WordPair u = {x.a + 0x8000u, x.b + 0x8000u};
+  const Halves rounded = upper_halves<kOrder>(u), rest = lower_halves<kOrder>(u);
 #if RADAM_VECTOR_BYTES == 32
   return rounded & (Halves)_mm256_adds_epu16((__m256i)rest, _mm256_set1_epi16(-2));
 #else
@@ -171,14 +241,17 @@ template <Order kOrder>
 RADAM_INLINE void store_bfloat16(const Pair<float>& x, void* to) {
   if constexpr (kOrder == kZipped) {
     // All inputs were bfloat16, so the low bits of a NaN are 0.
-    write(round_bfloat16(x), to);
+    write(round_bfloat16<kZipped>(bits_of(x)), to);
   } else {
-#if RADAM_VECTOR_BYTES == 32
+#if RADAM_VECTOR_BYTES == 16
+    write(round_bfloat16<kInOrder>(canonical(x)), to);
+#elif RADAM_VECTOR_BYTES == 32
     const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
     if (__builtin_expect(_mm256_movemask_ps(unordered), 0)) return store_each<bfloat16>(x, to);
     const __m256i unzip = _mm256_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0,  //
                                           15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
-    const __m256i quarters = _mm256_shuffle_epi8((__m256i)round_bfloat16(x), unzip);
+    const __m256i quarters =
+        _mm256_shuffle_epi8((__m256i)round_bfloat16<kZipped>(bits_of(x)), unzip);
     write(_mm256_permute4x64_epi64(quarters, 0xd8), to);
 #else
     store_each<bfloat16>(x, to);
@@ -193,6 +266,9 @@ RADAM_INLINE Pair<float> load_float16(const void* from) {
 #elif RADAM_VECTOR_BYTES == 32
   return {(Floats)_mm256_cvtph_ps(read<__m128i>(from, 0)),
           (Floats)_mm256_cvtph_ps(read<__m128i>(from, 1))};
+#elif defined(__aarch64__)
+  const float16x8_t both = read<float16x8_t>(from);
+  return {(Floats)vcvt_f32_f16(vget_low_f16(both)), (Floats)vcvt_high_f32_f16(both)};
 #else
   float16 narrow[2 * kWidth<float>];
   float wide[2 * kWidth<float>];
@@ -209,6 +285,8 @@ RADAM_INLINE void store_float16(const Pair<float>& x, void* to) {
 #elif RADAM_VECTOR_BYTES == 32
   write(_mm256_cvtps_ph((__m256)x.a.v, _MM_FROUND_TO_NEAREST_INT), to, 0);
   write(_mm256_cvtps_ph((__m256)x.b.v, _MM_FROUND_TO_NEAREST_INT), to, 1);
+#elif defined(__aarch64__)
+  write(vcvt_high_f16_f32(vcvt_f16_f32((float32x4_t)x.a.v), (float32x4_t)x.b.v), to);
 #else
   store_each<float16>(x, to);
 #endif

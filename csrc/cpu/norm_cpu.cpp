@@ -52,11 +52,8 @@ RADAM_INLINE Doubles8 load8(const void* from) {
 #if defined(__F16C__)
     return widened((Floats8)_mm256_cvtph_ps(read<__m128i>(from)));
 #else
-    float16 narrow[kLanes];
-    memcpy(narrow, from, sizeof(narrow));
-    Doubles8 wide;
-    for (int k = 0; k < kLanes; ++k) wide[k] = widen(narrow[k]);
-    return wide;
+    static_assert(sizeof(Pair<float>) == sizeof(Floats8));
+    return widened(bit_cast<Floats8>(load_float16(from)));
 #endif
   }
 }
@@ -66,12 +63,21 @@ RADAM_INLINE void accumulate(Doubles8& sum, Doubles8 g) {
   if constexpr (kNorm == kTwo) {
     sum += g * g;
   } else {
+#if defined(__aarch64__)
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const float64x2_t magnitude = vabsq_f64(read<float64x2_t>(&g, i));
+      const float64x2_t before = read<float64x2_t>(&sum, i);
+      // Of a number and NaN, NaN is the maximum.
+      write(kNorm == kOne ? before + magnitude : vmaxq_f64(before, magnitude), &sum, i);
+    }
+#else
     const Doubles8 magnitude = g < 0 ? -g : g;
     if constexpr (kNorm == kOne) {
       sum += magnitude;
     } else {
       sum = (magnitude > sum) | (magnitude != magnitude) ? magnitude : sum;  // keeps NaN
     }
+#endif
   }
 }
 
