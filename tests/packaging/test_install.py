@@ -138,7 +138,7 @@ def work():
         box["x"] = [box.get("x"), torch.ones(1)][1:]
 
 
-threads = [threading.Thread(target=work) for _ in range(3)]
+threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
 for thread in threads:
     thread.start()
 from radam_kernels import RAdam
