@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sysconfig
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -55,9 +56,11 @@ def _available() -> list[str]:
 
 def _facts() -> dict[str, str]:
     cuda = load_optional("_cuda")
+    # The import refuses to run without the GIL.
+    build = ", free-threaded, with the GIL" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
     facts = {
         "radam_kernels": f"{_version('radam_kernels')}, sources {cpu.fingerprint}",
-        "python": f"{platform.python_version()} on {platform.platform()}",
+        "python": f"{platform.python_version()}{build} on {platform.platform()}",
         "torch": f"{torch.__version__}; tensors are read through {cpu.tensors_read_by()}",
         "triton": _version("triton"),
         "cpu": f"{', '.join(cpu.instruction_sets)}; {torch.get_num_threads()} threads from "

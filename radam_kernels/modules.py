@@ -1,5 +1,6 @@
-"""Loads the compiled modules; refuses to run if they are missing or stale."""
+"""Loads the compiled modules; refuses to run if they are missing or stale, or without the GIL."""
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ def load_optional(name: str) -> ModuleType | None:
 
 
 def load(name: str) -> ModuleType:
-    """The compiled module `name`; raises ImportError, with a remedy, if it is missing or stale."""
+    """The compiled module `name`; raises ImportError, with a remedy, if it can't be used."""
     in_tree = fingerprint(_HERE.parent)
     remedy = (
         f"run `pip install -e .` in {_HERE.parent}"
@@ -36,12 +37,29 @@ def load(name: str) -> ModuleType:
             f"radam_kernels has no compiled module {name} in {_HERE}: "
             f"{'this source tree is not built' if in_tree else 'it was not installed'}; {remedy}"
         ) from None
+    _require_gil()
     if in_tree and module.fingerprint != in_tree:
         raise ImportError(
             f"radam_kernels: {module.__file__} was built from other sources "
             f"({module.fingerprint}) than those in {_HERE.parent / 'csrc'} ({in_tree}); {remedy}"
         )
     return module
+
+
+def _require_gil() -> None:
+    """Raises ImportError if Python runs without the GIL although a compiled module was loaded.
+
+    The modules do not declare Py_MOD_GIL_NOT_USED, so free-threaded Python has enabled the GIL to
+    load them, for good, unless it was told not to.
+    """
+    if getattr(sys, "_is_gil_enabled", lambda: True)():  # there since Python 3.13
+        return
+    raise ImportError(
+        "radam_kernels can't run without the GIL: a step reads parameter groups, state and tensors "
+        "through C references that only the GIL protects from other threads. Unset PYTHON_GIL and "
+        "leave out `-X gil=0`, so that free-threaded Python enables the GIL for this package; or "
+        "use an ordinary build of Python"
+    )
 
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def test_the_doctor_says_why_the_cuda_kernel_is_missing(
     said = doctor._facts()["cuda"]
     assert words in said
     assert no_words not in said
+
+
+def test_the_doctor_tells_of_a_free_threaded_python(monkeypatch):
+    words = "free-threaded, with the GIL"
+    assert (words in doctor._facts()["python"]) == bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 1}.get)
+    assert words in doctor._facts()["python"]
 
 
 def test_the_doctor_tells_of_wrong_bits(capsys, monkeypatch):

@@ -1,4 +1,5 @@
-"""Imports of a package that is not built, or built from other sources; and what is packaged."""
+"""Imports of a package that is not built, built from other sources, or without the GIL; and what is
+packaged."""
 
 import os
 import platform
@@ -6,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -32,16 +34,20 @@ def copy(to: Path, *, csrc: bool = True, compiled: bool = True) -> Path:
     return to
 
 
-def imported(tree: Path) -> subprocess.CompletedProcess:
+def imported(
+    tree: Path, *options: str, before: str = "", **variables: str
+) -> subprocess.CompletedProcess:
+    """Imports the package after the statement `before`, under Python's `options`."""
     # Without `site`, an editable install has no say in where the modules of the package are.
     path = os.pathsep.join([str(tree), str(Path(torch.__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-S", "-c", "import radam_kernels; print(radam_kernels.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    script = f"{before}\nimport radam_kernels\nprint(radam_kernels.__file__)"
+    command = [sys.executable, *options, "-S", "-c", script]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
-def refusal(tree: Path) -> str:
-    done = imported(tree)
+def refusal(tree: Path, *options: str, before: str = "", **variables: str) -> str:
+    done = imported(tree, *options, before=before, **variables)
     assert done.returncode != 0, done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: "), done.stderr
@@ -87,6 +93,73 @@ def test_an_installed_package_without_its_modules_says_so(tmp_path):
     message = refusal(copy(tmp_path, csrc=False, compiled=False))
     assert "it was not installed" in message
     assert "pip install --force-reinstall" in message
+
+
+def check_refusal_without_gil(message: str) -> None:
+    assert "can't run without the GIL" in message
+    assert "only the GIL protects" in message
+    assert "Unset PYTHON_GIL" in message
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_python_without_the_gil_is_refused(tmp_path, again):
+    before = "import sys\nsys._is_gil_enabled = lambda: False"
+    if again:  # once loaded, the compiled module is found in sys.modules
+        before += "\ntry:\n    import radam_kernels\nexcept ImportError:\n    pass"
+    check_refusal_without_gil(refusal(copy(tmp_path), before=before))
+
+
+free_threaded = pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="not a free-threaded Python"
+)
+
+
+@free_threaded
+@pytest.mark.parametrize("before", ["", "import torch"])
+def test_a_free_threaded_python_told_to_disable_the_gil_is_refused(tmp_path, before):
+    tree = copy(tmp_path)
+    check_refusal_without_gil(refusal(tree, before=before, PYTHON_GIL="0"))
+    check_refusal_without_gil(refusal(tree, "-X", "gil=0", before=before))
+
+
+# What a free-threaded Python does while another thread runs without the GIL.
+ENABLES = """
+import sys
+import threading
+
+import torch
+
+assert not sys._is_gil_enabled(), "a module that torch loads needs the GIL"
+over = threading.Event()
+box = {}
+
+
+def work():
+    while not over.is_set():
+        box["x"] = [box.get("x"), torch.ones(1)][1:]
+
+
+threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+from radam_kernels import RAdam
+
+assert sys._is_gil_enabled()
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+RAdam([p]).step()
+over.set()
+for thread in threads:
+    thread.join()
+assert sys._is_gil_enabled()
+"""
+
+
+@free_threaded
+def test_a_free_threaded_python_enables_the_gil(tmp_path):
+    done = imported(copy(tmp_path), before=ENABLES, PYTHON_GIL="")
+    assert done.returncode == 0, done.stderr
+    assert "has been enabled to load module 'radam_kernels._cpu'" in done.stderr
 
 
 def test_the_compiled_modules_carry_the_fingerprint_of_their_sources():
