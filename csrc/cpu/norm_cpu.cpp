@@ -75,7 +75,7 @@ RADAM_INLINE void accumulate(Doubles8& sum, Doubles8 g) {
     if constexpr (kNorm == kOne) {
       sum += magnitude;
     } else {
-      sum = (magnitude > sum) | (magnitude != magnitude) ? magnitude : sum;  // keeps NaN
+      sum = ((magnitude > sum) | (magnitude != magnitude)) ? magnitude : sum;  // keeps NaN
     }
 #endif
   }
