@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.fuzz.machine import SETTINGS, Machine, run
+
 ROOT = Path(__file__).parents[2]
 MINUTES = float(os.environ.get("RADAM_FUZZ_MINUTES", "1"))  # for each of the slow tests
 
@@ -36,7 +38,9 @@ def run_with(library: str, in_use: str, packages: Path = ROOT, **environment: st
         packages: the folder that has the radam_kernels to run.
     """
     code = f"""
-import sys, torch
+import torch
+from radam_kernels.modules import cpu
+from tests.fuzz.machine import run
 assert {in_use}
 torch.set_num_threads(1)
 print(run({MINUTES}))
