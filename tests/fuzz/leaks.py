@@ -21,18 +21,9 @@ from tests.helpers import give_gradients, params_of, randn, saved
 class _Mallinfo2(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-        ]
-    ] + [("keepcost", ctypes.c_size_t)]
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")
+        + ("uordblks", "fordblks", "keepcost")
+    ]
 
 
 def in_use() -> tuple[int, int]:
@@ -167,4 +158,5 @@ def growth(backend: str, steps: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    print(growth(sys.argv[1], int(sys.argv[2])))
+    torch.set_num_threads(1)
+    print(*growth(sys.argv[1], int(sys.argv[2])))
