@@ -19,11 +19,9 @@ from tests.helpers import give_gradients, params_of, randn, saved
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")
-        + ("uordblks", "fordblks", "keepcost")
-    ]
+    """glibc's struct: the fifth field is hblkhd, the eighth uordblks."""
+
+    _fields_ = [("fields", ctypes.c_size_t * 10)]
 
 
 def in_use() -> tuple[int, int]:
@@ -34,8 +32,8 @@ def in_use() -> tuple[int, int]:
     except AttributeError:  # before glibc 2.33
         return sys.getallocatedblocks(), 0
     mallinfo2.restype = _Mallinfo2
-    info = mallinfo2()
-    return sys.getallocatedblocks(), info.uordblks + info.hblkhd
+    fields = mallinfo2().fields
+    return sys.getallocatedblocks(), fields[4] + fields[7]
 
 
 def make(backend: str) -> RAdam:
