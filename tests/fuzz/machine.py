@@ -127,6 +127,7 @@ class TorchStep:
     """A step of torch.optim.RAdam from a copy of what an optimizer has, where both can do it."""
 
     def __init__(self, optimizer: RAdam) -> None:
+        self.ours = optimizer
         self.steps: list[tuple[Tensor, Tensor, TorchRAdam]] = []
         for group in optimizer.param_groups:
             if any(group.get(name, usual) != usual for name, usual in edits.OURS.items()):
@@ -161,11 +162,15 @@ class TorchStep:
         for p, q, theirs in self.steps:
             before = q.detach().clone()
             theirs.step()
-            moved = (q.detach() - before).abs().nan_to_num(0.0, 0.0)
-            most = float(moved.max()) if moved.numel() else 0.0
-            torch.testing.assert_close(
-                p.detach(), q.detach(), rtol=1e-5, atol=1e-4 * most, equal_nan=True
-            )
+            ours, expected = self.ours.state[p], theirs.state[q]
+            assert float(ours["step"]) == float(expected["step"])
+            moved = q.detach() - before
+            for mine, right, scale in [
+                (p.detach(), q.detach(), moved),
+                *((ours[key], expected[key], expected[key]) for key in MOMENTS),
+            ]:
+                most = float(scale.abs().nan_to_num(0.0, 0.0).amax()) if scale.numel() else 0.0
+                torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-4 * most, equal_nan=True)
         return len(self.steps)
 
 
@@ -190,6 +195,7 @@ class Machine(RuleBasedStateMachine):
         self, seed: int, count: int, group_count: int, formats: dict, in_all: bool, **options: Any
     ) -> None:
         self.counts["sequences"] += 1
+        self.number = 0
         self.worlds = []
         for backend in ("cpu", "reference"):
             random = Random(seed)
@@ -218,8 +224,9 @@ class Machine(RuleBasedStateMachine):
     def worlds_agree(self) -> None:
         """After every rule, and after a step that follows every second one."""
         self.counts["rules"] += 1
-        if self.counts["rules"] % 2:
-            self.step_once(["new"], self.counts["rules"], "plain", 0.0)
+        self.number += 1
+        if self.number % 2:
+            self.step_once(["new"], self.number, "plain", 0.0)
         first, second = (world.image() for world in self.worlds)
         assert first.keys() == second.keys()
         assert not [name for name in first if first[name] != second[name]]
@@ -304,6 +311,7 @@ class Machine(RuleBasedStateMachine):
                 assert not stepping or all(p.grad is None for p in trained)
                 world.optimizer.step()
                 world.optimizer.zero_grad()
+                world.optimizer.param_groups[0]["params"].reverse()
             if handle:
                 handle.remove()
 
