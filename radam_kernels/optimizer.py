@@ -202,7 +202,8 @@ class RAdam(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._watch.sizes.append(len(self.param_groups[-1]["params"]))
+        if not self._watch.is_over():
+            self._watch.sizes.append(len(self.param_groups[-1]["params"]))
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -93,8 +93,9 @@ class StepInBackward:
     def _register(self, member: _Member) -> None:
         """Registers the hook of a parameter, if it is not there already."""
         param = member.param
-        if hooks := param._post_accumulate_grad_hooks:
-            # After swap_tensors() autograd does not see these. Setting the attribute tells it.
+        if (hooks := param._post_accumulate_grad_hooks) is not None:
+            # After swap_tensors() autograd sees neither these nor later ones. Setting the attribute
+            # tells it.
             param._post_accumulate_grad_hooks = hooks
         if member.hook is None or member.hook.id not in (hooks or ()):
             member.hook = param.register_post_accumulate_grad_hook(partial(self._step, member))

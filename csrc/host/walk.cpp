@@ -20,6 +20,13 @@ void append_to(PyObject* list, PyObject* object) {
   if (PyList_Append(list, object) != 0) throw PythonError();
 }
 
+// Prefetches a line at or near an address. That may be stale or null, so nothing is added to the
+// pointer itself.
+void prefetch_near(const void* address, intptr_t offset) {
+  const uintptr_t line = reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(line));
+}
+
 Ref text(const char* stream, const char* reason) {
   return Ref::steal(PyUnicode_FromFormat("%s%s", stream, reason));
 }
@@ -243,9 +250,7 @@ bool Plan::find_row(PyObject* state) {
 
 // Prefetches the table of a dict of three items.
 void Plan::prefetch_keys(const void* keys) {
-  for (int line = 0; line < 3; ++line) {
-    __builtin_prefetch(static_cast<const char*>(keys) + 64 * line);
-  }
+  for (int line = 0; line < 3; ++line) prefetch_near(keys, 64 * line);
 }
 
 // The position of a parameter in the order of the last backward, which is mostly that of this one.
@@ -268,8 +273,8 @@ size_t Plan::visit(PyObject* param, PyObject* state) {
   prefetch_keys(later.keys);
   prefetch_tensors(later.entry);
   for (int stream : {kParam, kExpAvg, kExpAvgSq}) {
-    const char* const data = later.entry.seen[stream].data;
-    for (int line = 1; line < 4; ++line) __builtin_prefetch(data + 64 * line);
+    const void* const data = later.entry.seen[stream].data;
+    for (int line = 1; line < 4; ++line) prefetch_near(data, 64 * line);
   }
   return position;
 }
@@ -294,8 +299,8 @@ void Plan::prefetch_tensors(const Entry& entry) {
   const auto prefetch = [](const Seen& seen) {
     __builtin_prefetch(seen.object);
     __builtin_prefetch(seen.impl);
-    __builtin_prefetch(static_cast<const char*>(seen.impl) - 64);
-    __builtin_prefetch(static_cast<const char*>(seen.impl) + 64);
+    prefetch_near(seen.impl, -64);
+    prefetch_near(seen.impl, 64);
     __builtin_prefetch(seen.data);
   };
   for (const Seen& seen : entry.seen) prefetch(seen);

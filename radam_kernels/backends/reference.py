@@ -43,7 +43,7 @@ def _advance(bucket: cpu.Bucket, loss_scale: float, found_inf: float) -> list[St
     rows = []
     for step, group in bucket.steps:
         t = float(step + 1)
-        if found_inf != 0 or not (t >= 1 and t.is_integer()):
+        if found_inf != 0 or not (1 <= t <= 2**53 and t.is_integer()):
             rows.append(StepScalars(*[0.0] * len(StepScalars._fields)))  # Action.SKIP
         else:
             rows.append(group_scalars({**bucket.groups[group], "grad_scale": 1.0 / loss_scale}, t))

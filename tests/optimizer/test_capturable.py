@@ -410,3 +410,15 @@ def test_what_only_a_capture_launches_is_loaded_by_the_step_before(device, monke
         set_grads(params, i)
         ours.step()
     assert [device.type for device in loaded] == [device]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_count_beyond_whole_numbers_is_skipped(backend):
+    param = Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = RAdam([param], backend=backend, capturable=True)
+    optimizer.step()
+    optimizer.state[param]["step"].fill_(2.0**54)
+    before = param.detach().clone()
+    optimizer.step()
+    assert torch.equal(param, before)

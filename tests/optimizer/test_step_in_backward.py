@@ -519,6 +519,17 @@ def test_a_parameter_that_lost_its_hook_is_stepped_by_step_and_then_in_backward(
     assert_same(ours, stepped)
 
 
+def test_a_parameter_swapped_after_remove_is_hooked_anew():
+    param = Parameter(torch.ones(3))
+    optimizer = RAdam([param])
+    optimizer.step_in_backward().remove()
+    swap(param)
+    optimizer.step_in_backward()
+    param.sum().backward()
+    assert param.grad is None
+    assert optimizer.state[param]["step"] == 1
+
+
 def test_a_parameter_taken_out_of_its_group_keeps_its_gradient():
     model = network()
     optimizer = in_backward(model)

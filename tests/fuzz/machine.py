@@ -1,0 +1,464 @@
+"""The same edits and steps with two backends, which must agree in every bit.
+
+Oracles: the reference backend, whose optimizer forgets its plan before each step; ordinary steps,
+for those in backward; and a step of torch.optim.RAdam from the same state, up to rounding.
+`python -m tests.fuzz.machine MINUTES` runs it on new random sequences.
+"""
+
+import copy
+import gc
+import io
+import math
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from radam_kernels import RAdam
+from radam_kernels.layout import portable
+from tests.fuzz import edits, refused
+from tests.helpers import MOMENTS, TorchRAdam, params_of, randn, saved, twin
+
+SETTINGS = settings(
+    deadline=None,
+    database=None,
+    stateful_step_count=40,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+SEEDS = st.integers(0, 2**16)
+GRADIENTS = st.lists(st.sampled_from([*["new"] * 20, *edits.GRADIENTS]), min_size=1, max_size=4)
+WAYS = ["plain"] * 6 + ["closure", "raises", "clipped", "clipped, then changed", "scaled"]
+
+
+def pickled_copy(optimizer: RAdam) -> RAdam:
+    file = io.BytesIO()
+    torch.save(optimizer, file)  # because pickle alone can't load tensors of complex32
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def image(value: Any) -> Any:
+    """What a value is, to the bit, in a form that can be compared; all NaNs are one."""
+    if isinstance(value, Tensor):
+        return type(value), value.dtype, tuple(value.shape), _bits(value.detach())
+    if isinstance(value, dict):
+        return {key: image(item) for key, item in value.items()}
+    return value if isinstance(value, str | None) else repr(value)
+
+
+def _bits(t: Tensor) -> bytes | None:
+    if t.is_meta or t.layout != torch.strided:
+        return None
+    if t.numel() and not t._is_zerotensor():
+        last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        if t.untyped_storage().nbytes() < (t.storage_offset() + last + 1) * t.element_size():
+            return None
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    t = t.clone(memory_format=torch.contiguous_format).view(-1)
+    if t.is_floating_point():
+        t.masked_fill_(t.isnan(), math.nan)
+    return t.view(torch.uint8).numpy().tobytes()
+
+
+def image_of(optimizer: RAdam, of_state: Callable[[Any], Any] = image) -> dict[str, Any]:
+    """All that a step may change, with the options of groups."""
+    found: dict[str, Any] = {}
+    for g, group in enumerate(optimizer.param_groups):
+        found[f"group {g}"] = {k: image(value) for k, value in group.items() if k != "params"}
+        for i, p in enumerate(group["params"]):
+            name = f"of param {i} of group {g}"
+            found |= {f"value {name}": image(p), f"gradient {name}": image(p.grad)}
+            found |= {f"state {name}": of_state(optimizer.state.get(p))}
+    return found
+
+
+@contextmanager
+def errors_change_nothing(optimizer: RAdam) -> Iterator[None]:
+    before = image_of(optimizer)
+    try:
+        yield
+    except Exception:
+        assert image_of(optimizer) == before, "a call that raised has changed something"
+        raise
+
+
+class World:
+    """An optimizer with one backend, and what was saved of it."""
+
+    def __init__(self, backend: str, groups: list[dict], options: dict) -> None:
+        self.backend = backend
+        try:
+            self.optimizer = RAdam(groups, **options, backend=backend)
+        except ValueError:  # flatten refuses some parameters
+            self.optimizer = RAdam(groups, **{**options, "flatten": False}, backend=backend)
+        self.saved: list[dict] = []
+
+    @property
+    def params(self) -> list[Tensor]:
+        return params_of(self.optimizer)
+
+    def image(self) -> dict[str, Any]:
+        return image_of(self.optimizer, lambda state: image(portable(state)))
+
+    def step(self, closure: Callable | None = None) -> object:
+        if self.backend == "reference":
+            vars(self.optimizer).pop("_plan", None)
+        rng = torch.get_rng_state()
+        versions = [(p, p._version) for p in self.params if p.grad is not None]
+        with errors_change_nothing(self.optimizer):
+            result = self.optimizer.step(closure)
+        assert torch.equal(rng, torch.get_rng_state()), "the step drew from torch's generator"
+        assert all(p._version > version for p, version in versions), "a version was not bumped"
+        return result
+
+
+class TorchStep:
+    """A step of torch.optim.RAdam from a copy of what an optimizer has, where both can do it."""
+
+    def __init__(self, optimizer: RAdam) -> None:
+        self.ours = optimizer
+        self.steps: list[tuple[Tensor, Tensor, TorchRAdam]] = []
+        for group in optimizer.param_groups:
+            if any(group.get(name, usual) != usual for name, usual in edits.OURS.items()):
+                continue
+            options = {name: group[name] for name in edits.THEIRS} | {"lr": float(group["lr"])}
+            for p in group["params"]:
+                if self.can(p, state := optimizer.state.get(p)):
+                    theirs = TorchRAdam([q := Parameter(p.detach().clone())], **options)
+                    q.grad = p.grad.detach().clone()
+                    if state:
+                        moments = {key: state[key].detach().clone() for key in MOMENTS}
+                        step = torch.tensor(float(state["step"]))
+                        theirs.state[q] = {"step": step, **moments}
+                    self.steps.append((p, q, theirs))
+
+    @staticmethod
+    def can(p: Tensor, state: Any) -> bool:
+        if p.grad is None or p.dtype not in (torch.float32, torch.float64):
+            return False
+        tensors = [p, p.grad]
+        if state:
+            tensors += [state.get(key) for key in MOMENTS]
+            if not 0 <= float(state.get("step", -1)) < 2**23:
+                return False
+        if not all(isinstance(t, Tensor) and t.dtype == p.dtype for t in tensors):
+            return False
+        sizes = [t.detach().abs() for t in tensors]
+        return all(((t == 0) | ((t > 1e-12) & (t < 1e12))).all() for t in sizes)
+
+    def compare(self) -> int:
+        """Compares ours, which have been stepped; returns how many."""
+        for p, q, theirs in self.steps:
+            before = q.detach().clone()
+            theirs.step()
+            ours, expected = self.ours.state[p], theirs.state[q]
+            assert float(ours["step"]) == float(expected["step"])
+            moved = q.detach() - before
+            for mine, right, scale in [
+                (p.detach(), q.detach(), moved),
+                *((ours[key], expected[key], expected[key]) for key in MOMENTS),
+            ]:
+                most = float(scale.abs().nan_to_num(0.0, 0.0).amax()) if scale.numel() else 0.0
+                torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-4 * most, equal_nan=True)
+        return len(self.steps)
+
+
+class Machine(RuleBasedStateMachine):
+    """Applies each rule in both worlds, and compares them after it."""
+
+    counts = dict.fromkeys(("sequences", "rules", "steps", "refused", "as torch"), 0)
+
+    @initialize(
+        seed=SEEDS,
+        count=st.integers(1, 5),
+        group_count=st.integers(1, 3),
+        formats=st.fixed_dictionaries(
+            {name: st.sampled_from(edits.OPTIONS[name][:4]) for name in edits.FORMATS}
+        ),
+        in_all=st.booleans(),
+        flatten=st.booleans(),
+        capturable=st.booleans(),
+        weight_decay=st.sampled_from([0.0, 0.1]),
+    )
+    def begin(
+        self, seed: int, count: int, group_count: int, formats: dict, in_all: bool, **options: Any
+    ) -> None:
+        self.counts["sequences"] += 1
+        self.number = 0
+        self.worlds = []
+        for backend in ("cpu", "reference"):
+            random = Random(seed)
+            params = [edits.make_param(random) for _ in range(count)]
+            if any(p.dtype == torch.float16 for p in params):  # which some formats refuse
+                formats = {}
+            groups = [{"params": params[i::group_count]} for i in range(min(group_count, count))]
+            groups[0] |= {} if in_all else formats
+            self.worlds.append(World(backend, groups, options | (formats if in_all else {})))
+
+    def each(self, action: Callable[[World], Any]) -> Exception | None:
+        """The same in both worlds, with the same result or exception, which is returned."""
+        outcomes, error = [], None
+        for world in self.worlds:
+            try:
+                outcomes.append(image(action(world)))
+            except (KeyError, RuntimeError, ValueError) as raised:
+                error = raised
+                # Addresses decide on sizes of storages, and which of several pairs is named.
+                varies = r"0x\w+|\d+ bytes|needs \d+|\d{9,}|.*shares memory.*"
+                outcomes.append((type(raised), re.sub(varies, "", str(raised))))
+        assert outcomes[0] == outcomes[1], outcomes
+        return error
+
+    @invariant()
+    def worlds_agree(self) -> None:
+        """After every rule, and after a step that follows every second one."""
+        self.counts["rules"] += 1
+        self.number += 1
+        if self.number % 2:
+            self.step_once(["new"], self.number, "plain", 0.0)
+        first, second = (world.image() for world in self.worlds)
+        assert first.keys() == second.keys()
+        assert not [name for name in first if first[name] != second[name]]
+
+    # Steps.
+
+    @rule(
+        kinds=GRADIENTS,
+        seed=SEEDS,
+        way=st.sampled_from(WAYS),
+        number=st.sampled_from([0.0, 1e-3, 2.0, math.inf]),
+    )
+    def step(self, kinds: list[str], seed: int, way: str, number: float) -> None:
+        self.step_once(kinds, seed, way, number)
+
+    def step_once(self, kinds: list[str], seed: int, way: str, number: float) -> None:
+        for world in self.worlds:
+            for i, p in enumerate(world.params):
+                edits.give_gradient(p, kinds[i % len(kinds)], seed + i)
+        self.counts["steps"] += 1
+        closure = {"closure": lambda: 1.5, "raises": lambda: {}["closure"]}.get(way)
+        torch_step = TorchStep(self.worlds[0].optimizer) if way in ("plain", "closure") else None
+        if way.startswith("clipped"):
+            self.clip(number)
+        for world in self.worlds:
+            if way == "scaled":
+                world.optimizer.grad_scale = torch.tensor(4.0)
+                world.optimizer.found_inf = torch.tensor(float(number == 0))
+            if way == "clipped, then changed":
+                grads = [p.grad for p in world.params if p.grad is not None]
+                torch.autograd.graph.increment_version(grads[:1])
+        error = self.each(lambda world: world.step(closure))
+        for world in self.worlds:
+            world.optimizer._drop_clipping()
+            for name in ("grad_scale", "found_inf"):
+                vars(world.optimizer).pop(name, None)
+        assert bool(error) or way != "raises"
+        if error and way != "raises":
+            self.heal()
+        elif torch_step and not error:
+            self.counts["as torch"] += torch_step.compare()
+
+    def clip(self, norm: float) -> None:
+        norms: list[Tensor] = []
+        self.each(lambda world: norms.append(world.optimizer.clip_grad_norm_(norm)))
+        if norms:
+            # They are summed in another order, so both go on with the same factor.
+            torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0, equal_nan=True)
+            first, second = (vars(world.optimizer)["_clipping"] for world in self.worlds)
+            second.factor = first.factor
+
+    def heal(self) -> None:
+        """Takes back what a step may refuse."""
+        self.counts["refused"] += 1
+        for world in self.worlds:
+            world.optimizer.state.clear()
+            for group in world.optimizer.param_groups:
+                group.update(dict.fromkeys(edits.FORMATS), decouple_lr=False)
+            for p in world.params:
+                p.grad = None
+                p.data = p.data.clone(memory_format=torch.contiguous_format).resolve_neg()
+
+    @rule(count=st.integers(1, 3), seed=SEEDS, both=st.booleans())
+    def step_in_backward(self, count: int, seed: int, both: bool) -> None:
+        """In the first world, or in both; in none where an ordinary step would be refused."""
+        tried = copy.deepcopy(self.worlds[1].optimizer)
+        try:
+            for p in params_of(tried):
+                p.grad = torch.zeros_like(p)
+            tried.step()
+        except (RuntimeError, ValueError):
+            return
+        for world in self.worlds:
+            world.optimizer.zero_grad()
+            stepping = both or world is self.worlds[0]
+            handle = world.optimizer.step_in_backward() if stepping else None
+            for number in range(seed, seed + count):
+                trained = [p for p in world.params if p.requires_grad]
+                products = [p * randn(*p.shape, dtype=p.dtype, seed=number) for p in trained]
+                if trained:
+                    torch.stack([x.sum().abs().double() for x in products]).sum().backward()
+                assert not stepping or all(p.grad is None for p in trained)
+                world.optimizer.step()
+                world.optimizer.zero_grad()
+                world.optimizer.param_groups[0]["params"].reverse()
+            if handle:
+                handle.remove()
+
+    # Edits.
+
+    @rule(
+        edit=st.sampled_from([*edits.TENSORS, *edits.IN_PLACE]),
+        of=st.sampled_from(["param", *MOMENTS, *MOMENTS, "step", "grad", "extra"]),
+        at=SEEDS,
+        by_data=st.booleans(),
+    )
+    def edit_tensor(self, edit: str, of: str, at: int, by_data: bool) -> None:
+        @torch.no_grad()
+        def apply(world: World) -> None:
+            p = world.params[at % len(world.params)]
+            own = world.optimizer.state.get(p, {})
+            extras = sorted(key for key in own if key.startswith(("param_", "exp_avg_")))
+            key = extras[at % len(extras)] if of == "extra" and extras else of
+            t = {"param": p, "grad": p.grad}.get(of, own.get(key))
+            if not isinstance(t, Tensor):
+                return
+            if edit in edits.IN_PLACE:
+                edits.IN_PLACE[edit](t)
+            elif of in ("param", "grad") or by_data:
+                p.grad = None if of == "param" else p.grad
+                t.data = edits.TENSORS[edit](t.data)
+            else:
+                own[key] = edits.TENSORS[edit](t)
+
+        self.each(apply)
+
+    @rule(
+        option=st.sampled_from([(name, x) for name, xs in edits.OPTIONS.items() for x in xs]),
+        at=SEEDS,
+        everywhere=st.booleans(),
+    )
+    def edit_option(self, option: tuple[str, object], at: int, everywhere: bool) -> None:
+        for world in self.worlds:
+            groups = world.optimizer.param_groups
+            for group in groups if everywhere else [groups[at % len(groups)]]:
+                edits.set_option(group, *option)
+
+    @rule(edit=st.sampled_from([*edits.STATES, *edits.GROUPS]), at=SEEDS)
+    def edit(self, edit: str, at: int) -> None:
+        def apply(world: World) -> None:
+            p = world.params[at % len(world.params)]
+            if edit in edits.GROUPS:
+                edits.GROUPS[edit](world.optimizer, p, Random(at))
+            elif own := world.optimizer.state.get(p):
+                edits.STATES[edit](world.optimizer, p, own, Random(at))
+
+        self.each(apply)
+
+    # Checkpoints and copies.
+
+    @rule(through_file=st.booleans())
+    def save(self, through_file: bool) -> None:
+        def apply(world: World) -> None:
+            found = world.optimizer.state_dict()
+            world.saved.append(saved(found) if through_file else copy.deepcopy(found))
+
+        self.each(apply)
+
+    @precondition(lambda self: self.worlds[0].saved)
+    @rule(way=st.sampled_from(["itself", "new optimizer", "through torch"]), at=SEEDS)
+    def load(self, way: str, at: int) -> None:
+        def apply(world: World) -> None:
+            found = copy.deepcopy(world.saved[at % len(world.saved)])
+            if way == "through torch":
+                theirs = twin(world.optimizer, TorchRAdam)
+                theirs.load_state_dict(found)
+                found = theirs.state_dict()
+            elif way == "new optimizer":
+                world.optimizer = twin(world.optimizer, backend=world.backend)
+            with errors_change_nothing(world.optimizer):
+                world.optimizer.load_state_dict(found)
+
+        self.each(apply)
+
+    @rule(pickled=st.booleans())
+    def copied(self, pickled: bool) -> None:
+        for world in self.worlds:
+            old = world.optimizer
+            world.optimizer = pickled_copy(old) if pickled else copy.deepcopy(old)
+
+    # What must be refused, tried on copies.
+
+    @rule(edit=st.sampled_from([*refused.STEPS]))
+    def refused_step(self, edit: str) -> None:
+        def apply(world: World) -> None:
+            optimizer = copy.deepcopy(world.optimizer)
+            p, q = refused.add_plain_group(optimizer)
+            for _ in range(2):
+                optimizer.step()
+            refused.STEPS[edit](optimizer, p, q, optimizer.state[p])
+            with errors_change_nothing(optimizer):
+                optimizer.step()
+            raise AssertionError(f"{edit} was not refused")
+
+        self.each(apply)
+
+    @rule(edit=st.sampled_from([*refused.LOADS]))
+    def refused_load(self, edit: str) -> None:
+        def apply(world: World) -> None:
+            optimizer = copy.deepcopy(world.optimizer)
+            refused.add_plain_group(optimizer)
+            optimizer.step()
+            found = copy.deepcopy(optimizer.state_dict())
+            refused.LOADS[edit](found, found["state"][max(found["state"])])
+            with errors_change_nothing(optimizer):
+                optimizer.load_state_dict(found)
+            raise AssertionError(f"{edit} was not refused")
+
+        self.each(apply)
+
+    # The rest.
+
+    @rule(what=st.sampled_from(["zero_grad", "masters", "repr", "gc", 1, 2, 3]))
+    def between(self, what: str | int) -> None:
+        if isinstance(what, int):
+            torch.set_num_threads(what)
+        elif what == "gc":
+            gc.collect()
+        elif what == "zero_grad":
+            self.each(lambda world: world.optimizer.zero_grad(set_to_none=False))
+        elif what == "masters":
+            self.each(lambda world: dict(enumerate(world.optimizer.master_params())))
+        else:
+            self.each(lambda world: re.sub("backend.*", "", repr(world.optimizer)))
+
+
+def run(minutes: float) -> dict[str, int]:
+    """New random sequences for so long; returns how much was done."""
+    warnings.simplefilter("ignore")
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        run_state_machine_as_test(Machine, settings=settings(SETTINGS, max_examples=50))
+    return Machine.counts
+
+
+if __name__ == "__main__":
+    print(run(float(sys.argv[1])))
