@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ class CMakeBuild(build_ext):
         if archs := os.environ.get("RADAM_CUDA_ARCHS"):
             options["RADAM_CUDA_ARCHS"] = archs.replace(",", ";")
         flags = [f"-D{name}={value}" for name, value in options.items()]
+        flags += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags]
         # A build folder of another tree or another machine cannot be configured again.
         configure.append("--fresh") if (build / "CMakeCache.txt").exists() else None

@@ -8,12 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from . import available_backends
 from .backends import BackendName, resolve, why_not
 from .backends.cuda import NOT_BUILT, dotted, old_driver
 from .backends.devices import DEVICE_TYPES, is_available
-from .functional import radam_
+from .functional import COMPILES_VIEWS, radam_
 from .modules import cpu, load_optional
 
 # Elements for the test of speed: more than caches hold, but few for slow backends such as Triton's
@@ -69,6 +70,8 @@ def _facts() -> dict[str, str]:
         if torch.version.cuda
         else "_cuda is not built, and this torch has no CUDA to run it",
     }
+    if lacks := _lacks():
+        facts["torch lacks"] = lacks
     if cuda:
         runtime, driver = cuda.runtime_version(), cuda.driver_version()
         facts["cuda"] = f"_cuda for {cuda.architectures}, runtime {dotted(runtime)}, " + (
@@ -80,6 +83,19 @@ def _facts() -> dict[str, str]:
         for i in range(torch.cuda.device_count()):
             facts[f"gpu {i}"] = torch.cuda.get_device_name(i)
     return facts
+
+
+def _lacks() -> str:
+    """What this version of torch lacks that later ones have."""
+    version = TorchVersion(torch.__version__)
+    lacking = {
+        "a fast way to read tensors, for steps of many small ones": cpu.tensors_read_by()
+        == "Python",
+        "fully_shard on the CPU": version < (2, 7),
+        "gradients of another dtype than their parameter (grad_dtype)": version < (2, 10),
+        "compiled radam_ of tensors in flat buffers, which is refused": not COMPILES_VIEWS,
+    }
+    return "; ".join(what for what, is_lacking in lacking.items() if is_lacking)
 
 
 def _test(name: BackendName, device_type: str) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .backends import BackendChoice, check_name
 from .hyperparameters import DEFAULTS
@@ -144,9 +145,23 @@ def _op(*arguments: Any, **options: Any) -> None:
     _step(*[*arguments, options])
 
 
-_op.register_fake(lambda *_, **__: None)
-
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
+# Before torch 2.13, inductor copies a tensor from the wrong place if its storage begins before it.
+COMPILES_VIEWS = TorchVersion(torch.__version__) >= (2, 13)
+
+
+@_op.register_fake
+def _fake(*lists: Any, **_: Any) -> None:
+    """Runs while a function is traced: there is nothing to compute."""
+    for name, tensors in zip(_STREAMS, lists, strict=False):
+        for i, tensor in enumerate(tensors if name != "grad" and not COMPILES_VIEWS else ()):
+            if tensor.storage_offset() != 0:
+                raise RuntimeError(
+                    f"radam_: {name}s[{i}] begins within a storage, as tensors in flat buffers do, "
+                    f"and torch {torch.__version__} compiles such writes wrongly; call radam_ "
+                    "outside of compiled functions (torch.compiler.disable), give it tensors with "
+                    "storages of their own, or use torch 2.13"
+                )
 
 
 def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -246,8 +246,7 @@ RADAM_INLINE void store_bfloat16(const Pair<float>& x, void* to) {
 #if RADAM_VECTOR_BYTES == 16
     write(round_bfloat16<kInOrder>(canonical(x)), to);
 #elif RADAM_VECTOR_BYTES == 32
-    const __m256 unordered = _mm256_cmp_ps((__m256)x.a.v, (__m256)x.b.v, _CMP_UNORD_Q);
-    if (__builtin_expect(_mm256_movemask_ps(unordered), 0)) return store_each<bfloat16>(x, to);
+    if (may_have_nan(x)) return store_each<bfloat16>(x, to);
     const __m256i unzip = _mm256_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0,  //
                                           15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
     const __m256i quarters =

@@ -93,8 +93,6 @@ STEPS: dict[str, Callable[[RAdam, Tensor, Tensor, dict], object]] = {
     "every other of another": lambda o, p, q, own: share(p, q, torch.zeros(375), 2),
     "memory of a moment": lambda o, p, q, own: set_data(p, own["exp_avg"]),
     "expanded": lambda o, p, q, own: set_data(p, torch.ones(1).expand(SHAPE)),
-    "on meta": lambda o, p, q, own: set_data(p, torch.ones(SHAPE, device="meta")),
-    "turned to integers": lambda o, p, q, own: set_data(p, torch.ones(SHAPE, dtype=torch.int32)),
     "gradient in a moment": lambda o, p, q, own: set_data(p.grad, own["exp_avg"]),
     "gradient in a parameter": lambda o, p, q, own: set_data(p.grad, q.data),
     "gradient of another shape": lambda o, p, q, own: set_data(p.grad, torch.ones(50, 3)),

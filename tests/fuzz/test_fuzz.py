@@ -1,16 +1,23 @@
 """Random edits and steps, compared with the reference: plain, with a sanitizer, under jemalloc."""
 
+import copy
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+from torch.nn import Parameter
 
-from tests.fuzz.machine import SETTINGS, Machine, run
+from radam_kernels import RAdam
+from tests.fuzz import edits, refused
+from tests.fuzz.machine import SETTINGS, Machine, errors_change_nothing, run
+from tests.helpers import give_gradients
 
 ROOT = Path(__file__).parents[2]
 MINUTES = float(os.environ.get("RADAM_FUZZ_MINUTES", "1"))  # for each of the slow tests
@@ -20,7 +27,45 @@ MINUTES = float(os.environ.get("RADAM_FUZZ_MINUTES", "1"))  # for each of the sl
 @pytest.mark.usefixtures("one_thread")
 def test_edits_and_steps_are_those_of_the_reference():
     short = settings(SETTINGS, max_examples=40, derandomize=True)
+    before = dict(Machine.counts)
     run_state_machine_as_test(Machine, settings=short)
+    assert all(Machine.counts[what] > before[what] for what in before)
+
+
+def optimizer_of_many(backend: str) -> tuple[RAdam, Parameter, Parameter]:
+    """Beside the two parameters that are returned, it has some of other dtypes and formats."""
+    groups = [
+        {"params": [edits.make_param(Random(seed)) for seed in range(4)]},
+        {
+            "params": [Parameter(torch.ones(70, dtype=torch.bfloat16))],
+            "master_weights": 24,
+            "state_dtype": "block8",
+        },
+    ]
+    optimizer = RAdam(groups, backend=backend)
+    p, q = refused.add_plain_group(optimizer)
+    give_gradients(optimizer)
+    for _ in range(2):
+        optimizer.step()
+    return optimizer, p, q
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("edit", refused.STEPS)
+def test_a_step_after_such_an_edit_is_refused_and_changes_nothing(edit, backend):
+    optimizer, p, q = optimizer_of_many(backend)
+    refused.STEPS[edit](optimizer, p, q, optimizer.state[p])
+    with pytest.raises((RuntimeError, ValueError)), errors_change_nothing(optimizer):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("edit", refused.LOADS)
+def test_such_a_state_dict_is_refused_and_changes_nothing(edit):
+    optimizer, _, _ = optimizer_of_many("cpu")
+    found = copy.deepcopy(optimizer.state_dict())
+    refused.LOADS[edit](found, found["state"][max(found["state"])])
+    with pytest.raises((RuntimeError, ValueError)), errors_change_nothing(optimizer):
+        optimizer.load_state_dict(found)
 
 
 @pytest.mark.slow
@@ -55,6 +100,7 @@ print(run({MINUTES}))
         env=os.environ | environment,
         capture_output=True,
         text=True,
+        timeout=60 * MINUTES + 900,  # hypothesis shrinks what it finds
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     print(done.stdout)

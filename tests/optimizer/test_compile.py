@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 
-from radam_kernels import RAdam, flatten_, radam_
+from radam_kernels import RAdam, flatten_, functional, radam_
+from radam_kernels.functional import COMPILES_VIEWS
 from tests.helpers import (
     STEPS,
     USUAL,
@@ -28,6 +30,9 @@ from tests.helpers import (
 )
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+TORCH = TorchVersion(torch.__version__)
+GIVES_REASONS = TORCH >= (2, 9)  # for graph breaks
 
 TRACERS = ["eager", "aot_eager"]
 ADAPTIVE = {key: value for key, value in USUAL.items() if key != "lr"}
@@ -151,7 +156,8 @@ def test_clipping_in_a_compiled_training_step_equals_the_eager_one():
     assert min(norms) > 0.01
     assert found == pytest.approx(norms, rel=1e-12)
     assert_same_parameters(model, expected, rtol=1e-12, atol=1e-12)
-    assert any("clip_grad_norm_" in reason for reason in counters["graph_break"])
+    if GIVES_REASONS:
+        assert any("clip_grad_norm_" in reason for reason in counters["graph_break"])
 
 
 def test_a_compiled_step_breaks_the_graph_once_and_says_why():
@@ -167,7 +173,7 @@ def test_a_compiled_step_breaks_the_graph_once_and_says_why():
     explanation = torch._dynamo.explain(function)(torch.ones(3))
     assert (explanation.graph_count, explanation.graph_break_count) == (2, 1)
     [reason] = counters["graph_break"]
-    assert "RAdam.step runs uncompiled" in reason
+    assert not GIVES_REASONS or "RAdam.step runs uncompiled" in reason
     assert "file an issue" not in reason
 
 
@@ -175,7 +181,7 @@ def test_a_step_under_fullgraph_is_refused_with_what_to_do():
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = RAdam([p])
-    message = r"compile the model.*radam_kernels\.radam_"
+    message = r"compile the model.*radam_kernels\.radam_" if GIVES_REASONS else r"disable\(\)"
     with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
         torch.compile(optimizer.step, fullgraph=True, backend="eager")()
     assert torch.equal(p.detach(), torch.ones(3))
@@ -246,10 +252,28 @@ def without_gradients(*lists, **options) -> None:
     ids=["plain", "requires grad", "dtypes", "transposed", "tensors", "flat", "empty"],
 )
 def test_a_compiled_function_makes_the_bits_of_the_eager_one(function, make, backend):
+    if make is flat_streams and not COMPILES_VIEWS:
+        pytest.skip("this torch compiles such writes wrongly, so they are refused")
     compiled, eager = make(), make()
     torch.compile(function, fullgraph=True, backend=backend)(*compiled)
     function(*eager)
     assert_same_bits(compiled, eager)
+
+
+@pytest.mark.parametrize("stream", range(4))
+def test_what_torch_compiles_wrongly_is_refused(stream, monkeypatch):
+    """Writes to tensors that begin within their storage; gradients are only read."""
+    monkeypatch.setattr(functional, "COMPILES_VIEWS", False)
+    lists = streams()
+    lists[stream][1] = torch.stack([lists[stream][1]] * 2)[1]
+    before = [x.clone() for tensors in lists for x in tensors]
+    compiled = torch.compile(one_step, fullgraph=True, backend="inductor")
+    if stream == 1:
+        compiled(*lists)
+        return
+    with pytest.raises(RuntimeError, match=r"s\[1\] begins within a storage"):
+        compiled(*lists)
+    assert all(map(same_bits, before, (x for tensors in lists for x in tensors)))
 
 
 @pytest.mark.parametrize("backend", TRACERS)  # inductor does not support complex
@@ -378,6 +402,10 @@ class Training(nn.Module):
 @pytest.mark.parametrize("form", ["as exported", "decomposed", "saved and loaded"])
 @pytest.mark.parametrize("trains_parameter", [False, True])
 def test_an_exported_module_trains(trains_parameter, form, strict):
+    if strict and TORCH < (2, 10):
+        pytest.skip("strict export of this torch refuses a module that counts")
+    if trains_parameter and form == "decomposed" and TORCH < (2, 9):
+        pytest.skip("this torch does not decompose what writes to parameters")
     x, y, lr = randn(8, 3, seed=1), randn(8, seed=2), torch.tensor(0.1)
     eager = Training(trains_parameter=trains_parameter)
     model = Training(trains_parameter=trains_parameter)
@@ -398,6 +426,7 @@ def test_an_exported_module_trains(trains_parameter, form, strict):
         torch.testing.assert_close(exported.state_dict()[name], value)
 
 
+@pytest.mark.skipif(TORCH < (2, 9), reason="this torch exports no dynamic numbers")
 def test_an_exported_module_takes_the_number_of_the_step():
     x, y, lr = randn(8, 3, seed=1), randn(8, seed=2), torch.tensor(0.1)
     eager, model = (Training(trains_parameter=False, counts=False) for _ in range(2))

@@ -49,6 +49,17 @@ def test_the_doctor_tells_of_a_free_threaded_python(monkeypatch):
     assert words in doctor._facts()["python"]
 
 
+def test_the_doctor_says_what_a_torch_lacks(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    monkeypatch.setattr(doctor, "COMPILES_VIEWS", False)
+    said = doctor._facts()["torch lacks"]
+    assert "fully_shard on the CPU" in said
+    assert "compiled radam_ of tensors in flat buffers" in said
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    monkeypatch.setattr(doctor, "COMPILES_VIEWS", True)
+    assert "fully_shard" not in doctor._facts().get("torch lacks", "")
+
+
 def test_the_doctor_tells_of_wrong_bits(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_time", lambda *_: 1.0)
     right = doctor._step

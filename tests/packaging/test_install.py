@@ -21,7 +21,7 @@ PACKAGE = Path(modules.__file__).parent
 in_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not run from a source tree")
 
 
-def copy(to: Path, *, csrc: bool = True, compiled: bool = True) -> Path:
+def copy(to: Path, *, csrc: bool = (ROOT / "csrc").is_dir(), compiled: bool = True) -> Path:
     """A copy of the package, as a clone or as an installed one."""
     ignored = shutil.ignore_patterns("__pycache__", *([] if compiled else ["*.so", "*.pyd"]))
     shutil.copytree(PACKAGE, to / "radam_kernels", ignore=ignored)

@@ -1,9 +1,11 @@
 // Runs the CPU kernels for test_aarch64.py, without Python. Reads requests from stdin until its
 // end: the tables of a step and the memory that they point into, or a gradient. Answers on stdout
 // with the memory after the step, or with the norm.
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <vector>
 
 #include "cpu/step_cpu.h"
 #include "cpu/threads.h"
