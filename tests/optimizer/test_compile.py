@@ -32,7 +32,7 @@ from tests.helpers import (
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 TORCH = TorchVersion(torch.__version__)
-GIVES_REASONS = TORCH >= (2, 9)  # for graph breaks
+GIVES_REASONS = TORCH >= (2, 8)  # for graph breaks
 
 TRACERS = ["eager", "aot_eager"]
 ADAPTIVE = {key: value for key, value in USUAL.items() if key != "lr"}
@@ -426,7 +426,7 @@ def test_an_exported_module_trains(trains_parameter, form, strict):
         torch.testing.assert_close(exported.state_dict()[name], value)
 
 
-@pytest.mark.skipif(TORCH < (2, 9), reason="this torch exports no dynamic numbers")
+@pytest.mark.skipif(TORCH < (2, 8), reason="this torch exports no dynamic numbers")
 def test_an_exported_module_takes_the_number_of_the_step():
     x, y, lr = randn(8, 3, seed=1), randn(8, seed=2), torch.tensor(0.1)
     eager, model = (Training(trains_parameter=False, counts=False) for _ in range(2))

@@ -177,8 +177,8 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
-@pytest.mark.filterwarnings("error")
 @pytest.mark.filterwarnings("ignore:The epoch parameter")  # which SequentialLR of torch 2.6 uses
+@pytest.mark.filterwarnings("error")
 def test_schedulers(make):
     a, ours, b, stepped = pair()
     rates = []
