@@ -91,8 +91,8 @@ def _lacks() -> str:
     lacking = {
         "a fast way to read tensors, for steps of many small ones": cpu.tensors_read_by()
         == "Python",
-        "fully_shard on the CPU": version < (2, 7),
-        "gradients of another dtype than their parameter (grad_dtype)": version < (2, 10),
+        "fully_shard on the CPU": version < "2.7",
+        "gradients of another dtype than their parameter (grad_dtype)": version < "2.10",
         "compiled radam_ of tensors in flat buffers, which is refused": not COMPILES_VIEWS,
     }
     return "; ".join(what for what, is_lacking in lacking.items() if is_lacking)

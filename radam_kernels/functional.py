@@ -147,7 +147,7 @@ def _op(*arguments: Any, **options: Any) -> None:
 
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq")
 # Before torch 2.13, inductor copies a tensor from the wrong place if its storage begins before it.
-COMPILES_VIEWS = TorchVersion(torch.__version__) >= (2, 13)
+COMPILES_VIEWS = TorchVersion(torch.__version__) >= "2.13"
 
 
 @_op.register_fake
