@@ -28,7 +28,7 @@ def run_in_fork(call: Callable[[], object], output: TextIO) -> int:
     try:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        # torch makes a new thread pool for the fork. Two threads of autograd must not do it at once.
+        # torch makes a new thread pool in a fork. Two threads of autograd must not do it at once.
         torch.set_num_threads(1)
         call()
         code = 0
