@@ -16,6 +16,7 @@ from .backends.cuda import NOT_BUILT, dotted, old_driver
 from .backends.devices import DEVICE_TYPES, is_available
 from .functional import COMPILES_VIEWS, radam_
 from .modules import cpu, load_optional
+from .sharding import FULLY_SHARDS_ON_CPU
 
 # Elements for the test of speed: more than caches hold, but few for slow backends such as Triton's
 # interpreter.
@@ -91,7 +92,7 @@ def _lacks() -> str:
     lacking = {
         "a fast way to read tensors, for steps of many small ones": cpu.tensors_read_by()
         == "Python",
-        "fully_shard on the CPU": version < "2.7",
+        "fully_shard on the CPU": not FULLY_SHARDS_ON_CPU,
         "gradients of another dtype than their parameter (grad_dtype)": version < "2.10",
         "compiled radam_ of tensors in flat buffers, which is refused": not COMPILES_VIEWS,
     }

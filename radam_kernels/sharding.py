@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
+
+FULLY_SHARDS_ON_CPU = TorchVersion(torch.__version__) >= "2.7"  # torch's fully_shard does
 
 
 def is_sharded(tensor: Any) -> TypeIs[DTensor]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from .sharding import FULLY_SHARDS_ON_CPU
+
 if TYPE_CHECKING:
     from .train_model import ByteModel
 
@@ -145,10 +147,7 @@ def _own_gpu(device: torch.device, local_rank: int) -> torch.device:
 
 
 def _require_fully_shard(device: torch.device) -> None:
-    import torch.distributed.fsdp as fsdp
-
-    runs_on_cpu = hasattr(torch.cpu.current_stream(), "record_event")
-    if not hasattr(fsdp, "fully_shard") or (device.type == "cpu" and not runs_on_cpu):
+    if device.type == "cpu" and not FULLY_SHARDS_ON_CPU:
         raise UserError(
             f"fully_shard of torch {torch.__version__} does not run on {device.type}; "
             "upgrade torch (2.13 works), or run without torchrun"

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from radam_kernels import train
-from tests.distributed.training import FULLY_SHARDS_ON_CPU
+from radam_kernels.sharding import FULLY_SHARDS_ON_CPU
 
 pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install 'radam_kernels[demo]'")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")

@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.optim import Optimizer
 from torch.optim import RAdam as TorchRAdam
-from torch.torch_version import TorchVersion
 
 from radam_kernels import RAdam
-from radam_kernels.sharding import local
+from radam_kernels.sharding import FULLY_SHARDS_ON_CPU, local
 from tests.helpers import MOMENTS, STEPS, params_of, randn, same_bits
 
 ROWS = 8  # of a batch, for up to 4 ranks with 2 micro-batches each
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # for sums of float64 in another order
-
-
-# For torch 2.6, a stream of the CPU has no events.
-FULLY_SHARDS_ON_CPU = TorchVersion(torch.__version__) >= (2, 7)
 
 
 def fully_shard(module: nn.Module, **arguments: Any) -> nn.Module:

@@ -50,13 +50,12 @@ def test_the_doctor_tells_of_a_free_threaded_python(monkeypatch):
 
 
 def test_the_doctor_says_what_a_torch_lacks(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
-    monkeypatch.setattr(doctor, "COMPILES_VIEWS", False)
+    for name in ("FULLY_SHARDS_ON_CPU", "COMPILES_VIEWS"):
+        monkeypatch.setattr(doctor, name, False)
     said = doctor._facts()["torch lacks"]
     assert "fully_shard on the CPU" in said
     assert "compiled radam_ of tensors in flat buffers" in said
-    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
-    monkeypatch.setattr(doctor, "COMPILES_VIEWS", True)
+    monkeypatch.setattr(doctor, "FULLY_SHARDS_ON_CPU", True)
     assert "fully_shard" not in doctor._facts().get("torch lacks", "")
 
 
