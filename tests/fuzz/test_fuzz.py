@@ -16,7 +16,8 @@ from torch.nn import Parameter
 
 from radam_kernels import RAdam
 from tests.fuzz import edits, refused
-from tests.fuzz.machine import SETTINGS, Machine, errors_change_nothing, run
+from tests.fuzz.machine import SETTINGS, Machine, run
+from tests.fuzz.worlds import errors_change_nothing
 from tests.helpers import give_gradients
 
 ROOT = Path(__file__).parents[2]
