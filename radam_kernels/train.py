@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .train_model import HEAD_WIDTH, ByteModel, held_out_loss, load_text, loss_of, windows
-from .train_processes import Processes, UserError, join, leave, pick_device
+from .train_processes import Processes, UserError, finish, join, leave, pick_device
 from .train_report import OURS, TORCH_ADAM, TORCH_RADAM, Run, draw, radam_difference, record, table
 
 HELD_OUT_WINDOWS = 128
@@ -291,6 +291,6 @@ def main(args: argparse.Namespace) -> int:
             else "nothing written"
         )
         print(f"interrupted after {run.steps} steps of {run.name}; {left}", file=sys.stderr)
-        return 130
+        return finish(processes, 130)
     leave(processes)
-    return code
+    return finish(processes, code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -107,6 +108,20 @@ def leave(processes: Processes) -> None:
     if processes.distributed:
         processes.agree(lambda: None)
         dist.destroy_process_group()
+
+
+def finish(processes: Processes, code: int) -> int:
+    """Ends a process of torchrun with an exit code, which is returned if there is only one process.
+
+    A mesh and torch's default arguments keep process groups alive beyond `leave`. A thread of gloo
+    that still frees a tensor while the interpreter shuts down aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291). So the interpreter does not shut down.
+    """
+    if processes.distributed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def pick_device(name: str | None, processes: Processes) -> torch.device:

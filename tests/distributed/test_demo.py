@@ -62,6 +62,15 @@ Checkpoints.save = save_and_die
 sys.exit(__main__.main())
 """
 
+# What a thread of gloo can do while the interpreter shuts down.
+ABORTING = """
+import atexit, os, sys
+from radam_kernels import __main__
+
+atexit.register(os.abort)
+sys.exit(__main__.main())
+"""
+
 
 def start(*program: object, steps: int = STEPS) -> subprocess.Popen:
     """Two processes under torchrun; their output and torchrun's come mixed in `stdout`."""
@@ -152,13 +161,14 @@ def test_another_number_of_processes_resumes_within_rounding(whole, killed, tmp_
         assert resumed[name] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_refusal_of_one_rank_is_printed_once_and_ends_all(whole, tmp_path):
+def test_a_refusal_is_printed_once_and_ends_all_without_a_shutdown_of_python(whole, tmp_path):
+    (tmp_path / "aborting.py").write_text(ABORTING)
     words = ["--out", tmp_path, "--checkpoint", whole[0] / "checkpoints", "--lr", 0.5]
-    process = start(*demo(*words))
+    process = start(tmp_path / "aborting.py", "train", *TINY, *words)
     code, output = finish(process)
     assert code != 0
     assert output.count("holds a run with --lr 0.003 (now 0.5)") == 1
-    assert "exitcode  : 2 (pid" in output
+    assert "exitcode  : 2 (pid" in output, output
     assert "UserError" not in output
 
 
